@@ -1,0 +1,73 @@
+"""What a run asks of the data room: plain, typed, free of torch.
+
+Every class is a standard dataclass that a configuration can embed: `__pydantic_config__` makes pydantic refuse unknown
+keys when the class stands as a field of a model. Numbers of `Perturbation` follow the one published implementation by
+the Depth Anything author (UniMatch, dataset/semi.py and dataset/transform.py); Depth Anything (arXiv 2401.10891,
+section 3.2) names the operations but not their strengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class DataError(ValueError):
+    """The user's data is wrong: names the file, what was found and what to do. Ends a command with status 2."""
+
+    exit_status = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perturbation:
+    """Random transforms of one role's samples; the defaults only flip and crop, which is V1's labelled recipe."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    flip_p: float = 0.5
+    jitter_p: float = 0.0
+    brightness: float = 0.5
+    contrast: float = 0.5
+    saturation: float = 0.5
+    hue: float = 0.25  # in turns: 0.25 is +-90 degrees, torchvision's unit
+    grayscale_p: float = 0.0
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the network's input
+    cutmix_p: float = 0.0
+    cutmix_area: tuple[float, float] = (0.02, 0.4)  # fraction of the image
+    cutmix_aspect: tuple[float, float] = (0.3, 1 / 0.3)  # height / width
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleSpec:
+    """One role of a batch: which datasets feed it and how many samples of every global batch are its own."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    datasets: tuple[str, ...]  # folders or URLs of datasets, concatenated without re-sampling
+    labels: tuple[str, ...] = ()  # label sidecars, one per dataset, or none
+    batch: int = 8  # samples per global batch
+    lanes: int = 2  # independent sequential readers; divides batch; bounds the number of ranks
+    perturbation: Perturbation = field(default_factory=Perturbation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleNeeds:
+    """What a task requires of a role: declared in code, never in a recipe."""
+
+    target: Literal["disparity", "none"] = "disparity"
+    sidecar: bool = False  # the target comes from a label sidecar, not from the dataset itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """The `data:` section of a training configuration."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    roles: dict[str, RoleSpec]
+    input_size: int = 518  # pixels, square crop, a multiple of the patch size
+    shuffle_window: int = 512  # samples shuffled together; also what a resume may have to re-read
+    max_bad_fraction: float = 0.01  # of the samples seen so far; past it the run stops
+    threads: int = 1  # DALI's decoding threads per rank
+    prefetch: int = 2  # batches prepared ahead per rank
