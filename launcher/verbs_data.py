@@ -1,0 +1,135 @@
+"""`fathom data synth|pack|show`: make and look at datasets."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the group."""
+    group = typer.Typer(help="Make and look at datasets.", no_args_is_help=True, rich_markup_mode=None)
+    for verb in (synth, pack, show):
+        group.command(verb.__name__)(verb)
+    app.add_typer(group, name="data")
+
+
+def synth(
+    out: Annotated[str, typer.Argument(help="Folder of the new dataset.")],
+    domain: Annotated[str, typer.Option(help="labelled or wide: how much the scenes vary.")] = "labelled",
+    count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 800,
+    size: Annotated[int, typer.Option(min=14, help="Pixels of a side.")] = 112,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Pack the exact depth too.")] = True,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+) -> int:
+    """Render synthetic scenes with exact depth and pack them as a dataset. The same call resumes.
+
+    \b
+    Example:
+      fathom data synth data/labelled --domain labelled --count 800
+      fathom data synth data/wide --domain wide --count 4000 --no-labels
+    """
+    from dataio.pack import pack_synth
+
+    with _bar("render") as (bar, stop):
+        report = pack_synth(
+            domain, out, seed=seed, count=count, size=size, labelled=labels, workers=workers,
+            progress=_watching(bar, stop),
+        )  # fmt: skip
+    typer.echo(f"{out}: {report}")
+    return 0
+
+
+def pack(
+    source: Annotated[str, typer.Argument(help="Folder of photographs (and depth maps beside them).")],
+    out: Annotated[str, typer.Argument(help="Folder of the new dataset.")],
+    role: Annotated[str, typer.Option(help="labelled (X.jpg beside X.depth.png) or unlabelled.")] = "unlabelled",
+    name: Annotated[str | None, typer.Option(help="Default: the source folder's name.")] = None,
+    depth_scale: Annotated[float, typer.Option(help="Metres per code of the 16-bit depth maps.")] = 0.001,
+    depth_scale_of: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=SCALE", help="Another scale for matching files, e.g. 'tum_*=0.0002'; repeatable."),
+    ] = None,
+    shard_mib: Annotated[int, typer.Option(min=1, help="MiB of a shard.")] = 256,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete a half-made dataset and start anew.")] = False,
+) -> int:
+    """Pack a folder of photographs as WebDataset shards; the images are copied, never re-encoded. The same call resumes.
+
+    What cannot be used is skipped and named, here and in pack_report.json.
+
+    \b
+    Example:
+      fathom data pack photos data/photos
+      fathom data pack rgbd data/rgbd --role labelled --depth-scale 0.001 --depth-scale-of 'tum_*=0.0002'
+    """
+    import os
+
+    from dataio.pack import PackSpec, pack_folder
+
+    spec = PackSpec(
+        name=name or os.path.basename(os.path.abspath(source)),
+        role=role,  # type: ignore[arg-type]
+        depth_scale=depth_scale,
+        overrides=tuple(_scale(item) for item in depth_scale_of or ()),
+        shard_bytes=shard_mib << 20,
+    )
+    with _bar("pack") as (bar, stop):
+        report = pack_folder(source, out, spec, progress=_watching(bar, stop), restart=restart)
+    typer.echo(f"{out}: {report}")
+    return 0
+
+
+def show(
+    dataset: Annotated[str, typer.Argument(help="Folder or URL of a dataset.")],
+    out: Annotated[str, typer.Option(help="The picture to write.")] = "show.png",
+    count: Annotated[int, typer.Option(min=1, help="Samples.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Which samples.")] = 0,
+    labels: Annotated[str | None, typer.Option(help="A label sidecar to show in place of the depth.")] = None,
+) -> int:
+    """Draw a contact sheet: photograph, coloured depth, histogram of random samples.
+
+    \b
+    Example:
+      fathom data show data/rgbd --out rgbd.png --count 4
+    """
+    from dataio.show import contact_sheet, save
+
+    save(contact_sheet(dataset, count, seed, labels), out)
+    typer.echo(f"written to {out}")
+    return 0
+
+
+def _scale(item: str) -> tuple[str, float]:
+    pattern, equals, text = item.rpartition("=")
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not equals or not pattern or scale <= 0:
+        raise typer.BadParameter(f"{item!r}: expected PATTERN=SCALE, for example 'tum_*=0.0002'", param_hint="--depth-scale-of")
+    return pattern, scale
+
+
+def _bar(title: str) -> Any:
+    import contextlib
+
+    from cluster.progress import Progress
+    from cluster.stop import StopFlag
+
+    @contextlib.contextmanager
+    def both() -> Any:
+        with StopFlag() as stop, Progress(title, None, "images") as bar:
+            yield bar, stop
+
+    return both()
+
+
+def _watching(bar: Any, stop: Any) -> Any:
+    def on_progress(done: int, total: int) -> None:
+        if stop.reason:
+            raise typer.Exit(130 if stop.reason == "SIGINT" else 75)
+        bar.update(done, of=total)
+
+    return on_progress

@@ -1,0 +1,84 @@
+"""`fathom label run|status`: offline pseudo-labelling."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the group."""
+    group = typer.Typer(help="Pseudo-label a dataset with a teacher.", no_args_is_help=True, rich_markup_mode=None)
+    for verb in (run, status):
+        group.command(verb.__name__)(verb)
+    app.add_typer(group, name="label")
+
+
+def run(
+    dataset: Annotated[str, typer.Argument(help="Folder or URL of the dataset to label.")],
+    weights: Annotated[str, typer.Option(help="The teacher: file or folder of a trained network.")],
+    out: Annotated[str | None, typer.Option(help="Folder of sidecars; default: labels/ inside the dataset.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Needed where the file cannot tell, e.g. v1-vitl.")] = None,
+    input_size: Annotated[int, typer.Option(help="Shorter side the teacher sees, a multiple of 14.")] = 518,
+    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Average with the mirror image's prediction.")] = True,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 8,
+    workers: Annotated[int, typer.Option(min=1, help="Actors: one per GPU, or per some CPU cores.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of one actor.")] = 1,
+    gpu: Annotated[bool, typer.Option("--gpu/--cpu", help="One GPU per actor.")] = False,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: this machine.")] = None,
+) -> int:
+    """Label every shard that is not labelled yet; prints the sidecar's folder, which a student's configuration names.
+
+    The folder's name is a digest of teacher, dataset and settings: labels of two kinds never mix. Ctrl-C finishes the
+    shards in hand; the same command goes on.
+
+    \b
+    Example:
+      fathom label run data/photos --weights runs/teacher/weights --workers 2
+    """
+    from cluster.progress import Progress
+    from cluster.stop import StopFlag, exit_status
+    from trainer.config import LabelConfig, absolute_paths, parse_config
+    from trainer.labelling import run_labelling
+
+    values = {
+        "dataset": dataset, "weights": weights, "preset": preset, "out": out, "input_size": input_size, "flip": flip,
+        "precision": precision, "batch": batch,
+        "cluster": {"workers": workers, "threads": threads, "use_gpu": gpu, "address": address},
+    }  # fmt: skip
+    config = parse_config(LabelConfig, absolute_paths(values), source="label run")
+    with StopFlag() as stop, Progress("label", None, "shards") as bar:
+        outcome = run_labelling(config, on_shard=lambda done, total, entry: bar.update(done, of=total), stop=stop)
+    if outcome.failed:
+        typer.echo(f"{outcome.failed} of {outcome.images} images have no label; `fathom label status` says why", err=True)
+    if outcome.stopped:
+        typer.echo(f"stopped by {outcome.stopped} after {outcome.shards} shards; the same command goes on", err=True)
+        return exit_status(outcome.stopped)
+    typer.echo(outcome.folder)
+    return 0
+
+
+def status(
+    labels: Annotated[str, typer.Argument(help="A sidecar's folder, as `label run` printed it.")],
+    dataset: Annotated[str | None, typer.Option(help="The labelled dataset, to see what is missing.")] = None,
+) -> int:
+    """Sum up the ledger of a sidecar: shards, images, failures by reason.
+
+    \b
+    Example:
+      fathom label status data/photos/labels/0123456789abcdef --dataset data/photos
+    """
+    from dataio.dataset import Dataset
+    from dataio.labels import LabelStore
+
+    found = LabelStore.open(labels).status(Dataset.open(dataset) if dataset else None)
+    typer.echo(f"{found.shards} shards, {found.samples} images, {found.bytes} bytes, {found.seconds:.0f} s of work")
+    for reason, count in sorted(found.failures.items()):
+        typer.echo(f"failed {count}: {reason}")
+    if dataset:
+        missing = ", ".join(os.path.basename(stem) for stem in found.missing[:10])
+        typer.echo(f"missing shards: {len(found.missing)}{f' ({missing})' if missing else ''}")
+    return 0

@@ -1,0 +1,164 @@
+"""`fathom train`, `evaluate`, `predict` and `quickstart`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+OverridesOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. optim.encoder_lr=1e-5; repeatable.")
+]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; `fathom recipes show NAME` prints one.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs."""
+    for verb in (quickstart, train, evaluate, predict):
+        app.command(verb.__name__)(verb)
+
+
+def train(
+    config: ConfigArgument,
+    overrides: OverridesOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest whole checkpoint.")] = False,
+) -> int:
+    """Train a teacher, a student or an encoder, as the configuration's task says.
+
+    Ctrl-C finishes the step, writes a checkpoint and exits with 130; SIGTERM likewise with 75.
+
+    \b
+    Example:
+      fathom recipes show teacher-v1-vitl > teacher.yaml
+      fathom train teacher.yaml --set steps=1000 --set cluster.workers=2
+      fathom train teacher.yaml --set steps=1000 --set cluster.workers=2 --resume
+    """
+    from cluster.progress import Progress
+    from cluster.stop import StopFlag, exit_status
+    from trainer.config import TrainConfig, read_config
+    from trainer.run import train as run
+
+    settings = read_config(TrainConfig, config, overrides or [])
+    with StopFlag() as stop, Progress(settings.name, settings.steps, "steps") as bar:
+        outcome = run(
+            settings,
+            resume=resume,
+            on_progress=lambda report: bar.update(report["done"], loss=report["loss"]),
+            stop=stop,
+        )
+    if outcome.stopped:
+        typer.echo(f"stopped at step {outcome.step} by {outcome.stopped}; go on with --resume", err=True)
+        return exit_status(outcome.stopped)
+    typer.echo(f"{outcome.step} steps done; weights in {outcome.weights}")
+    return 0
+
+
+def evaluate(config: ConfigArgument, overrides: OverridesOption = None) -> int:
+    """Compare weights with labelled datasets, under both published protocols.
+
+    The configuration has `weights:` and `datasets:`; also input_size, max_depth, preset, limit, batch, threads, out.
+
+    \b
+    Example:
+      fathom evaluate evaluate.yaml --set out=evaluation/teacher --set max_depth=10
+    """
+    from cluster.progress import Progress
+    from trainer.config import EvaluateConfig, read_config
+
+    settings = read_config(EvaluateConfig, config, overrides or [])
+    from trainer.evaluate import evaluate as run
+
+    with Progress("evaluate", None, "images") as bar:
+        results = run(settings, on_progress=lambda done, total: bar.update(done, of=total))
+    for result in results:
+        typer.echo(f"{result.dataset}: {result.images} images")
+        for protocol, means in result.means.items():
+            values = "  ".join(f"{name} {means[name]:.4f}" for name in ("abs_rel", "delta1", "rmse") if name in means)
+            typer.echo(f"  {protocol:<10} {values}")
+        for reason, keys in result.skipped.items():
+            typer.echo(f"  skipped {len(keys)}: {reason} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
+    typer.echo(f"written to {settings.out}/evaluation.json and sheet.png")
+    return 0 if any(result.images for result in results) else 1
+
+
+def predict(
+    inputs: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", help="Photographs, or folders of them.")],
+    weights: Annotated[str, typer.Option(help="File or folder of a trained network.")],
+    out: Annotated[str, typer.Option(help="Where the pictures go.")],
+    preset: Annotated[str | None, typer.Option(help="Needed where the file cannot tell, e.g. v2-vits.")] = None,
+    input_size: Annotated[int, typer.Option(help="Shorter side the network sees, a multiple of 14.")] = 518,
+) -> int:
+    """Predict depth for photographs: X.png (image | prediction) and X.depth.png (16 bit) each.
+
+    \b
+    Example:
+      fathom predict photos/ --weights runs/student/weights --out predictions
+    """
+    if input_size <= 0 or input_size % 14:
+        raise typer.BadParameter(f"{input_size} is not a multiple of 14", param_hint="--input-size")
+    from cluster.progress import Progress
+    from trainer.predict import predict as run
+
+    with Progress("predict", None, "images") as bar:
+        outcome = run(
+            inputs, weights, out, preset=preset, input_size=input_size,
+            on_progress=lambda done, total: bar.update(done, of=total),
+        )  # fmt: skip
+    for file, reason in outcome.skipped.items():
+        typer.echo(f"skipped {file}: {reason}", err=True)
+    typer.echo(f"{len(outcome.written)} pictures in {out}")
+    return 0
+
+
+def quickstart(
+    out: Annotated[str, typer.Option(help="Folder of everything the quickstart makes.")] = "quickstart",
+    seed: Annotated[int, typer.Option(min=0, help="Scenes, initial weights and order.")] = 1,
+    ladder: Annotated[bool, typer.Option("--ladder", help="Train the control rows too (three times as long).")] = False,
+    encoder: Annotated[str | None, typer.Option(help="A DINOv2 file to start from and align to.")] = None,
+    preset: Annotated[str, typer.Option(help="The network; with --encoder the one that fits it.")] = "tiny",
+    scale: Annotated[float, typer.Option(min=0.001, max=100, help="Times the images and steps; for a quick look.")] = 1.0,
+) -> int:
+    """The whole chain on this machine: scenes, teacher, pseudo-labels, student, evaluation, report.html.
+
+    About 8 minutes on 2 CPU cores. An interrupted quickstart goes on where it stopped when called again.
+
+    \b
+    Example:
+      fathom quickstart --out quickstart
+      fathom quickstart --out ladder --ladder
+    """
+    from cluster.stop import StopFlag, exit_status
+    from trainer.quickstart import Request, Sizes, Stopped, table, verdict
+    from trainer.quickstart import quickstart as run
+
+    sizes = Sizes()
+    if scale != 1.0:
+        counts = {name: max(16, round(getattr(sizes, name) * scale)) for name in ("labelled", "wide", "evaluation")}
+        sizes = Sizes(**counts, steps=scale)
+    request = Request(
+        out=os.path.abspath(out), recipes=_recipes(), seed=seed, ladder=ladder, encoder_weights=encoder, preset=preset,
+        sizes=sizes,
+    )  # fmt: skip
+    with StopFlag() as stop:
+        try:
+            results = run(request, stop)
+        except Stopped as stopped:
+            typer.echo(f"stopped by {stopped.reason}; the same command goes on from here", err=True)
+            return exit_status(stopped.reason)
+    header, rows = table(results)
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        typer.echo("  ".join(f"{cell:<{w}}" if not i else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
+    typer.echo(verdict(results, ladder))
+    typer.echo(f"{sum(results.seconds.values()):.0f} s in all; report: {os.path.join(out, 'report.html')}")
+    return 0
+
+
+def _recipes() -> dict[str, Any]:
+    import yaml
+
+    from launcher import recipes
+
+    return {name: yaml.safe_load(recipes.read(f"quickstart-{name}")) for name in ("encoder", "teacher", "student")}

@@ -1,0 +1,279 @@
+"""One way to read a configuration: YAML file, `--set a.b=c` overrides, strict types, errors that say what to change.
+
+Imports no torch: `fathom train --help` and submitting a job must answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dataio.spec import DataSpec
+from trainer.schedule import Decay
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong: names the field, what was found and what is allowed. Ends a command with status 2."""
+
+    exit_status = 2
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values are frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskSection(BaseModel):
+    """`kind` names a module of trainer/tasks; every other key belongs to that task's own Options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    kind: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class ModelSection(Section):
+    """Which network, and what it starts from."""
+
+    preset: str = "v2-vits"
+    encoder_weights: str | None = Field(default=None, description="file of a pre-trained encoder, DINOv2's for instance")
+    weights: str | None = Field(default=None, description="file or folder of a whole network to start from")
+
+
+class OptimSection(Section):
+    """AdamW with two learning rates (arXiv 2401.10891, section 4: the decoder's is ten times the encoder's)."""
+
+    encoder_lr: float = Field(default=5e-6, ge=0)
+    decoder_lr: float = Field(default=5e-5, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Decay = "linear"
+    warmup_samples: int = Field(default=0, ge=0)
+    clip: float = Field(default=0.0, ge=0, description="largest gradient norm; 0 does not clip")
+
+
+class EngineSection(Section):
+    """How the step is carried out; nothing here changes what is computed, but for rounding."""
+
+    zero_stage: Literal[1, 2] = 2
+    precision: Literal["bf16", "fp32"] = "bf16"
+    micro_batch: int | None = Field(default=None, ge=1, description="rows per forward pass and rank; null: all at once")
+    max_skipped_steps: int = Field(default=20, ge=1, description="consecutive steps without an update before giving up")
+
+
+class ClusterSection(Section):
+    """Where it runs: `address: null` is an embedded one-node Ray."""
+
+    address: str | None = None
+    workers: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, description="CPU threads of one worker")
+    use_gpu: bool = False
+
+
+class CheckpointSection(Section):
+    every: int = Field(default=1000, ge=1, description="steps")
+    keep: int = Field(default=2, ge=1)
+
+
+class TrainConfig(Section):
+    """A whole training run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs: str = "runs"
+    seed: int = Field(default=0, ge=0)
+    steps: int = Field(ge=1)
+    task: TaskSection
+    model: ModelSection
+    data: DataSpec
+    optim: OptimSection = OptimSection()
+    engine: EngineSection = EngineSection()
+    cluster: ClusterSection = ClusterSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log_every: int = Field(default=10, ge=1)
+    preview_every: int = Field(default=500, ge=1)
+
+    @model_validator(mode="after")
+    def _check_data(self) -> TrainConfig:
+        if self.data.input_size % 14 or self.data.input_size <= 0:
+            raise ValueError(f"data.input_size: {self.data.input_size} is not a multiple of the patch size 14")
+        for role, spec in self.data.roles.items():
+            at = f"data.roles.{role}"
+            if not spec.datasets:
+                raise ValueError(f"{at}.datasets: is empty; name at least one dataset folder")
+            if spec.labels and len(spec.labels) != len(spec.datasets):
+                raise ValueError(f"{at}.labels: {len(spec.labels)} folders for {len(spec.datasets)} datasets; name one each")
+            if self.cluster.workers > spec.lanes:
+                raise ValueError(
+                    f"{at}.lanes: {spec.lanes} lanes cannot feed cluster.workers: {self.cluster.workers}; raise the lanes"
+                )
+        if self.optim.warmup_samples >= self.steps * self.global_batch:
+            raise ValueError(f"optim.warmup_samples: {self.optim.warmup_samples} is not less than the run's {self.steps * self.global_batch} samples")
+        return self
+
+    @property
+    def global_batch(self) -> int:
+        return sum(spec.batch for spec in self.data.roles.values())
+
+    @property
+    def folder(self) -> str:
+        return os.path.join(self.runs, self.name)
+
+
+class LabelConfig(Section):
+    """One pseudo-labelling job: a teacher over an unlabelled dataset."""
+
+    dataset: str
+    weights: str
+    preset: str | None = None
+    out: str | None = Field(default=None, description="folder of sidecars; default: labels/ inside the dataset")
+    input_size: int = Field(default=518, multiple_of=14, gt=0)
+    flip: bool = Field(default=True, description="average the predictions of the image and its mirror image")
+    precision: Literal["bf16", "fp32"] = "fp32"
+    batch: int = Field(default=8, ge=1)
+    cluster: ClusterSection = ClusterSection()
+
+
+class EvaluateConfig(Section):
+    """Weights against labelled datasets, under both published protocols (recipes of MoGe and of the V2 paper)."""
+
+    weights: str
+    preset: str | None = None
+    datasets: tuple[str, ...] = Field(min_length=1)
+    input_size: int = Field(default=518, multiple_of=14, gt=0)
+    max_depth: float | None = Field(default=None, gt=0, description="metres; farther pixels are left out")
+    limit: int | None = Field(default=None, ge=1, description="only the first N samples of each dataset")
+    batch: int = Field(default=8, ge=1)
+    threads: int = Field(default=2, ge=1)
+    out: str = "evaluation"
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def parse_config(cls: type[C], values: Mapping[str, Any], *, source: str = "configuration") -> C:
+    """Validate plain values as `cls`. Raises ConfigError with every mistake, one clause each, in a single line."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        clauses = [_clause(cls, item) for item in error.errors(include_url=False)]
+        raise ConfigError(f"{source}: " + "; ".join(clauses)) from None
+
+
+def read_config(cls: type[C], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> C:
+    """Read a YAML file, apply `a.b=c` overrides, validate. Local paths become absolute.
+
+    Raises:
+        ConfigError: no such file, not YAML, not a mapping, an unknown key or a wrong value.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"{path}: no such configuration file; `fathom recipes list` names complete ones to copy")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: found {type(values).__name__}, expected a mapping of sections such as `task:`, `data:`")
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(cls, absolute_paths(values), source=str(path))
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=c`; c is read as YAML, so that `[1, 2]`, `null` and `1e-4` mean what they say."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: expected KEY=VALUE, for example optim.encoder_lr=1e-5")
+    node: Any = values
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
+    try:
+        node[leaf] = _number(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def absolute_paths(values: Mapping[str, Any], base: str | None = None) -> dict[str, Any]:
+    """Make the local paths of a configuration absolute (relative to `base`, default the current folder): workers on a
+    cluster have another one."""
+    base = base or os.getcwd()
+
+    def fix(path: Any) -> Any:
+        return os.path.normpath(os.path.join(base, os.path.expanduser(path))) if _is_local(path) else path
+
+    def walk(node: Any, key: str) -> Any:
+        if isinstance(node, dict):
+            return {k: walk(v, k) for k, v in node.items()}
+        if key in {"datasets", "labels"} and isinstance(node, list):
+            return [fix(item) for item in node]
+        return fix(node) if key in {"runs", "encoder_weights", "weights", "dataset", "out"} else node
+
+    result = walk(dict(values), "")
+    assert isinstance(result, dict)
+    return result
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved configuration as YAML: what goes into runs/NAME/config.yaml and reads back to the same values."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _is_local(path: Any) -> bool:
+    return isinstance(path, str) and bool(path) and "://" not in path
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as a string; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _clause(cls: type[BaseModel], item: Any) -> str:
+    location = [part for part in item["loc"] if part != "__root__"]
+    where = ".".join(str(part) for part in location) or "configuration"
+    if item["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+        known = _keys_at(cls, location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    if item["type"] in {"missing", "missing_keyword_only_argument"}:
+        return f"{where}: missing; it has no default"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error" and not location:
+        return message
+    return f"{where}: found {item['input']!r}; {message[:1].lower()}{message[1:]}"
+
+
+def _keys_at(cls: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Field names of the section at `location`, following models, dataclasses and mappings by their annotations."""
+    from typing import get_args, get_type_hints
+
+    node: Any = cls
+    for part in location:
+        hints = get_type_hints(node) if isinstance(node, type) else {}
+        if part in hints:
+            node = hints[part]
+        elif get_args(node):  # dict[str, X] or X | None: descend into the last class among the arguments
+            node = next((a for a in reversed(get_args(node)) if isinstance(a, type)), node)
+    if dataclasses.is_dataclass(node):
+        return [f.name for f in dataclasses.fields(node)]
+    return list(getattr(node, "model_fields", {}))

@@ -1,0 +1,175 @@
+"""Weights against labelled datasets: both published protocols, per-image means, and the best constant as the floor.
+
+Shape suffixes: B batch, C channel, H W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+
+from cluster import storage
+from dataio.codec import decode_png16
+from dataio.dali_frames import FramePipeline
+from dataio.dataset import Dataset
+from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
+from dataio.spec import DataError
+from trainer.config import EvaluateConfig
+from trainer.inference import Predictor, sizer
+from trainer.metrics import MetricMean, best_constant_metrics, depth_metrics, relative_depth_metrics
+
+SPACES = ("depth", "disparity")
+
+
+@dataclass(kw_only=True)
+class DatasetResult:
+    """Means over the images of one dataset: `means[protocol][metric]`; protocols depth, disparity (or metric)."""
+
+    dataset: str
+    images: int = 0
+    means: dict[str, dict[str, float]] = field(default_factory=dict)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+
+def evaluate(
+    config: EvaluateConfig, *, on_progress: Callable[[int, int], None] | None = None, predictor: Predictor | None = None
+) -> list[DatasetResult]:
+    """Evaluate and write `evaluation.json` and `sheet.png` (image | truth | prediction) under `config.out`.
+
+    Raises WeightsError, DataError (not a labelled dataset) or StorageError. Samples that cannot be read are counted by
+    reason and named in the result.
+    """
+    import torch
+
+    torch.set_num_threads(config.threads)
+    datasets = [Dataset.open(path) for path in config.datasets]
+    for dataset in datasets:
+        if dataset.info.quantity is None:
+            raise DataError(f"{dataset.path}: has no depth to compare with; evaluate needs a labelled dataset")
+    predictor = predictor or Predictor(config.weights, preset=config.preset)
+    total = sum(min(d.info.samples, config.limit or d.info.samples) for d in datasets)
+    results, done, sheet = [], 0, []
+    for dataset in datasets:
+        result = DatasetResult(dataset=dataset.path)
+        means = {protocol: MetricMean() for protocol in ("metric",) if predictor.metric} or {
+            protocol: MetricMean() for protocol in (*SPACES, "constant")
+        }
+        for frame, prediction_HW in predictions(dataset, config, predictor):
+            done += 1
+            if on_progress:
+                on_progress(done, total)
+            truth = read_truth(frame) if prediction_HW is not None else frame.problem
+            if isinstance(truth, str) or prediction_HW is None:
+                result.skipped.setdefault(str(truth), []).append(frame.sample.key)
+                continue
+            for protocol, values in measure(prediction_HW, *truth, config.max_depth, predictor.metric).items():
+                means[protocol].add(values)
+            result.images += 1
+            if len(sheet) < 8:
+                sheet.append(sheet_row(frame, truth, prediction_HW, predictor.metric))
+        result.means = {protocol: mean.mean() for protocol, mean in means.items()}
+        results.append(result)
+    write_results(config, predictor, results, sheet)
+    return results
+
+
+def predictions(
+    dataset: Dataset, config: EvaluateConfig, predictor: Predictor
+) -> Iterator[tuple[Frame, np.ndarray | None]]:
+    """Every sample with its prediction at the image's own resolution, or None when it has a problem."""
+    pipeline = FramePipeline(config.batch, config.threads, str(predictor.device))
+    for group in batches_by_shape(_first(dataset, config), config.batch):
+        if group[0].problem:
+            yield group[0], None
+            continue
+        image_BCHW, good, bad = decode_frames(pipeline, group)
+        yield from ((frame, None) for frame in bad)
+        if image_BCHW is None:
+            continue
+        value_BHW, _ = predictor(image_BCHW)
+        for row, frame in enumerate(good):
+            # V2's own inference resizes with aligned corners (infer_image); one choice for all presets here
+            value_HW = F.interpolate(value_BHW[row][None, None], frame.size_hw, mode="bilinear", align_corners=True)
+            yield frame, value_HW[0, 0].cpu().numpy()
+
+
+def _first(dataset: Dataset, config: EvaluateConfig) -> Iterator[Frame]:
+    left = config.limit or dataset.info.samples
+    for shard in dataset.shards:
+        for frame in read_frames(shard, dataset.info, sizer(config.input_size)):
+            if not left:
+                return
+            left -= 1
+            yield frame
+
+
+def read_truth(frame: Frame) -> tuple[np.ndarray, np.ndarray] | str:
+    """(depth in metres [H, W], valid [H, W]) or the reason why there is none. Sky has no depth."""
+    sample = frame.sample
+    if sample.target is None or sample.code is None:
+        return "missing_target"
+    try:
+        value_HW = decode_png16(sample.target, sample.code)
+    except DataError:
+        return "bad_target"
+    if value_HW.shape != frame.size_hw:
+        return "size_mismatch"
+    with np.errstate(divide="ignore", invalid="ignore"):
+        depth_HW = value_HW if sample.quantity == "depth_m" else 1 / value_HW
+    valid_HW = np.isfinite(depth_HW) & (depth_HW > 0)
+    return (depth_HW, valid_HW) if valid_HW.any() else "no_valid_pixels"
+
+
+def measure(
+    prediction_HW: np.ndarray, depth_HW: np.ndarray, valid_HW: np.ndarray, max_depth: float | None, metric: bool
+) -> dict[str, dict[str, float]]:
+    """Metrics of one image by protocol."""
+    valid_HW = valid_HW & (depth_HW <= max_depth) if max_depth else valid_HW
+    if metric:
+        return {"metric": depth_metrics(prediction_HW, depth_HW, valid_HW)}
+    values = {
+        space: relative_depth_metrics(prediction_HW, depth_HW, valid_HW, max_depth, space=space)  # type: ignore[arg-type]
+        for space in SPACES
+    }
+    return {**values, "constant": best_constant_metrics(depth_HW, valid_HW, max_depth)}
+
+
+def sheet_row(frame: Frame, truth: tuple[np.ndarray, np.ndarray], prediction_HW: np.ndarray, metric: bool) -> np.ndarray:
+    """image | truth | prediction as one strip, nearer is warmer."""
+    import io
+
+    from dataio.show import colorize
+
+    depth_HW, valid_HW = truth
+    image = np.asarray(Image.open(io.BytesIO(frame.sample.image)).convert("RGB"))
+    near_HW = 1 / np.where(valid_HW, depth_HW, 1)
+    shown_HW = 1 / np.maximum(prediction_HW, 1e-6) if metric else prediction_HW
+    strip = np.concatenate([image, colorize(near_HW, valid_HW), colorize(shown_HW, np.ones_like(valid_HW))], 1)
+    height = min(240, strip.shape[0])
+    return np.asarray(Image.fromarray(strip).resize((round(strip.shape[1] * height / strip.shape[0]), height)))
+
+
+def write_results(
+    config: EvaluateConfig, predictor: Predictor, results: list[DatasetResult], sheet: list[np.ndarray]
+) -> None:
+    os.makedirs(config.out, exist_ok=True)
+    content: dict[str, Any] = {
+        "weights": config.weights,
+        "fingerprint": predictor.network.fingerprint(),
+        "input_size": config.input_size,
+        "max_depth": config.max_depth,
+        "datasets": [vars(result) for result in results],
+    }
+    storage.atomic_write(os.path.join(config.out, "evaluation.json"), json.dumps(content, indent=1))
+    if sheet:
+        width = max(row.shape[1] for row in sheet)
+        padded = [np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in sheet]
+        with storage.atomic_writer(os.path.join(config.out, "sheet.png")) as file:
+            Image.fromarray(np.concatenate(padded, 0)).save(file, format="PNG")

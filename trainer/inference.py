@@ -1,0 +1,59 @@
+"""One way to run a trained network on whole images: labelling, evaluation and prediction share it.
+
+Shape suffixes: B batch, C channel, H W pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from dataio.frames import Sizer
+from model import DepthAnything
+from model.preprocess import lower_bound_size
+
+
+def sizer(input_size: int) -> Sizer:
+    """(h, w) -> the network's input size by the originals' lower-bound rule (shorter side at least `input_size`)."""
+    return functools.partial(_lower_bound, input_size=input_size)
+
+
+def _lower_bound(height: int, width: int, *, input_size: int) -> tuple[int, int]:
+    return lower_bound_size(height, width, input_size)
+
+
+class Predictor:
+    """A frozen network on a device; with `flip`, the mean of an image's and its mirror image's prediction."""
+
+    def __init__(
+        self, weights: str, *, preset: str | None = None, device: str = "cpu", precision: str = "fp32", flip: bool = False
+    ) -> None:
+        self.device = torch.device(device)
+        self.network = DepthAnything.from_pretrained(weights, preset=preset).to(self.device).eval().requires_grad_(False)
+        self.precision, self.flip = precision, flip
+        self.metric = self.network.preset.head == "metric"
+
+    @torch.inference_mode()
+    def __call__(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(disparity_BHW, or depth in metres of a metric network, float32; per-image flip agreement or None).
+
+        The agreement is 1 / (1 + e), e the mean absolute difference of the two predictions over their mean absolute
+        deviation: 1 when they agree, 1/2 when they differ by as much as the map itself varies.
+        """
+        first_BHW = self._forward(image_BCHW)
+        if not self.flip:
+            return first_BHW, None
+        mirrored_BHW = self._forward(image_BCHW.flip(-1)).flip(-1)
+        mean_BHW = (first_BHW + mirrored_BHW) / 2
+        deviation_B = (mean_BHW - mean_BHW.mean((1, 2), keepdim=True)).abs().mean((1, 2))
+        error_B = (first_BHW - mirrored_BHW).abs().mean((1, 2))
+        return mean_BHW, 1 / (1 + error_B / deviation_B.clamp(min=1e-12))
+
+    def _forward(self, image_BCHW: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            prediction = self.network(image_BCHW.to(self.device))
+        value_BHW = prediction.depth_m_BHW if self.metric else prediction.disparity_BHW
+        assert value_BHW is not None
+        return value_BHW.float()

@@ -1,0 +1,37 @@
+"""What happened to a run, one fsynced JSON line each: attempts, states, reasons. Survives whatever ends the process."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from cluster import storage
+
+
+class Journal:
+    """Appends to runs/NAME/journal.jsonl."""
+
+    def __init__(self, folder: str) -> None:
+        self.path = storage.join(folder, "journal.jsonl")
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Record `event` (started, resumed, checkpoint, stopped, failed, finished ...) with the time in Unix seconds."""
+        storage.append_line(self.path, json.dumps({"time": round(time.time(), 3), "event": event, **facts}), sync=True)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines, oldest first."""
+        return read_json_lines(self.path)
+
+
+def read_json_lines(path: str) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a line torn by a crash is left out. An absent file has none."""
+    if not storage.exists(path):
+        return []
+    objects = []
+    for line in storage.read_bytes(path).decode(errors="replace").splitlines():
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return objects

@@ -1,0 +1,184 @@
+"""Offline pseudo-labelling: one image shard in, one label shard out, committed or not there.
+
+Actors (cluster/pool.py) take shards as they become free. A run that was stopped, or joined later, skips what the ledger
+says is done. Labels are disparities at the resolution of the network's output.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster import storage
+from cluster.stop import StopFlag
+from dataio.dataset import Dataset
+from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
+from dataio.labels import LabelSample, LabelStore, LedgerEntry, plan_digest
+from trainer.config import ConfigError, LabelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOutcome:
+    """`folder` is the sidecar to name in a training configuration; `stopped` the reason of an early stop."""
+
+    folder: str
+    shards: int
+    images: int
+    failed: int
+    seconds: float
+    stopped: str | None = None
+
+
+def run_labelling(
+    config: LabelConfig,
+    *,
+    on_shard: Callable[[int, int, LedgerEntry], None] | None = None,
+    stop: StopFlag | None = None,
+) -> LabelOutcome:
+    """Label every shard that has no ledger entry yet; `on_shard(done, total, entry)` after each.
+
+    Raises WeightsError, DataError, StorageError or ConfigError for what the user can mend.
+    """
+    from cluster.pool import run_pool
+    from cluster.runtime import ray_session
+
+    dataset = Dataset.open(config.dataset)
+    description = describe(config, dataset)
+    root = config.out or storage.join(config.dataset, "labels")
+    store = LabelStore.create(storage.join(root, plan_digest(description)), description)
+    todo = [shard.stem for shard in dataset.shards if not store.done(shard.stem)]
+    done, images, failed, began = len(dataset.shards) - len(todo), 0, 0, time.monotonic()
+
+    def on_result(entry: LedgerEntry) -> None:
+        nonlocal done, images, failed
+        done, images, failed = done + 1, images + entry.samples, failed + entry.failed
+        if on_shard:
+            on_shard(done, len(dataset.shards), entry)
+
+    stop = stop or StopFlag()
+    if todo:
+        with ray_session(config.cluster.address):
+            run_pool(
+                functools.partial(Labeller, config.model_dump(mode="json"), store.path),
+                todo,
+                workers=min(config.cluster.workers, len(todo)),
+                threads_per_worker=config.cluster.threads,
+                use_gpu=config.cluster.use_gpu,
+                on_result=on_result,
+                stop=stop,
+            )
+    return LabelOutcome(
+        folder=store.path,
+        shards=done,
+        images=images,
+        failed=failed,
+        seconds=round(time.monotonic() - began, 3),
+        stopped=stop.reason if done < len(dataset.shards) else None,
+    )
+
+
+def describe(config: LabelConfig, dataset: Dataset) -> dict[str, Any]:
+    """What decides the labels, in words and numbers: the digest of this names the folder.
+
+    Raises WeightsError when the teacher cannot be read, ConfigError when it predicts metres.
+    """
+    from model import DepthAnything
+
+    teacher = DepthAnything.from_pretrained(config.weights, preset=config.preset)
+    if teacher.preset.head == "metric":
+        raise ConfigError(f"weights: {config.weights} predicts metres; pseudo-labels are disparities, name a relative network")
+    return {
+        "teacher": {"fingerprint": teacher.fingerprint(), "preset": teacher.preset.name},
+        "dataset": {"name": dataset.info.name, "fingerprint": dataset.fingerprint, "samples": dataset.info.samples},
+        "preprocessing": {
+            "resize": f"shorter side to {config.input_size} (lower bound), sides rounded to multiples of 14, cubic, no antialias",
+            "input_size": config.input_size,
+            "normalisation": "ImageNet mean and deviation",
+            "orientation": "as stored; EXIF orientation is not applied",
+            "flip_average": config.flip,
+        },
+        "precision": config.precision,
+        "quantity": "disparity, relative: scale and shift are the teacher's own",
+        "resolution": "the network's input",
+    }
+
+
+class Labeller:
+    """One actor: teacher and decoder are loaded once, `process` commits one shard."""
+
+    def __init__(self, config: dict[str, Any], store: str) -> None:
+        import torch
+
+        from dataio.dali_frames import FramePipeline
+        from trainer.inference import Predictor, sizer
+
+        self.config = LabelConfig.model_validate(config)
+        cluster = self.config.cluster
+        device = "cuda" if cluster.use_gpu else "cpu"
+        torch.set_num_threads(cluster.threads)
+        self.dataset = Dataset.open(self.config.dataset)
+        self.store = LabelStore.open(store)
+        self.sizer = sizer(self.config.input_size)
+        self.pipeline = FramePipeline(self.config.batch, cluster.threads, device)
+        self.predictor = Predictor(
+            self.config.weights,
+            preset=self.config.preset,
+            device=device,
+            precision=self.config.precision,
+            flip=self.config.flip,
+        )
+
+    def process(self, stem: str) -> LedgerEntry:
+        """Label one shard; its order and keys are the source's. Raises StorageError or DataError for the whole shard."""
+        shard = next(s for s in self.dataset.shards if s.stem == stem)
+        return self.store.write_shard(stem, in_order(self._labels(read_frames(shard, self.dataset.info, self.sizer))))
+
+    def _labels(self, frames: Iterator[Frame]) -> Iterator[tuple[int, LabelSample]]:
+        for group in batches_by_shape(frames, self.config.batch):
+            if group[0].problem:
+                yield group[0].index, (group[0].sample.key, None, {}, group[0].problem)
+                continue
+            image_BCHW, good, bad = decode_frames(self.pipeline, group)
+            for frame in bad:
+                yield frame.index, (frame.sample.key, None, {}, frame.problem)
+            if image_BCHW is None:
+                continue
+            disparity_BHW, agreement_B = self.predictor(pad_batch(image_BCHW, self.config.batch))
+            for row, frame in enumerate(good):
+                disparity_HW = disparity_BHW[row].cpu().numpy().astype(np.float32)
+                quality = {"quality": round(float(agreement_B[row]), 4)} if agreement_B is not None else {}
+                yield frame.index, (frame.sample.key, disparity_HW, quality, None)
+
+
+def pad_batch(image_BCHW: Any, batch: int) -> Any:
+    """Repeat the last image up to a fixed batch: a network's rounding depends on the batch it runs in, labels must not."""
+    missing = batch - len(image_BCHW)
+    if missing <= 0:
+        return image_BCHW
+    import torch
+
+    return torch.cat([image_BCHW, image_BCHW[-1:].expand(missing, -1, -1, -1)])
+
+
+def in_order(numbered: Iterator[tuple[int, LabelSample]]) -> Iterator[LabelSample]:
+    """Samples by rising number: batches by shape come out of order, shards are written in it."""
+    waiting: dict[int, LabelSample] = {}
+    next_index = 0
+    for index, sample in numbered:
+        waiting[index] = sample
+        while next_index in waiting:
+            yield waiting.pop(next_index)
+            next_index += 1
+    yield from (waiting[index] for index in sorted(waiting))
+
+
+def find_labels(dataset: str) -> list[str]:
+    """Sidecar folders inside a dataset, for `fathom label status`."""
+    root = os.path.join(dataset, "labels")
+    return [storage.join(root, name) for name in storage.listdir(root)] if storage.exists(root) else []

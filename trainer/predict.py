@@ -1,0 +1,101 @@
+"""Photographs in, depth pictures out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from cluster import storage
+from dataio.codec import encode_label
+from dataio.show import colorize
+from dataio.spec import DataError
+from model import DepthAnything
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(kw_only=True)
+class PredictOutcome:
+    """Files written, and images that could not be read with the reason."""
+
+    written: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def predict(
+    inputs: Sequence[str],
+    weights: str,
+    out: str,
+    *,
+    preset: str | None = None,
+    input_size: int = 518,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> PredictOutcome:
+    """For every image X write X.png (image | coloured prediction) and X.depth.png (16 bit, the prediction's own range).
+
+    A damaged image among several is skipped and named. Raises WeightsError; DataError when nothing is there to predict
+    or no image is readable.
+    """
+    files = find_images(inputs)
+    network = DepthAnything.from_pretrained(weights, preset=preset).eval()
+    outcome = PredictOutcome()
+    os.makedirs(out, exist_ok=True)
+    names = output_names(files)
+    for done, file in enumerate(files, 1):
+        try:
+            with Image.open(file) as opened:
+                image_HWC = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+        except Exception as error:  # noqa: BLE001  Pillow raises whatever the file provokes
+            outcome.skipped[file] = f"cannot be read ({error})"
+            continue
+        value_HW = network.infer_image(image_HWC, input_size=input_size)
+        near_HW = 1 / np.maximum(value_HW, 1e-6) if network.preset.head == "metric" else value_HW
+        picture = np.concatenate([image_HWC, colorize(near_HW, np.ones(near_HW.shape, bool))], 1)
+        stem = os.path.join(out, names[file])
+        with storage.atomic_writer(f"{stem}.png") as target:
+            Image.fromarray(picture).save(target, format="PNG", compress_level=3)
+        storage.atomic_write(f"{stem}.depth.png", encode_label(value_HW)[0])
+        outcome.written.append(f"{stem}.png")
+        if on_progress:
+            on_progress(done, len(files))
+    if not outcome.written:
+        file, reason = next(iter(outcome.skipped.items()))
+        raise DataError(f"{file}: {reason}; none of {len(files)} images is readable")
+    return outcome
+
+
+def find_images(inputs: Sequence[str]) -> list[str]:
+    """Image files named or inside the folders named, sorted. Raises DataError for a missing path or no image at all."""
+    files: list[str] = []
+    for path in inputs:
+        if os.path.isdir(path):
+            files += sorted(
+                os.path.join(base, name)
+                for base, _, names in os.walk(path)
+                for name in names
+                if name.lower().endswith(IMAGE_SUFFIXES) and not name.endswith(".depth.png")
+            )
+        elif os.path.isfile(path):
+            files.append(path)
+        else:
+            raise DataError(f"{path}: no such image or folder")
+    if not files:
+        raise DataError(f"{', '.join(inputs)}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return files
+
+
+def output_names(files: Sequence[str]) -> dict[str, str]:
+    """A file name for each input; equal stems get their folder's name in front, then a number."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for file in files:
+        stem = os.path.splitext(os.path.basename(file))[0]
+        candidates = [stem, f"{os.path.basename(os.path.dirname(os.path.abspath(file)))}_{stem}"]
+        candidates += [f"{stem}_{n}" for n in range(2, len(files) + 2)]
+        names[file] = next(name for name in candidates if name not in taken)
+        taken.add(names[file])
+    return names

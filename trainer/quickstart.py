@@ -1,0 +1,291 @@
+"""The whole chain on one machine: synthetic scenes -> teacher -> pseudo-labels -> student -> evaluation -> report.
+
+Every stage is the command a user would run, with a recipe that ships; a stage that is done is not done again, so an
+interrupted quickstart goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cluster import storage
+from cluster.progress import Progress
+from cluster.stop import StopFlag
+from trainer.config import EvaluateConfig, LabelConfig, TrainConfig, absolute_paths, apply_override, parse_config
+from trainer.journal import Journal
+from trainer.run import train
+
+EVALUATION_SEED = 7_000_003  # scenes of training come from other seeds
+MAX_DEPTH_M = 20.0
+STRONG = {"jitter_p": 0.8, "grayscale_p": 0.2, "blur_p": 0.5, "blur_sigma": [0.025, 0.5]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much of everything; the defaults fit 8 minutes on 2 CPU cores."""
+
+    labelled: int = 800
+    wide: int = 4000
+    evaluation: int = 300
+    image: int = 112
+    steps: float = 1.0  # times the recipes' steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asked of the quickstart. `recipes` maps encoder, teacher and student to plain configurations."""
+
+    out: str
+    recipes: Mapping[str, Mapping[str, Any]]
+    seed: int = 1
+    ladder: bool = False
+    encoder_weights: str | None = None  # a DINOv2 file; then there is no stand-in
+    preset: str = "tiny"
+    sizes: Sizes = Sizes()
+    evaluation_seed: int = EVALUATION_SEED
+
+
+class Stopped(Exception):
+    """A stage was stopped by a signal; what is done stays."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(kw_only=True)
+class Results:
+    """What the quickstart ends with: rows of the table, seconds of each stage, where things lie."""
+
+    rows: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # row -> domain or protocol -> metrics
+    seconds: dict[str, float] = field(default_factory=dict)
+    stand_in: bool = True
+    images: int = 0
+
+
+def quickstart(request: Request, stop: StopFlag | None = None) -> Results:
+    """Run the chain into `request.out`; writes `results.json` and `report.html` there.
+
+    Raises Stopped after a signal, and whatever a stage raises.
+    """
+    from cluster.runtime import ray_session
+
+    results = Results(stand_in=request.encoder_weights is None)
+    stop = stop or StopFlag()
+    os.makedirs(request.out, exist_ok=True)
+    storage.atomic_write(os.path.join(request.out, "sizes.json"), json.dumps(asdict(request.sizes)))
+    with timed(results, "data"):
+        make_data(request, stop)
+    with ray_session():
+        if results.stand_in:
+            with timed(results, "encoder"):
+                train_stage(request, "encoder", stop)
+        with timed(results, "teacher"):
+            teacher = train_stage(request, "teacher", stop)
+        with timed(results, "labels"):
+            labels = label_stage(request, teacher, stop)
+        runs = {"teacher": teacher}
+        for name in ("student", *(LADDER if request.ladder else ())):
+            with timed(results, name):
+                runs[name] = train_stage(request, name, stop, labels)
+    with timed(results, "evaluation"):
+        for name, folder in runs.items():
+            results.rows[name] = evaluate_stage(request, name, folder, stop)
+            results.images = request.sizes.evaluation
+    storage.atomic_write(os.path.join(request.out, "results.json"), json.dumps(asdict(results), indent=1))
+    from trainer.quickstart_report import write_quickstart_report
+
+    write_quickstart_report(request, results, runs)
+    return results
+
+
+# Control rows: name -> (recipe, overrides of it). All see as many images as the student does.
+LADDER: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "labelled-only": ("teacher", {"data.roles.labelled.batch": 24}),
+    "labelled-only-jitter": (
+        "teacher",
+        {"data.roles.labelled.batch": 24, "data.roles.labelled.perturbation": STRONG},
+    ),
+    "student-plain": (
+        "student",
+        {"data.roles.unlabelled.perturbation": {"flip_p": 0.5}, "task.feature_weight": 0.0}
+        | {"task.labelled_weight": 0.5, "task.unlabelled_weight": 0.5},
+    ),
+    "student-perturbed": (
+        "student",
+        {"task.feature_weight": 0.0, "task.labelled_weight": 0.5, "task.unlabelled_weight": 0.5},
+    ),
+}
+
+
+@contextlib.contextmanager
+def timed(results: Results, stage: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    results.seconds[stage] = round(time.monotonic() - began, 1)
+
+
+def make_data(request: Request, stop: StopFlag) -> None:
+    """Render and pack the four sets; whole shards of an interrupted call are kept."""
+    from dataio.dataset import INFO_NAME
+    from dataio.pack import pack_synth
+
+    sizes = request.sizes
+    sets = {
+        "labelled": ("labelled", request.seed, sizes.labelled, True),
+        "wide": ("wide", request.seed, sizes.wide, False),
+        "evaluation-wide": ("wide", request.evaluation_seed, sizes.evaluation, True),
+        "evaluation-labelled": ("labelled", request.evaluation_seed, sizes.evaluation, True),
+    }
+    for name, (domain, seed, count, labelled) in sets.items():
+        out = os.path.join(request.out, "data", name)
+        if storage.exists(os.path.join(out, INFO_NAME)):
+            continue
+        with Progress(f"scenes: {name}", count, "images") as bar:
+
+            def on_progress(done: int, total: int, bar: Progress = bar) -> None:
+                if stop.reason:
+                    raise Stopped(stop.reason)
+                bar.update(done)
+
+            pack_synth(
+                domain, out, seed=seed, count=count, size=sizes.image, labelled=labelled,
+                samples_per_shard=max(1, -(-count // 8)), workers=os.cpu_count() or 1, progress=on_progress,
+            )  # fmt: skip
+
+
+def stage_config(request: Request, name: str, labels: str | None = None) -> TrainConfig:
+    """The configuration of one training stage: the recipe with the paths, sizes and seed of this quickstart."""
+    recipe, overrides = LADDER.get(name, (name, {}))
+    values: dict[str, Any] = json.loads(json.dumps(request.recipes[recipe]))
+    for key, value in overrides.items():
+        apply_override(values, f"{key}={json.dumps(value)}")
+    values |= {"name": name, "seed": request.seed, "runs": "runs"}
+    values["steps"] = max(1, round(values["steps"] * request.sizes.steps))
+    values["data"]["input_size"] = request.sizes.image
+    values["model"]["preset"] = request.preset
+    if request.encoder_weights:
+        values["model"]["encoder_weights"] = os.path.abspath(request.encoder_weights)
+    if labels and "unlabelled" in values["data"]["roles"]:
+        values["data"]["roles"]["unlabelled"]["labels"] = [labels]
+    optim = values.get("optim", {})
+    optim["warmup_samples"] = round(optim.get("warmup_samples", 0) * min(1.0, request.sizes.steps))
+    return parse_config(TrainConfig, absolute_paths(values, request.out), source=f"recipe {recipe}")
+
+
+def train_stage(request: Request, name: str, stop: StopFlag, labels: str | None = None) -> str:
+    """Train one stage unless its journal says it is finished; returns the run's folder."""
+    config = stage_config(request, name, labels)
+    journal = Journal(config.folder)
+    if any(entry["event"] == "finished" for entry in journal.read()):
+        return config.folder
+    started = os.path.exists(os.path.join(config.folder, "config.yaml"))
+    with Progress(name, config.steps, "steps") as bar:
+        outcome = train(
+            config,
+            resume=started,
+            on_progress=lambda report: bar.update(report["done"], loss=report["loss"]),
+            stop=stop,
+        )
+    if outcome.stopped:
+        raise Stopped(outcome.stopped)
+    return outcome.folder
+
+
+def label_stage(request: Request, teacher: str, stop: StopFlag) -> str:
+    """Pseudo-label the wide images; returns the sidecar's folder."""
+    from trainer.labelling import run_labelling
+
+    config = parse_config(
+        LabelConfig,
+        {
+            "dataset": os.path.join(request.out, "data", "wide"),
+            "weights": os.path.join(teacher, "weights"),
+            "input_size": request.sizes.image,
+            "batch": 16,
+            "cluster": {"workers": min(2, os.cpu_count() or 1)},
+        },
+    )
+    with Progress("labels", None, "shards") as bar:
+        outcome = run_labelling(config, on_shard=lambda done, total, entry: bar.update(done, of=total), stop=stop)
+    if outcome.stopped:
+        raise Stopped(outcome.stopped)
+    return outcome.folder
+
+
+def evaluate_stage(request: Request, name: str, folder: str, stop: StopFlag) -> dict[str, dict[str, float]]:
+    """Metrics of one network: wide domain in both protocols, labelled domain in depth, and the best constant."""
+    from trainer.evaluate import evaluate
+
+    out = os.path.join(request.out, "evaluation", name)
+    config = parse_config(
+        EvaluateConfig,
+        {
+            "weights": os.path.join(folder, "weights"),
+            "datasets": [os.path.join(request.out, "data", f"evaluation-{domain}") for domain in ("wide", "labelled")],
+            "input_size": request.sizes.image,
+            "max_depth": MAX_DEPTH_M,
+            "batch": 16,
+            "out": out,
+        },
+    )
+    with Progress(f"evaluate {name}", None, "images") as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            if stop.reason:
+                raise Stopped(stop.reason)
+            bar.update(done, of=total)
+
+        wide, labelled = evaluate(config, on_progress=on_progress)
+    return {
+        "wide": wide.means["depth"],
+        "wide, disparity space": wide.means["disparity"],
+        "wide, best constant": wide.means["constant"],
+        "labelled domain": labelled.means["depth"],
+    }
+
+
+def table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the short table: AbsRel is better low, delta1 better high."""
+    header = ["row", "AbsRel", "delta1", "AbsRel (disparity)", "delta1 (disparity)", "delta1, labelled domain"]
+    some = next(iter(results.rows.values()))
+    constant = some["wide, best constant"]
+    rows = [["best constant", f"{constant['abs_rel']:.4f}", f"{constant['delta1']:.4f}", "-", "-", "-"]]
+    for name, row in results.rows.items():
+        wide, disparity, labelled = row["wide"], row["wide, disparity space"], row["labelled domain"]
+        rows.append(
+            [
+                name,
+                f"{wide['abs_rel']:.4f}",
+                f"{wide['delta1']:.4f}",
+                f"{disparity['abs_rel']:.4f}",
+                f"{disparity['delta1']:.4f}",
+                f"{labelled['delta1']:.4f}",
+            ]
+        )
+    return header, rows
+
+
+def verdict(results: Results, ladder: bool) -> str:
+    """What the rows show, and no more."""
+    teacher, student = (results.rows[name]["wide"] for name in ("teacher", "student"))
+    gain = 100 * (student["delta1"] - teacher["delta1"])
+    relation = "above" if gain > 0 else "below"
+    text = (
+        f"On {results.images} scenes of the wide domain that neither was trained on, the student's delta1 is "
+        f"{abs(gain):.1f} points {relation} its teacher's, in this one run with this one seed. "
+        "That is no evidence that unlabelled images help: "
+    )
+    if not ladder:
+        return text + "a labelled-only network with the student's budget and colour jitter is the control, see --ladder."
+    control = results.rows["labelled-only-jitter"]["wide"]["delta1"]
+    return text + (
+        f"the control, a labelled-only network with the student's budget and colour jitter, reaches delta1 {control:.4f} "
+        f"against the student's {student['delta1']:.4f}."
+    )

@@ -1,0 +1,180 @@
+"""From a configuration to a trained network: the driver's part (`train`) and each rank's part (`train_worker`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from cluster import storage
+from cluster.stop import StopFlag
+from dataio.dataset import Dataset
+from dataio.labels import LabelStore
+from trainer.checkpoint import find_checkpoint
+from trainer.config import ConfigError, TrainConfig, dump_config, parse_config, read_config
+from trainer.journal import Journal
+
+PACKAGES = ("torch", "deepspeed", "ray", "timm", "webdataset", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pillow-simd")
+# What a resumed run must not change: the order of samples and what is learned from them hang on it.
+FIXED = ("seed", "task", "model", "data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOutcome:
+    """How a run ended: `stopped` is the reason of an early stop (SIGINT, SIGTERM) or None when it is complete."""
+
+    folder: str
+    step: int
+    stopped: str | None = None
+
+    @property
+    def weights(self) -> str:
+        """Folder of the exported network."""
+        return os.path.join(self.folder, "weights")
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[Mapping[str, Any]], None] | None = None,
+    stop: StopFlag | None = None,
+) -> TrainOutcome:
+    """Train on `config.cluster.workers` ranks of an embedded or a given Ray cluster; returns when done or stopped.
+
+    Raises ConfigError, DataError, WeightsError or StorageError for what the user can mend; whatever a rank raised
+    otherwise.
+    """
+    from cluster.group import run_group
+    from cluster.runtime import ray_session
+
+    check_inputs(config)
+    checkpoint = prepare_folder(config, resume)
+    journal = Journal(config.folder)
+    journal.write("started", resume=checkpoint, workers=config.cluster.workers)
+    payload = {"config": config.model_dump(mode="json"), "checkpoint": checkpoint}
+    try:
+        with ray_session(config.cluster.address):
+            result = run_group(
+                train_worker,
+                payload,
+                workers=config.cluster.workers,
+                use_gpu=config.cluster.use_gpu,
+                threads_per_worker=config.cluster.threads,
+                name=config.name,
+                storage_path=config.folder,
+                on_progress=on_progress,
+                stop=stop or StopFlag(),
+            )
+    except BaseException as error:
+        journal.write("failed", error=f"{type(error).__name__}: {error}"[:2000])
+        raise
+    outcome = TrainOutcome(folder=config.folder, step=result.value["step"], stopped=result.value["stopped"])
+    journal.write("stopped" if outcome.stopped else "finished", step=outcome.step, reason=outcome.stopped)
+    return outcome
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Everything that can be known to be wrong before a worker starts, cheapest first."""
+    from trainer.tasks.base import make_task
+
+    make_task(config)
+    for role, spec in config.data.roles.items():
+        for index, path in enumerate(spec.datasets):
+            dataset = Dataset.open(path)
+            if spec.labels:
+                LabelStore.open(spec.labels[index]).complete_for(dataset)
+            elif role == "labelled" and dataset.info.role != "labelled":
+                raise ConfigError(f"data.roles.{role}.datasets: {path} has no depth; it is packed as {dataset.info.role}")
+    for name in ("weights", "encoder_weights"):
+        file = getattr(config.model, name)
+        if file and not storage.exists(file):
+            raise ConfigError(f"model.{name}: {file}: no such file or folder")
+
+
+def prepare_folder(config: TrainConfig, resume: bool) -> str | None:
+    """Make or check the run's folder; returns the checkpoint to go on from."""
+    folder, saved = config.folder, os.path.join(config.folder, "config.yaml")
+    checkpoint = None
+    if os.path.exists(saved):
+        if not resume:
+            raise ConfigError(f"{folder}: this run exists; go on with --resume or choose another name (--set name=...)")
+        refuse_changes(read_config(TrainConfig, saved), config)
+        checkpoint, passed = find_checkpoint(os.path.join(folder, "checkpoints"))
+        for line in passed:
+            Journal(folder).write("checkpoint_passed_over", problem=line)
+            print(f"passed over {line}", file=sys.stderr)
+    elif resume:
+        raise ConfigError(f"{folder}: no run to resume; start it without --resume")
+    os.makedirs(folder, exist_ok=True)
+    storage.atomic_write(saved, dump_config(config))
+    storage.atomic_write(os.path.join(folder, "environment.json"), json.dumps(environment(config), indent=1))
+    return checkpoint
+
+
+def refuse_changes(before: TrainConfig, now: TrainConfig) -> None:
+    """A resumed run keeps its data, task, network and seed. Raises ConfigError naming the first field that differs."""
+    for section in FIXED:
+        old, new = before.model_dump(mode="json")[section], now.model_dump(mode="json")[section]
+        if section == "data":
+            old, new = ({k: v for k, v in d.items() if k not in {"threads", "prefetch", "max_bad_fraction"}} for d in (old, new))
+        if old != new:
+            field, was, found = first_difference(section, old, new)
+            raise ConfigError(f"{field}: is {found!r}, but the run to resume has {was!r}; use that or start under another name")
+
+
+def first_difference(where: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """Path and both values of the first field in which two plain configurations differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                return first_difference(f"{where}.{key}", old.get(key), new.get(key))
+    return where, old, new
+
+
+def environment(config: TrainConfig) -> dict[str, Any]:
+    """Versions, commit, world size: what a result depends on beside its configuration."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "workers": config.cluster.workers,
+        "commit": commit(),
+        "packages": versions,
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, or None outside one."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        done = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def train_worker(context: Any, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """One rank: build the network, engine and loader, restore, run the loop, export. Runs inside the process group."""
+    from trainer.worker import RankTrainer
+
+    config = parse_config(TrainConfig, payload["config"])
+    with RankTrainer(config, context, payload["checkpoint"]) as rank:
+        stopped = rank.run()
+        return {"step": rank.loop.step, "stopped": stopped}
+
+

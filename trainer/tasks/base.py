@@ -1,0 +1,108 @@
+"""The task protocol: what is particular to one way of training. The loop, engine and checkpoints know no task.
+
+A task module defines one class named `TrainingTask`. Adding a task is one file here, its test and a recipe.
+
+Shape suffixes: B batch, C channel, H W pixels.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from dataio.spec import RoleNeeds
+from dataio.types import Batch
+from trainer.config import ConfigError, ModelSection, Section, TrainConfig, parse_config
+
+Forward = Callable[..., Any]  # the trainable network as the engine wraps it
+
+
+class Task(abc.ABC):
+    """One way of training.
+
+    Every loss term is a *sum* over images; its denominator is a *count* of images that is known before the forward
+    pass. The loop adds the counts of all ranks, so the gradient does not depend on how the batch was cut.
+    """
+
+    Options: ClassVar[type[Section]] = Section
+    needs: ClassVar[Mapping[str, RoleNeeds]]  # roles that must be configured
+    views: ClassVar[tuple[str, ...]] = ("student",)
+
+    def __init__(self, options: BaseModel, model: ModelSection) -> None:
+        self.options = options
+        self.model = model
+
+    @abc.abstractmethod
+    def build(self) -> nn.Module:
+        """The trainable network, in fp32 on the CPU, initialised. Raises WeightsError when a named file does not fit."""
+
+    def prepare(self, device: torch.device) -> None:
+        """Build what is frozen: it stays outside the engine, so that no optimizer or checkpoint mangles it."""
+
+    @abc.abstractmethod
+    def parameter_groups(self, module: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Named trainable parameters per group; group names are keys of `group_lr` in the loop: encoder, decoder."""
+
+    @property
+    @abc.abstractmethod
+    def term_weights(self) -> dict[str, float]:
+        """Weight of every loss term; its keys are the terms."""
+
+    @abc.abstractmethod
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Images with weight per term in this rank's share of the batch: scalars on the device."""
+
+    @abc.abstractmethod
+    def sums(self, forward: Forward, batch: Batch) -> dict[str, Tensor]:
+        """Sum over the images of a micro-batch of each term's per-image loss: differentiable scalars."""
+
+    @abc.abstractmethod
+    def export(self, module: nn.Module, folder: str) -> None:
+        """Write the trained network in the format that other commands load."""
+
+    @abc.abstractmethod
+    def preview(self, module: nn.Module, image_BCHW: Tensor) -> Tensor:
+        """A picture of what the network says: [B, H, W], larger is nearer (or brighter)."""
+
+    def frozen_fingerprint(self) -> str | None:
+        """Fingerprint of frozen networks, for the checkpoint manifest."""
+        return None
+
+
+def task_names() -> list[str]:
+    """Names of all tasks: the modules beside this one."""
+    package = importlib.import_module("trainer.tasks")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+
+
+def make_task(config: TrainConfig) -> Task:
+    """Import the task named by `config.task.kind`, check its options and that the configured roles are those it needs.
+
+    Raises ConfigError naming the field otherwise.
+    """
+    kind = config.task.kind
+    if kind not in task_names():
+        raise ConfigError(f"task.kind: found {kind!r}; known tasks: {', '.join(task_names())}")
+    cls: type[Task] = importlib.import_module(f"trainer.tasks.{kind}").TrainingTask
+    options = parse_config(cls.Options, config.task.options, source=f"task ({kind})")
+    given, needed = set(config.data.roles), set(cls.needs)
+    if given != needed:
+        raise ConfigError(f"data.roles: task {kind!r} needs {sorted(needed)}, found {sorted(given)}")
+    for role, need in cls.needs.items():
+        if need.sidecar and not config.data.roles[role].labels:
+            raise ConfigError(f"data.roles.{role}.labels: missing; name the sidecar that `fathom label run` wrote")
+        if not need.sidecar and config.data.roles[role].labels:
+            raise ConfigError(f"data.roles.{role}.labels: task {kind!r} reads no sidecar for this role; remove it")
+    return cls(options, config.model)
+
+
+def weight_of(batch: Batch, role: str) -> Tensor:
+    """Number of images with weight among the rows of `role`: a scalar on the device."""
+    return batch.weight_B[batch.rows(role)].sum()

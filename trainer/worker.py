@@ -1,0 +1,147 @@
+"""What one rank of a training run owns, built in order and taken down in reverse."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+
+from cluster.telemetry import Exporter
+from cluster.worker import WorkerContext
+from dataio.loader import Loader
+from dataio.quarantine import Quarantine
+from trainer.checkpoint import Checkpoint, CheckpointError, TrainState, load_checkpoint, load_weights, save_checkpoint
+from trainer.config import TrainConfig
+from trainer.engine import Engine
+from trainer.loop import Loop, step_seed
+from trainer.record import Recorder
+from trainer.tasks.base import Task, make_task
+
+
+class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
+    """Task, engine, loader, loop and recorder of one rank. Leave the block to release threads, port and engine."""
+
+    def __init__(self, config: TrainConfig, context: WorkerContext, checkpoint_path: str | None) -> None:
+        self.config, self.context = config, context
+        self._stack = contextlib.ExitStack()
+        try:
+            self._build(load_checkpoint(checkpoint_path) if checkpoint_path else None)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _build(self, checkpoint: Checkpoint | None) -> None:
+        config, context = self.config, self.context
+        device = torch.device(context.device)
+        torch.manual_seed(step_seed(config.seed, 0, 0))  # every rank builds the same network
+        self.task: Task = make_task(config)
+        module = self.task.build()
+        if checkpoint:
+            load_weights(module, checkpoint)
+        self.task.prepare(device)
+        micro_batches = micro_batch_count(config, context.world_size)
+        module.train()
+        self.engine = Engine(
+            module,
+            self.task.parameter_groups(module),
+            optim=config.optim,
+            engine=config.engine,
+            micro_batches=micro_batches,
+            device=device,
+        )
+        self._stack.callback(self.engine.close)
+        self._restore_optimizer(checkpoint)
+        exporter = Exporter(config.name, context.rank, discovery=os.path.join(config.folder, "telemetry"))
+        self.exporter = self._stack.enter_context(exporter)
+        self.recorder = Recorder(config, self.task, context, self.exporter)
+        self.loader = self._loader(device, checkpoint)
+        self._stack.callback(self.loader.close)
+        self.loop = Loop(
+            config=config,
+            task=self.task,
+            engine=self.engine,
+            context=context,
+            micro_batches=micro_batches,
+            step=checkpoint.state.step if checkpoint else 0,
+            cursor=dict(checkpoint.state.cursor) if checkpoint else {},
+        )
+
+    def _restore_optimizer(self, checkpoint: Checkpoint | None) -> None:
+        if not checkpoint:
+            return
+        expected = {name: [n for n, _ in ps] for name, ps in self.engine.groups.items()}
+        if dict(checkpoint.state.groups) != expected:
+            raise CheckpointError(f"{checkpoint.path}: its parameter groups differ from this network's; check task and model")
+        self.engine.load_optimizer_state(checkpoint.optimizer, checkpoint.state.applied_steps)
+
+    def _loader(self, device: torch.device, checkpoint: Checkpoint | None) -> Loader:
+        config, context = self.config, self.context
+        quarantine = Quarantine(
+            os.path.join(config.folder, f"quarantine.{context.rank}.jsonl"), config.data.max_bad_fraction
+        )
+        loader = Loader(
+            config.data,
+            dict(self.task.needs),
+            views=self.task.views,
+            seed=config.seed,
+            rank=context.rank,
+            world_size=context.world_size,
+            device=str(device),
+            cursor=dict(checkpoint.state.cursor) if checkpoint else None,
+            quarantine=quarantine,
+        )
+        if checkpoint and dict(checkpoint.state.data) != loader.describe():
+            loader.close()
+            raise CheckpointError(
+                f"{checkpoint.path}: was made with other data (its shards, labels or their order changed); "
+                "start a new run from its weights with model.weights"
+            )
+        return loader
+
+    def run(self) -> str | None:
+        """Train to the end or to an agreed stop, then export. Returns the reason of a stop."""
+        batches: Iterator = iter(self.loader)
+        reason = self.loop.run(
+            batches,
+            on_step=lambda record, batch: self.recorder.on_step(self.loop, record, batch),
+            on_checkpoint=self.save,
+        )
+        if reason is None and self.context.rank == 0:
+            self.engine.module.eval()
+            self.task.export(self.engine.module, os.path.join(self.config.folder, "weights"))
+        return reason
+
+    def save(self) -> None:
+        """Write a checkpoint: all ranks gather the moments, rank 0 writes."""
+        began = time.perf_counter()
+        moments = self.engine.optimizer_state()
+        if self.context.rank == 0:
+            weights = {name: t.detach().cpu() for name, t in self.engine.module.state_dict().items()}
+            state = TrainState(
+                step=self.loop.step,
+                applied_steps=self.engine.applied_steps,
+                cursor=dict(self.loop.cursor),
+                data=self.loader.describe(),
+                groups={name: [n for n, _ in ps] for name, ps in self.engine.groups.items()},
+            )
+            root = os.path.join(self.config.folder, "checkpoints")
+            path = save_checkpoint(
+                root, state, weights, moments, keep=self.config.checkpoint.keep, frozen=self.task.frozen_fingerprint()
+            )
+            self.recorder.journal.write("checkpoint", step=state.step, path=os.path.basename(path))
+            self.exporter.metric("fathom_checkpoint_last_success_timestamp_seconds").set_to_current_time()
+        self.exporter.metric("fathom_checkpoint_duration_seconds").labels(op="save").observe(time.perf_counter() - began)
+
+
+def micro_batch_count(config: TrainConfig, world_size: int) -> int:
+    """Forward passes per step, the same on every rank: the largest share of a global batch cut by `engine.micro_batch`."""
+    share = sum(
+        spec.batch // spec.lanes * (-(-spec.lanes // world_size)) for spec in config.data.roles.values()
+    )
+    return -(-share // config.engine.micro_batch) if config.engine.micro_batch else 1
