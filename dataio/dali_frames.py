@@ -20,7 +20,7 @@ def _frames(device: str) -> Any:
     encoded = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
     size_hw = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
     image = fn.decoders.image(
-        encoded, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB, adjust_orientation=False
+        encoded, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB
     )
     image = fn.resize(image, size=size_hw, interp_type=types.INTERP_CUBIC, antialias=False, dtype=types.FLOAT)
     scale = [255.0 * s for s in STD]

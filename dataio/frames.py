@@ -5,27 +5,23 @@ Shape suffixes: B batch, C channel, H W pixels.
 
 from __future__ import annotations
 
-import io
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import webdataset as wds
-from PIL import Image
-
-from cluster import storage
 from dataio.dataset import DatasetInfo, Shard
-from dataio.types import AffineCode, Sample
+from dataio.header import look
+from dataio.reader import ShardSource, read_samples
+from dataio.spec import RoleNeeds
+from dataio.types import Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dataio.dali_frames import FramePipeline
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MAX_PIXELS = 100_000_000  # more is a decompression bomb, or a mistake
+_CHUNK = 64  # samples read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,28 +39,25 @@ Sizer = Callable[[int, int], tuple[int, int]]  # (h, w) of an image -> (H, W) of
 
 
 def read_frames(shard: Shard, info: DatasetInfo, sizer: Sizer) -> Iterator[Frame]:
-    """All samples of a shard in order, read once from front to back through webdataset.
+    """All samples of a shard in order, read once from front to back.
 
-    Raises StorageError or DataError when the shard itself cannot be read; a bad sample is a frame with a `problem`.
+    Raises DataError when the shard is missing; a bad sample is a frame with a `problem`.
     """
-    with storage.open_range(shard.tar, 0) as stream:
-        members = wds.tariterators.tar_file_iterator(stream)
-        for index, group in enumerate(wds.tariterators.group_by_keys(members)):
-            yield make_frame(index, _sample(group, info), sizer)
+    source = ShardSource(tar=shard.tar, quantity=info.quantity, code=info.code, shard=shard)
+    needs = RoleNeeds(target="none" if info.quantity is None else "disparity")
+    for start in range(0, shard.samples, _CHUNK):
+        indices = range(start, min(start + _CHUNK, shard.samples))
+        for index, sample in zip(indices, read_samples(source, indices, needs), strict=True):
+            yield make_frame(index, sample, sizer)
 
 
 def make_frame(index: int, sample: Sample, sizer: Sizer) -> Frame:
-    """Look at the image's header only. Problems: missing_image, bad_image, too_large."""
-    if not sample.image:
-        return Frame(index=index, sample=sample, problem="missing_image")
-    try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            width, height = image.size
-    except Exception:  # noqa: BLE001  Pillow raises whatever the file provokes
-        return Frame(index=index, sample=sample, problem="bad_image")
-    if width * height > MAX_PIXELS:
-        return Frame(index=index, sample=sample, problem="too_large")
-    return Frame(index=index, sample=sample, size_hw=(height, width), input_hw=sizer(height, width))
+    """Look at the headers only; a problem is one of `dataio.quarantine.REASONS`."""
+    found = sample.problem or look(sample, sidecar=False)
+    if isinstance(found, str):
+        return Frame(index=index, sample=sample, problem=found)
+    size_hw = (found.height, found.width)
+    return Frame(index=index, sample=sample, size_hw=size_hw, input_hw=sizer(*size_hw))
 
 
 def batches_by_shape(frames: Iterable[Frame], batch: int, hold: int = 256) -> Iterator[list[Frame]]:
@@ -89,23 +82,6 @@ def batches_by_shape(frames: Iterable[Frame], batch: int, hold: int = 256) -> It
             held -= len(waiting[largest])
             yield waiting.pop(largest)
     yield from waiting.values()
-
-
-def _sample(group: dict[str, Any], info: DatasetInfo) -> Sample:
-    image = next((group[extension] for extension in IMAGE_EXTENSIONS if extension in group), b"")
-    meta = json.loads(group["json"]) if "json" in group else {}
-    code = info.code
-    if code is not None and "scale" in meta:
-        code = AffineCode(scale=meta["scale"], shift=meta.get("shift", 0.0), zero=meta.get("zero", 0))
-    return Sample(
-        key=group["__key__"],
-        image=image,
-        target=group.get("depth.png") or group.get("disparity.png"),
-        code=code,
-        quantity=info.quantity,
-        sky=group.get("sky.png"),
-        meta=meta,
-    )
 
 
 def decode_frames(pipeline: FramePipeline, frames: list[Frame]) -> tuple[Tensor | None, list[Frame], list[Frame]]:

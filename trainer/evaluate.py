@@ -5,6 +5,7 @@ Shape suffixes: B batch, C channel, H W pixels.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -13,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cluster import storage
 from dataio.codec import decode_png16
 from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset
 from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
+from dataio.show import colorize
 from dataio.spec import DataError
 from trainer.config import EvaluateConfig
 from trainer.inference import Predictor, sizer
@@ -143,17 +145,19 @@ def measure(
 
 def sheet_row(frame: Frame, truth: tuple[np.ndarray, np.ndarray], prediction_HW: np.ndarray, metric: bool) -> np.ndarray:
     """image | truth | prediction as one strip, nearer is warmer."""
-    import io
-
-    from dataio.show import colorize
-
     depth_HW, valid_HW = truth
-    image = np.asarray(Image.open(io.BytesIO(frame.sample.image)).convert("RGB"))
+    image = open_rgb(frame)
     near_HW = 1 / np.where(valid_HW, depth_HW, 1)
     shown_HW = 1 / np.maximum(prediction_HW, 1e-6) if metric else prediction_HW
     strip = np.concatenate([image, colorize(near_HW, valid_HW), colorize(shown_HW, np.ones_like(valid_HW))], 1)
     height = min(240, strip.shape[0])
     return np.asarray(Image.fromarray(strip).resize((round(strip.shape[1] * height / strip.shape[0]), height)))
+
+
+def open_rgb(frame: Frame) -> np.ndarray:
+    """The frame's image upright, uint8 [H, W, 3]."""
+    with Image.open(io.BytesIO(frame.sample.image)) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def write_results(

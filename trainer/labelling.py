@@ -55,7 +55,7 @@ def run_labelling(
     todo = [shard.stem for shard in dataset.shards if not store.done(shard.stem)]
     done, images, failed, began = len(dataset.shards) - len(todo), 0, 0, time.monotonic()
 
-    def on_result(entry: LedgerEntry) -> None:
+    def on_result(stem: str, entry: LedgerEntry) -> None:
         nonlocal done, images, failed
         done, images, failed = done + 1, images + entry.samples, failed + entry.failed
         if on_shard:
@@ -100,7 +100,7 @@ def describe(config: LabelConfig, dataset: Dataset) -> dict[str, Any]:
             "resize": f"shorter side to {config.input_size} (lower bound), sides rounded to multiples of 14, cubic, no antialias",
             "input_size": config.input_size,
             "normalisation": "ImageNet mean and deviation",
-            "orientation": "as stored; EXIF orientation is not applied",
+            "orientation": "EXIF orientation applied",
             "flip_average": config.flip,
         },
         "precision": config.precision,

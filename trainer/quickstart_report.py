@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset
 from dataio.frames import decode_frames, read_frames
 from dataio.show import colorize
-from trainer.evaluate import read_truth
+from trainer.evaluate import open_rgb, read_truth
 from trainer.inference import Predictor, sizer
 from trainer.metrics import align_scale_shift
 from trainer.report import Page, loss_curves
@@ -88,7 +87,7 @@ def make_sheet(request: Request, runs: Mapping[str, str]) -> Image.Image:
             continue
         depth_HW, valid_HW = truth
         near_HW = 1 / np.where(valid_HW, depth_HW, 1)
-        tiles = [np.asarray(Image.open(io.BytesIO(frame.sample.image)).convert("RGB")), colorize(near_HW, valid_HW)]
+        tiles = [open_rgb(frame), colorize(near_HW, valid_HW)]
         for name in columns:
             scale, shift = align_scale_shift(maps[name][row], near_HW, valid_HW)
             tiles.append(colorize(np.clip(scale * maps[name][row] + shift, 1 / 20, None), valid_HW))

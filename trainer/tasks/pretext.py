@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from dataio.spec import RoleNeeds
 from dataio.types import Batch
-from model import DepthAnything, save_encoder
+from model import DepthAnything
+from model.weights import save_encoder
 from trainer.config import ModelSection, Section
 from trainer.tasks.base import Forward, Task, weight_of
 
