@@ -26,7 +26,7 @@ _CHUNK = 64  # samples read at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One whole image as read. `size_hw` is its own; `input_hw` what the network is to see. Zero when `problem` is set."""
+    """One whole image as read. `size_hw` is its own, `input_hw` the network's; zero when `problem` is set."""
 
     index: int  # place in the shard
     sample: Sample
@@ -63,7 +63,7 @@ def make_frame(index: int, sample: Sample, sizer: Sizer) -> Frame:
 def batches_by_shape(frames: Iterable[Frame], batch: int, hold: int = 256) -> Iterator[list[Frame]]:
     """Lists of at most `batch` frames of one input size, so that aspect is kept without padding.
 
-    Holds back at most `hold` frames. Frames with a problem come alone, at once. The order within one input size is kept.
+    Holds back at most `hold` frames. Frames with a problem come alone, at once. Within one input size order is kept.
     """
     waiting: dict[tuple[int, int], list[Frame]] = defaultdict(list)
     held = 0

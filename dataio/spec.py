@@ -9,7 +9,7 @@ section 3.2) names the operations but not their strengths.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 class DataError(ValueError):
@@ -22,7 +22,7 @@ class DataError(ValueError):
 class Perturbation:
     """Random transforms of one role's samples; the defaults only flip and crop, which is V1's labelled recipe."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     flip_p: float = 0.5
     jitter_p: float = 0.0
@@ -42,7 +42,7 @@ class Perturbation:
 class RoleSpec:
     """One role of a batch: which datasets feed it and how many samples of every global batch are its own."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     datasets: tuple[str, ...]  # folders or URLs of datasets, concatenated without re-sampling
     labels: tuple[str, ...] = ()  # label sidecars, one per dataset, or none
@@ -63,7 +63,7 @@ class RoleNeeds:
 class DataSpec:
     """The `data:` section of a training configuration."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     roles: dict[str, RoleSpec]
     input_size: int = 518  # pixels, square crop, a multiple of the patch size

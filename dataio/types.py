@@ -51,7 +51,7 @@ class Batch:
     """One rank's share of one global batch, on the device. Rows of one role are contiguous, see `rows`.
 
     `views` hold ImageNet-normalised images: "student" is perturbed and mixed; "clean" has the same geometry and the
-    same mixing but untouched colours. `region_BHW` is uint8: 0 invalid, 1 the image itself, 2 the part pasted by CutMix.
+    same mixing but untouched colours. `region_BHW` is uint8: 0 invalid, 1 the image itself, 2 what CutMix pasted.
     `weight_B` is 0 for a slot whose sample was bad or absent (the last batch of a pass), else 1.
     `cursor` is, per role, the number of samples consumed once this batch has been used: the state to save.
     """

@@ -50,12 +50,14 @@ def pack(
     depth_scale: Annotated[float, typer.Option(help="Metres per code of the 16-bit depth maps.")] = 0.001,
     depth_scale_of: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN=SCALE", help="Another scale for matching files, e.g. 'tum_*=0.0002'; repeatable."),
+        typer.Option(
+            metavar="PATTERN=SCALE", help="Another scale for matching files, e.g. 'tum_*=0.0002'; repeatable."
+        ),
     ] = None,
     shard_mib: Annotated[int, typer.Option(min=1, help="MiB of a shard.")] = 256,
     restart: Annotated[bool, typer.Option("--restart", help="Delete a half-made dataset and start anew.")] = False,
 ) -> int:
-    """Pack a folder of photographs as WebDataset shards; the images are copied, never re-encoded. The same call resumes.
+    """Pack a folder of photographs as WebDataset shards; images are copied, never re-encoded. The same call resumes.
 
     What cannot be used is skipped and named, here and in pack_report.json.
 
@@ -108,7 +110,9 @@ def _scale(item: str) -> tuple[str, float]:
     except ValueError:
         scale = 0.0
     if not equals or not pattern or scale <= 0:
-        raise typer.BadParameter(f"{item!r}: expected PATTERN=SCALE, for example 'tum_*=0.0002'", param_hint="--depth-scale-of")
+        raise typer.BadParameter(
+            f"{item!r}: expected PATTERN=SCALE, for example 'tum_*=0.0002'", param_hint="--depth-scale-of"
+        )
     return pattern, scale
 
 

@@ -53,7 +53,9 @@ def run(
     with StopFlag() as stop, Progress("label", None, "shards") as bar:
         outcome = run_labelling(config, on_shard=lambda done, total, entry: bar.update(done, of=total), stop=stop)
     if outcome.failed:
-        typer.echo(f"{outcome.failed} of {outcome.images} images have no label; `fathom label status` says why", err=True)
+        typer.echo(
+            f"{outcome.failed} of {outcome.images} images have no label; `fathom label status` says why", err=True
+        )
     if outcome.stopped:
         typer.echo(f"stopped by {outcome.stopped} after {outcome.shards} shards; the same command goes on", err=True)
         return exit_status(outcome.stopped)

@@ -9,9 +9,12 @@ from typing import Annotated, Any
 import typer
 
 OverridesOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. optim.encoder_lr=1e-5; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. optim.encoder_lr=1e-5; repeatable."),
 ]
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; `fathom recipes show NAME` prints one.")]
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file; `fathom recipes show NAME` prints one.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -118,7 +121,9 @@ def quickstart(
     ladder: Annotated[bool, typer.Option("--ladder", help="Train the control rows too (three times as long).")] = False,
     encoder: Annotated[str | None, typer.Option(help="A DINOv2 file to start from and align to.")] = None,
     preset: Annotated[str, typer.Option(help="The network; with --encoder the one that fits it.")] = "tiny",
-    scale: Annotated[float, typer.Option(min=0.001, max=100, help="Times the images and steps; for a quick look.")] = 1.0,
+    scale: Annotated[
+        float, typer.Option(min=0.001, max=100, help="Times the images and steps; for a quick look.")
+    ] = 1.0,
 ) -> int:
     """The whole chain on this machine: scenes, teacher, pseudo-labels, student, evaluation, report.html.
 
@@ -150,7 +155,8 @@ def quickstart(
     header, rows = table(results)
     widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
-        typer.echo("  ".join(f"{cell:<{w}}" if not i else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        typer.echo("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
     typer.echo(verdict(results, ladder))
     typer.echo(f"{sum(results.seconds.values()):.0f} s in all; report: {os.path.join(out, 'report.html')}")
     return 0

@@ -59,7 +59,12 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    root: str, state: TrainState, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], *, keep: int,
+    root: str,
+    state: TrainState,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    *,
+    keep: int,
     frozen: str | None = None,
 ) -> str:
     """Write one checkpoint under `root` and drop all but the newest `keep`. Returns its folder.
@@ -79,13 +84,21 @@ def save_checkpoint(
             _sync(os.path.join(partial, name))
         storage.atomic_write(os.path.join(partial, "state.json"), json.dumps(asdict(state), indent=1))
         files = {name: storage.sha256_file(os.path.join(partial, name)) for name in (*tensors, "state.json")}
-        manifest = {"format": FORMAT, "step": state.step, "files": files, "weights": fingerprint(weights), "frozen": frozen}
+        manifest = {
+            "format": FORMAT,
+            "step": state.step,
+            "files": files,
+            "weights": fingerprint(weights),
+            "frozen": frozen,
+        }
         storage.atomic_write(os.path.join(partial, "manifest.json"), json.dumps(manifest, indent=1))
         shutil.rmtree(final, ignore_errors=True)  # a run that walked back writes the same step again
         os.rename(partial, final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise storage.StorageError(f"{final}: cannot write the checkpoint: {error}; earlier checkpoints are kept") from error
+        raise storage.StorageError(
+            f"{final}: cannot write the checkpoint: {error}; earlier checkpoints are kept"
+        ) from error
     storage.atomic_write(os.path.join(root, "latest"), os.path.basename(final))
     for name in list_checkpoints(root)[:-keep]:
         shutil.rmtree(os.path.join(root, name), ignore_errors=True)
@@ -101,7 +114,7 @@ def list_checkpoints(root: str) -> list[str]:
 
 def find_checkpoint(root: str) -> tuple[str | None, list[str]]:
     """The newest whole checkpoint's folder, and a line for every newer one that was passed over."""
-    passed = []
+    passed: list[str] = []
     for name in reversed(list_checkpoints(root)):
         problem = verify_checkpoint(os.path.join(root, name))
         if problem is None:
@@ -132,7 +145,9 @@ def load_checkpoint(path: str) -> Checkpoint:
         optimizer = load_file(os.path.join(path, "optimizer.safetensors"))
         return Checkpoint(path=path, weights=weights, optimizer=optimizer, state=TrainState(**state))
     except (SafetensorError, TypeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}; remove the folder to go on from the one before") from error
+        raise CheckpointError(
+            f"{path}: cannot be read: {error}; remove the folder to go on from the one before"
+        ) from error
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint) -> None:
@@ -143,7 +158,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint) -> None:
     if missing or surplus or shapes:
         raise CheckpointError(
             f"{checkpoint.path}: is of another network: {len(missing)} tensors missing, {len(surplus)} unknown, "
-            f"{len(shapes)} of another shape (first: {(missing + surplus + shapes)[0]}); check task.kind and model.preset"
+            f"{len(shapes)} of another shape (first: {(missing + surplus + shapes)[0]}); check task.kind, model.preset"
         )
     module.load_state_dict(dict(checkpoint.weights), strict=True)
 

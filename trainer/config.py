@@ -46,7 +46,9 @@ class ModelSection(Section):
     """Which network, and what it starts from."""
 
     preset: str = "v2-vits"
-    encoder_weights: str | None = Field(default=None, description="file of a pre-trained encoder, DINOv2's for instance")
+    encoder_weights: str | None = Field(
+        default=None, description="file of a pre-trained encoder, DINOv2's for instance"
+    )
     weights: str | None = Field(default=None, description="file or folder of a whole network to start from")
 
 
@@ -111,13 +113,16 @@ class TrainConfig(Section):
             if not spec.datasets:
                 raise ValueError(f"{at}.datasets: is empty; name at least one dataset folder")
             if spec.labels and len(spec.labels) != len(spec.datasets):
-                raise ValueError(f"{at}.labels: {len(spec.labels)} folders for {len(spec.datasets)} datasets; name one each")
+                raise ValueError(
+                    f"{at}.labels: {len(spec.labels)} folders for {len(spec.datasets)} datasets; name one each"
+                )
             if self.cluster.workers > spec.lanes:
                 raise ValueError(
-                    f"{at}.lanes: {spec.lanes} lanes cannot feed cluster.workers: {self.cluster.workers}; raise the lanes"
+                    f"{at}.lanes: {spec.lanes} lanes cannot feed {self.cluster.workers} cluster.workers; raise the lanes"
                 )
-        if self.optim.warmup_samples >= self.steps * self.global_batch:
-            raise ValueError(f"optim.warmup_samples: {self.optim.warmup_samples} is not less than the run's {self.steps * self.global_batch} samples")
+        total = self.steps * self.global_batch
+        if self.optim.warmup_samples >= total:
+            raise ValueError(f"optim.warmup_samples: {self.optim.warmup_samples} must be less than the run's {total}")
         return self
 
     @property
@@ -183,7 +188,9 @@ def read_config(cls: type[C], path: str | os.PathLike[str], overrides: Sequence[
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: found {type(values).__name__}, expected a mapping of sections such as `task:`, `data:`")
+        raise ConfigError(
+            f"{path}: found {type(values).__name__}, expected a mapping of sections such as `task:`, `data:`"
+        )
     for override in overrides:
         apply_override(values, override)
     return parse_config(cls, absolute_paths(values), source=str(path))

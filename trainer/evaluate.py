@@ -57,7 +57,9 @@ def evaluate(
             raise DataError(f"{dataset.path}: has no depth to compare with; evaluate needs a labelled dataset")
     predictor = predictor or Predictor(config.weights, preset=config.preset)
     total = sum(min(d.info.samples, config.limit or d.info.samples) for d in datasets)
-    results, done, sheet = [], 0, []
+    results: list[DatasetResult] = []
+    sheet: list[np.ndarray] = []
+    done = 0
     for dataset in datasets:
         result = DatasetResult(dataset=dataset.path)
         means = {protocol: MetricMean() for protocol in ("metric",) if predictor.metric} or {
@@ -67,7 +69,7 @@ def evaluate(
             done += 1
             if on_progress:
                 on_progress(done, total)
-            truth = read_truth(frame) if prediction_HW is not None else frame.problem
+            truth = read_truth(frame)
             if isinstance(truth, str) or prediction_HW is None:
                 result.skipped.setdefault(str(truth), []).append(frame.sample.key)
                 continue
@@ -115,6 +117,8 @@ def _first(dataset: Dataset, config: EvaluateConfig) -> Iterator[Frame]:
 def read_truth(frame: Frame) -> tuple[np.ndarray, np.ndarray] | str:
     """(depth in metres [H, W], valid [H, W]) or the reason why there is none. Sky has no depth."""
     sample = frame.sample
+    if frame.problem:
+        return frame.problem
     if sample.target is None or sample.code is None:
         return "missing_target"
     try:
@@ -143,7 +147,9 @@ def measure(
     return {**values, "constant": best_constant_metrics(depth_HW, valid_HW, max_depth)}
 
 
-def sheet_row(frame: Frame, truth: tuple[np.ndarray, np.ndarray], prediction_HW: np.ndarray, metric: bool) -> np.ndarray:
+def sheet_row(
+    frame: Frame, truth: tuple[np.ndarray, np.ndarray], prediction_HW: np.ndarray, metric: bool
+) -> np.ndarray:
     """image | truth | prediction as one strip, nearer is warmer."""
     depth_HW, valid_HW = truth
     image = open_rgb(frame)

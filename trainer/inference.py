@@ -28,10 +28,18 @@ class Predictor:
     """A frozen network on a device; with `flip`, the mean of an image's and its mirror image's prediction."""
 
     def __init__(
-        self, weights: str, *, preset: str | None = None, device: str = "cpu", precision: str = "fp32", flip: bool = False
+        self,
+        weights: str,
+        *,
+        preset: str | None = None,
+        device: str = "cpu",
+        precision: str = "fp32",
+        flip: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        self.network = DepthAnything.from_pretrained(weights, preset=preset).to(self.device).eval().requires_grad_(False)
+        self.network = (
+            DepthAnything.from_pretrained(weights, preset=preset).to(self.device).eval().requires_grad_(False)
+        )
         self.precision, self.flip = precision, flip
         self.metric = self.network.preset.head == "metric"
 

@@ -16,7 +16,7 @@ class Journal:
         self.path = storage.join(folder, "journal.jsonl")
 
     def write(self, event: str, **facts: Any) -> None:
-        """Record `event` (started, resumed, checkpoint, stopped, failed, finished ...) with the time in Unix seconds."""
+        """Record `event` (started, checkpoint, stopped, failed, finished ...) with the time in Unix seconds."""
         storage.append_line(self.path, json.dumps({"time": round(time.time(), 3), "event": event, **facts}), sync=True)
 
     def read(self) -> list[dict[str, Any]]:

@@ -92,12 +92,14 @@ def describe(config: LabelConfig, dataset: Dataset) -> dict[str, Any]:
 
     teacher = DepthAnything.from_pretrained(config.weights, preset=config.preset)
     if teacher.preset.head == "metric":
-        raise ConfigError(f"weights: {config.weights} predicts metres; pseudo-labels are disparities, name a relative network")
+        raise ConfigError(
+            f"weights: {config.weights} predicts metres; pseudo-labels are disparities, name a relative network"
+        )
     return {
         "teacher": {"fingerprint": teacher.fingerprint(), "preset": teacher.preset.name},
         "dataset": {"name": dataset.info.name, "fingerprint": dataset.fingerprint, "samples": dataset.info.samples},
         "preprocessing": {
-            "resize": f"shorter side to {config.input_size} (lower bound), sides rounded to multiples of 14, cubic, no antialias",
+            "resize": "shorter side to input_size (lower bound), sides rounded to multiples of 14, cubic, no antialias",
             "input_size": config.input_size,
             "normalisation": "ImageNet mean and deviation",
             "orientation": "EXIF orientation applied",
@@ -135,7 +137,7 @@ class Labeller:
         )
 
     def process(self, stem: str) -> LedgerEntry:
-        """Label one shard; its order and keys are the source's. Raises StorageError or DataError for the whole shard."""
+        """Label one shard; order and keys are the source's. Raises StorageError or DataError for the whole shard."""
         shard = next(s for s in self.dataset.shards if s.stem == stem)
         return self.store.write_shard(stem, in_order(self._labels(read_frames(shard, self.dataset.info, self.sizer))))
 
@@ -157,7 +159,7 @@ class Labeller:
 
 
 def pad_batch(image_BCHW: Any, batch: int) -> Any:
-    """Repeat the last image up to a fixed batch: a network's rounding depends on the batch it runs in, labels must not."""
+    """Repeat the last image up to a fixed batch: rounding depends on the batch a network runs, labels must not."""
     missing = batch - len(image_BCHW)
     if missing <= 0:
         return image_BCHW

@@ -41,7 +41,7 @@ class StepRecord:
 
 @dataclass(kw_only=True)
 class Loop:
-    """Runs steps until `config.steps` or until a rank is asked to stop. `cursor` and `step` are what a checkpoint saves."""
+    """Runs steps until `config.steps` or an agreed stop. `cursor` and `step` are what a checkpoint saves."""
 
     config: TrainConfig
     task: Task
@@ -54,7 +54,11 @@ class Loop:
     _stop_votes: Tensor | None = None
 
     def run(
-        self, batches: Iterator[Batch], *, on_step: Callable[[StepRecord, Batch], None], on_checkpoint: Callable[[], None]
+        self,
+        batches: Iterator[Batch],
+        *,
+        on_step: Callable[[StepRecord, Batch], None],
+        on_checkpoint: Callable[[], None],
     ) -> str | None:
         """Train; returns the reason of an early stop, agreed by all ranks, or None at the end."""
         while self.step < self.config.steps:

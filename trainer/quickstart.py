@@ -283,9 +283,11 @@ def verdict(results: Results, ladder: bool) -> str:
         "That is no evidence that unlabelled images help: "
     )
     if not ladder:
-        return text + "a labelled-only network with the student's budget and colour jitter is the control, see --ladder."
+        return (
+            text + "a labelled-only network with the student's budget and colour jitter is the control, see --ladder."
+        )
     control = results.rows["labelled-only-jitter"]["wide"]["delta1"]
     return text + (
-        f"the control, a labelled-only network with the student's budget and colour jitter, reaches delta1 {control:.4f} "
+        f"the control, a labelled-only network with the student's budget and colour jitter, reaches {control:.4f} "
         f"against the student's {student['delta1']:.4f}."
     )

@@ -33,17 +33,17 @@ def write_quickstart_report(request: Request, results: Results, runs: Mapping[st
 
     page = Page("fathom quickstart: teacher, pseudo-labels, student")
     page.text(
-        f"{request.sizes.labelled} labelled synthetic scenes trained the teacher; it labelled {request.sizes.wide} scenes of "
-        "a different, wider domain; the student learned from both, 1 : 2, under colour distortion, blur and CutMix, "
+        f"{request.sizes.labelled} labelled synthetic scenes trained the teacher; it labelled {request.sizes.wide} scenes "
+        "of a different, wider domain; the student learned from both, 1 : 2, under colour distortion, blur and CutMix, "
         "its features held near a frozen encoder."
     )
     page.heading("Evaluation on the wide domain")
     page.table(*table(results))
     page.text(verdict(results, request.ladder))
     page.text(
-        "AbsRel and delta1 without a note: least-squares scale and shift in disparity, compared as depth up to 20 m, sky left "
-        "out; (disparity): the same alignment, compared as disparity, as in the tables of Depth Anything. The two cannot be "
-        "compared with each other."
+        "AbsRel and delta1 without a note: least-squares scale and shift in disparity, compared as depth up to 20 m, "
+        "sky left out; (disparity): the same alignment, compared as disparity, as in the tables of Depth Anything. The "
+        "two cannot be compared with each other."
     )
     page.heading("Pictures")
     sheet = make_sheet(request, runs)
@@ -57,8 +57,8 @@ def write_quickstart_report(request: Request, results: Results, runs: Mapping[st
     page.table(["stage", "seconds"], [[name, seconds] for name, seconds in results.seconds.items()])
     if results.stand_in:
         page.text(
-            "The frozen encoder is a stand-in for DINOv2: a tiny network trained on the unlabelled images by masked-patch "
-            "prediction, without labels. Teacher and student start from it."
+            "The frozen encoder is a stand-in for DINOv2: a tiny network trained on the unlabelled images by "
+            "masked-patch prediction, without labels. Teacher and student start from it."
         )
     for name in runs:
         config = stage_config(request, name, "LABELS").model_dump(mode="json")
@@ -78,6 +78,7 @@ def make_sheet(request: Request, runs: Mapping[str, str]) -> Image.Image:
         if len(frames) == SHEET_ROWS:
             break
     image_BCHW, good, _ = decode_frames(FramePipeline(SHEET_ROWS, 1, "cpu"), frames)
+    assert image_BCHW is not None  # we packed these images ourselves
     columns = ("teacher", "student")
     maps = {name: Predictor(os.path.join(runs[name], "weights"))(image_BCHW)[0].numpy() for name in columns}
     strips = [title_strip(("image", "truth", *columns))]

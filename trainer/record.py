@@ -1,4 +1,4 @@
-"""What a run shows of itself while it trains: metrics.jsonl, Prometheus, progress, previews. No influence on training."""
+"""What a run shows of itself while it trains: metrics.jsonl, Prometheus, progress, previews."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class Recorder:
         due = record.step % self.config.log_every == 0 or record.step in (1, self.config.steps)
         if due:
             self._log(loop.global_terms(record), record, seconds)
-        if self.context.rank == 0 and (record.step % self.config.preview_every == 0 or record.step == self.config.steps):
+        if self.context.rank == 0 and (
+            record.step % self.config.preview_every == 0 or record.step == self.config.steps
+        ):
             self.preview(loop.engine.module, record.step, batch)
 
     def _feed(self, record: StepRecord, batch: Batch) -> float:

@@ -92,7 +92,7 @@ def curves_svg(series: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y
 
 
 def loss_curves(folders: Mapping[str, str], smooth: int = 5) -> dict[str, list[tuple[float, float]]]:
-    """(step, loss) of runs from their metrics.jsonl, averaged over `smooth` logged steps; runs without any are left out.
+    """(step, loss) of runs from their metrics.jsonl, averaged over `smooth` logged steps; empty ones are left out.
 
     After a resume a step may stand twice; the later line counts.
     """

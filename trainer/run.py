@@ -21,7 +21,16 @@ from trainer.checkpoint import find_checkpoint
 from trainer.config import ConfigError, TrainConfig, dump_config, parse_config, read_config
 from trainer.journal import Journal
 
-PACKAGES = ("torch", "deepspeed", "ray", "timm", "webdataset", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pillow-simd")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "ray",
+    "timm",
+    "webdataset",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "pillow-simd",
+)
 # What a resumed run must not change: the order of samples and what is learned from them hang on it.
 FIXED = ("seed", "task", "model", "data")
 
@@ -92,7 +101,9 @@ def check_inputs(config: TrainConfig) -> None:
             if spec.labels:
                 LabelStore.open(spec.labels[index]).complete_for(dataset)
             elif role == "labelled" and dataset.info.role != "labelled":
-                raise ConfigError(f"data.roles.{role}.datasets: {path} has no depth; it is packed as {dataset.info.role}")
+                raise ConfigError(
+                    f"data.roles.{role}.datasets: {path} has no depth; it is packed as {dataset.info.role}"
+                )
     for name in ("weights", "encoder_weights"):
         file = getattr(config.model, name)
         if file and not storage.exists(file):
@@ -124,10 +135,14 @@ def refuse_changes(before: TrainConfig, now: TrainConfig) -> None:
     for section in FIXED:
         old, new = before.model_dump(mode="json")[section], now.model_dump(mode="json")[section]
         if section == "data":
-            old, new = ({k: v for k, v in d.items() if k not in {"threads", "prefetch", "max_bad_fraction"}} for d in (old, new))
+            old, new = (
+                {k: v for k, v in d.items() if k not in {"threads", "prefetch", "max_bad_fraction"}} for d in (old, new)
+            )
         if old != new:
             field, was, found = first_difference(section, old, new)
-            raise ConfigError(f"{field}: is {found!r}, but the run to resume has {was!r}; use that or start under another name")
+            raise ConfigError(
+                f"{field}: is {found!r}, but the run to resume has {was!r}; use that or start under another name"
+            )
 
 
 def first_difference(where: str, old: Any, new: Any) -> tuple[str, Any, Any]:
@@ -176,5 +191,3 @@ def train_worker(context: Any, payload: Mapping[str, Any]) -> dict[str, Any]:
     with RankTrainer(config, context, payload["checkpoint"]) as rank:
         stopped = rank.run()
         return {"step": rank.loop.step, "stopped": stopped}
-
-

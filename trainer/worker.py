@@ -77,7 +77,9 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             return
         expected = {name: [n for n, _ in ps] for name, ps in self.engine.groups.items()}
         if dict(checkpoint.state.groups) != expected:
-            raise CheckpointError(f"{checkpoint.path}: its parameter groups differ from this network's; check task and model")
+            raise CheckpointError(
+                f"{checkpoint.path}: its parameter groups differ from this network's; check task and model"
+            )
         self.engine.load_optimizer_state(checkpoint.optimizer, checkpoint.state.applied_steps)
 
     def _loader(self, device: torch.device, checkpoint: Checkpoint | None) -> Loader:
@@ -136,12 +138,12 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             )
             self.recorder.journal.write("checkpoint", step=state.step, path=os.path.basename(path))
             self.exporter.metric("fathom_checkpoint_last_success_timestamp_seconds").set_to_current_time()
-        self.exporter.metric("fathom_checkpoint_duration_seconds").labels(op="save").observe(time.perf_counter() - began)
+        self.exporter.metric("fathom_checkpoint_duration_seconds").labels(op="save").observe(
+            time.perf_counter() - began
+        )
 
 
 def micro_batch_count(config: TrainConfig, world_size: int) -> int:
-    """Forward passes per step, the same on every rank: the largest share of a global batch cut by `engine.micro_batch`."""
-    share = sum(
-        spec.batch // spec.lanes * (-(-spec.lanes // world_size)) for spec in config.data.roles.values()
-    )
+    """Forward passes per step, the same on every rank: the largest share of a batch cut by `engine.micro_batch`."""
+    share = sum(spec.batch // spec.lanes * (-(-spec.lanes // world_size)) for spec in config.data.roles.values())
     return -(-share // config.engine.micro_batch) if config.engine.micro_batch else 1

@@ -33,17 +33,21 @@ class Task(abc.ABC):
 
     Options: ClassVar[type[Section]] = Section
     needs: ClassVar[Mapping[str, RoleNeeds]]  # roles that must be configured
-    views: ClassVar[tuple[str, ...]] = ("student",)
 
     def __init__(self, options: BaseModel, model: ModelSection) -> None:
         self.options = options
         self.model = model
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views of `Batch` that this task reads."""
+        return ("student",)
+
     @abc.abstractmethod
     def build(self) -> nn.Module:
-        """The trainable network, in fp32 on the CPU, initialised. Raises WeightsError when a named file does not fit."""
+        """The trainable network, fp32, on the CPU, initialised. Raises WeightsError when a named file does not fit."""
 
-    def prepare(self, device: torch.device) -> None:
+    def prepare(self, device: torch.device) -> None:  # noqa: B027  most tasks have nothing frozen
         """Build what is frozen: it stays outside the engine, so that no optimizer or checkpoint mangles it."""
 
     @abc.abstractmethod

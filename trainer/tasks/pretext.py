@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dataio.spec import RoleNeeds
 from dataio.types import Batch
 from model import DepthAnything
+from model.vit import Encoder
 from model.weights import save_encoder
 from trainer.config import ModelSection, Section
 from trainer.tasks.base import Forward, Task, weight_of
@@ -32,14 +33,16 @@ PATCH = 14
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
-class Options(Section):
+class PretextOptions(Section):
+    """How much of an image is blanked."""
+
     mask_ratio: float = Field(default=0.5, gt=0, lt=1)
 
 
 class MaskedPrediction(nn.Module):
     """Encoder and a linear head from each token to the luminance of its patch."""
 
-    def __init__(self, encoder: nn.Module, width: int) -> None:
+    def __init__(self, encoder: Encoder, width: int) -> None:
         super().__init__()
         self.pretrained = encoder
         self.head = nn.Linear(width, PATCH * PATCH)
@@ -54,13 +57,16 @@ class MaskedPrediction(nn.Module):
 class TrainingTask(Task):
     """Term `masked`: per-image mean over blanked patches of the squared error."""
 
-    Options = Options
+    Options: ClassVar[type[Section]] = PretextOptions
     needs: ClassVar[Mapping[str, RoleNeeds]] = {"unlabelled": RoleNeeds(target="none")}
-    views: ClassVar[tuple[str, ...]] = ("student", "clean")
 
-    def __init__(self, options: Options, model: ModelSection) -> None:
+    def __init__(self, options: PretextOptions, model: ModelSection) -> None:
         super().__init__(options, model)
         self.opt = options
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return ("student", "clean")
 
     def build(self) -> nn.Module:
         network = DepthAnything.from_preset(self.model.preset, encoder_weights=self.model.encoder_weights)
@@ -110,7 +116,7 @@ def normalised_patches(image_BCHW: Tensor) -> Tensor:
 
 
 def draw_masks(batch: Batch, tokens: int, ratio: float) -> Tensor:
-    """Blanked patches of each image, float [B, N]: a function of the sample's key and of the batch's place in the run."""
+    """Blanked patches of each image, float [B, N]: a function of its key and of the batch's place in the run."""
     position = sum(batch.cursor.values())
     mask_BN = np.zeros((len(batch), tokens), np.float32)
     for row, key in enumerate(batch.keys):

@@ -1,7 +1,7 @@
 """The student: labelled and pseudo-labelled images, strong perturbation, features near a frozen encoder.
 
 arXiv 2401.10891, section 3.2 and 3.3. The total is the average of the three terms [section 4]. What the paper leaves
-open and we choose: the frozen encoder sees the same perturbed view as the student (`frozen_view`), and both features are
+open and we choose: the frozen encoder sees the same perturbed view as the student (`frozen_view`), both features are
 the final normalised patch tokens.
 """
 
@@ -23,7 +23,7 @@ from trainer.tasks.base import Forward, Task, weight_of
 from trainer.tasks.teacher import build_depth_network, encoder_decoder_groups
 
 
-class Options(Section):
+class StudentOptions(Section):
     """Weights of the terms; a weight of 0 leaves the term out of the computation."""
 
     labelled_weight: float = Field(default=1 / 3, ge=0)
@@ -37,19 +37,22 @@ class Options(Section):
 class TrainingTask(Task):
     """Terms `labelled`, `unlabelled` (per CutMix region) and `feature` (unlabelled images only, paper table 13)."""
 
-    Options = Options
+    Options: ClassVar[type[Section]] = StudentOptions
     needs: ClassVar[Mapping[str, RoleNeeds]] = {"labelled": RoleNeeds(), "unlabelled": RoleNeeds(sidecar=True)}
 
-    def __init__(self, options: Options, model: ModelSection) -> None:
+    def __init__(self, options: StudentOptions, model: ModelSection) -> None:
         super().__init__(options, model)
         self.opt = options
         self.frozen: nn.Module | None = None
-        self.views = ("student", "clean") if options.frozen_view == "clean" else ("student",)  # type: ignore[misc]
         if options.feature_weight > 0 and not self._frozen_file:
             raise ConfigError(
                 "task.frozen_encoder: missing; name a file of encoder weights (it may also come from "
                 "model.encoder_weights), or set task.feature_weight to 0"
             )
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return ("student", "clean") if self.opt.frozen_view == "clean" else ("student",)
 
     @property
     def _frozen_file(self) -> str | None:
