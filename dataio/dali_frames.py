@@ -19,9 +19,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 def _frames(device: str) -> Any:
     encoded = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
     size_hw = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
-    image = fn.decoders.image(
-        encoded, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB
-    )
+    image = fn.decoders.image(encoded, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB)
     image = fn.resize(image, size=size_hw, interp_type=types.INTERP_CUBIC, antialias=False, dtype=types.FLOAT)
     scale = [255.0 * s for s in STD]
     shift = [255.0 * m for m in MEAN]

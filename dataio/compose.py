@@ -1,0 +1,89 @@
+"""Codes -> disparity and regions, and CutMix, on whole batches in torch; no step waits for the device.
+
+Shape suffixes: B batch, C channel, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from dataio.draws import Box
+from dataio.types import AffineCode, Quantity
+
+_SKY_FROM = 128  # of 255
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetRule:
+    """How one row's codes become disparity. `min_max`: stretched to 0..1 over the crop's valid pixels (V1, 2.2)."""
+
+    code: AffineCode = field(default_factory=lambda: AffineCode(scale=1.0))
+    quantity: Quantity = "disparity"
+    min_max: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Paste:
+    """CutMix of one row: the `box` shows another row of the same batch, `source`."""
+
+    row: int
+    source: int
+    box: Box
+
+
+def disparity(code_BHW: Tensor, sky_BHW: Tensor | None, rules: Sequence[TargetRule]) -> tuple[Tensor, Tensor]:
+    """Disparity float32 [B, H, W] (0 where invalid) and valid bool [B, H, W] of uint16 codes, on their device.
+
+    From a depth t: 1 / t, invalid where the code is 0 or t <= 0. Sky is disparity 0 and valid. A flat map becomes 0.
+    """
+    value_BHW = code_BHW.to(torch.float32)
+    valid_BHW = value_BHW > 0
+    codes = torch.tensor([[rule.code.zero, rule.code.scale, rule.code.shift] for rule in rules], dtype=torch.float32)
+    zero_B11, scale_B11, shift_B11 = codes.to(code_BHW.device).T[:, :, None, None]
+    value_BHW.sub_(zero_B11).mul_(scale_B11).add_(shift_B11)
+    start = 0
+    # neighbours with one rule, usually a role's rows, are done together and in place: the maps are large
+    for (quantity, min_max), group in groupby((rule.quantity, rule.min_max) for rule in rules):
+        rows = slice(start, start + len(list(group)))
+        _finish(value_BHW[rows], valid_BHW[rows], None if sky_BHW is None else sky_BHW[rows], quantity, min_max)
+        start = rows.stop
+    return value_BHW, valid_BHW
+
+
+def _finish(value_BHW: Tensor, valid_BHW: Tensor, sky_BHW: Tensor | None, quantity: Quantity, min_max: bool) -> None:
+    if quantity == "depth_m":
+        valid_BHW &= value_BHW > 0
+        value_BHW.masked_fill_(~valid_BHW, 1.0).reciprocal_()
+    if sky_BHW is not None:
+        is_sky_BHW = sky_BHW >= _SKY_FROM
+        valid_BHW |= is_sky_BHW
+        value_BHW.masked_fill_(is_sky_BHW, 0.0)
+    if min_max:
+        low_B11 = torch.where(valid_BHW, value_BHW, torch.inf).amin((1, 2), keepdim=True)
+        high_B11 = torch.where(valid_BHW, value_BHW, -torch.inf).amax((1, 2), keepdim=True)
+        span_B11 = torch.where(high_B11 > low_B11, high_B11 - low_B11, 1.0)  # flat, or nothing valid
+        value_BHW.sub_(low_B11).div_(span_B11)
+    value_BHW.masked_fill_(~valid_BHW, 0.0)
+
+
+def cutmix(pastes: Sequence[Paste], views: Iterable[Tensor], value_BHW: Tensor | None, region_BHW: Tensor) -> None:
+    """Paste, in place, every `source`'s box into its `row`: views, target, and region (2 where valid, 0 where not).
+
+    Sources are the rows before any paste. Each tensor must be given once.
+    """
+    images = [*views, *([] if value_BHW is None else [value_BHW])]
+    boxes = [
+        (paste, slice(paste.box.top, paste.box.bottom), slice(paste.box.left, paste.box.right)) for paste in pastes
+    ]
+    # copies first: a source may be pasted into as well
+    cut = [[image[paste.source, ..., ys, xs].clone() for image in images] for paste, ys, xs in boxes]
+    regions = [(region_BHW[paste.source, ys, xs] > 0) * 2 for paste, ys, xs in boxes]
+    for (paste, ys, xs), pieces, region in zip(boxes, cut, regions, strict=True):
+        for image, piece in zip(images, pieces, strict=True):
+            image[paste.row, ..., ys, xs] = piece
+        region_BHW[paste.row, ys, xs] = region

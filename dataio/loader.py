@@ -1,0 +1,189 @@
+"""The loader: plan, reader, DALI and CutMix in a background thread, handing out `Batch`es for ever.
+
+Its whole state is the `cursor` of the last batch used, one counter per role; prefetched batches are no part of it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from dataio.assemble import BatchBuilder
+from dataio.dali_batch import VIEWS
+from dataio.plan import PLAN_VERSION
+from dataio.quarantine import Quarantine
+from dataio.spec import DataError, DataSpec, RoleNeeds
+from dataio.stream import RoleStream
+from dataio.types import Batch
+
+_PATCH = 14  # pixels of a ViT patch: the networks take no other multiples
+_POLL_S = 0.1
+
+
+class Loader:
+    """Iterates over one rank's share of every global batch, without end; shapes never change.
+
+    `needs` is what the task asks of each role of `data`; `views` are "student" and/or "clean". `cursor` continues after
+    that many samples per role (absent: from the start), exactly, on any number of ranks up to the lanes. `device` is
+    where the batches go; "cuda" decodes on the GPU. The thread starts with the first batch; `close` it, or use the
+    loader as a context manager. What fails in the thread is raised by `next`, after the batches made before.
+
+    Raises DataError, naming the field or file, for data and settings that cannot work.
+    """
+
+    def __init__(
+        self,
+        data: DataSpec,
+        needs: Mapping[str, RoleNeeds],
+        *,
+        views: tuple[str, ...],
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        cursor: Mapping[str, int] | None = None,
+        quarantine: Quarantine | None = None,
+    ) -> None:
+        _check(data, needs, views)
+        # sorted: the order of rows must not change with the order of a YAML file
+        self._streams = [
+            RoleStream(role, data, needs[role], seed=seed, rank=rank, world_size=world_size) for role in sorted(needs)
+        ]
+        self._seed, self._device = seed, torch.device(device)
+        self._cursor = _start(self._streams, cursor or {})
+        self.quarantine = quarantine or Quarantine(None, data.max_bad_fraction)
+        self.waited_s = 0.0  # how long the consumer has waited for batches
+        self._builder = BatchBuilder(
+            self._streams, data, views=views, seed=seed, device=self._device, quarantine=self.quarantine
+        )
+        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(data.prefetch)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint states beside the cursor: the order and content of samples depend on nothing else."""
+        roles = {stream.role: dict(stream.describe()) for stream in self._streams}
+        return {"plan_version": PLAN_VERSION, "seed": self._seed, "roles": roles}
+
+    def samples(self, role: str) -> int:
+        """How many samples one pass over the role has, on all ranks together."""
+        return next(stream.plan.samples for stream in self._streams if stream.role == role)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stop.is_set():
+            raise RuntimeError("the loader is closed")
+        if self._failure is not None:
+            raise self._failure
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._produce, name="fathom-loader", daemon=True)
+            self._thread.start()
+        began = time.perf_counter()
+        item = self._take()
+        self.waited_s += time.perf_counter() - began
+        if isinstance(item, BaseException):
+            self._failure = item
+            raise item
+        return _received(item, self._device)
+
+    def close(self) -> None:
+        """Stop and join the thread, dropping what it prepared. May be called again."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+            self._thread = None
+        while not self._ready.empty():
+            self._ready.get_nowait()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _produce(self) -> None:
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+                with torch.cuda.stream(torch.cuda.Stream(self._device)):
+                    self._produce_batches()
+            else:
+                self._produce_batches()
+        except BaseException as error:  # noqa: BLE001  it is raised again by the consumer
+            self._put(error)
+
+    def _produce_batches(self) -> None:
+        cursor: Mapping[str, int] = self._cursor
+        while not self._stop.is_set():
+            batch = self._builder.build(cursor)
+            if self._device.type == "cuda":
+                # on this thread's own stream: the consumer then needs no event, and DALI may take its buffers back
+                torch.cuda.current_stream(self._device).synchronize()
+            cursor = batch.cursor
+            self._put(batch)
+
+    def _take(self) -> Batch | BaseException:
+        while not self._stop.is_set():
+            try:
+                return self._ready.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+        raise RuntimeError("the loader is closed")
+
+    def _put(self, item: Batch | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=_POLL_S)
+                return
+            except queue.Full:
+                continue
+
+
+def _check(data: DataSpec, needs: Mapping[str, RoleNeeds], views: tuple[str, ...]) -> None:
+    if not views or set(views) - set(VIEWS):
+        raise ValueError(f"views is {views}: choose from {VIEWS}")
+    if not needs:
+        raise ValueError("the task needs no role")
+    absent, unused = sorted(set(needs) - set(data.roles)), sorted(set(data.roles) - set(needs))
+    if absent:
+        raise DataError(f"data.roles has no {absent[0]!r}, which the task needs: add it")
+    if unused:
+        raise DataError(f"data.roles.{unused[0]}: the task needs no such role: remove it (needed: {sorted(needs)})")
+    if data.input_size < _PATCH or data.input_size % _PATCH:
+        near = max(_PATCH, round(data.input_size / _PATCH) * _PATCH)
+        raise DataError(f"data.input_size is {data.input_size}: it must be a multiple of {_PATCH}, for example {near}")
+    for name in ("threads", "prefetch", "shuffle_window"):
+        if getattr(data, name) < 1:
+            raise DataError(f"data.{name} is {getattr(data, name)}: it must be at least 1")
+    if not 0 <= data.max_bad_fraction <= 1:
+        raise DataError(f"data.max_bad_fraction is {data.max_bad_fraction}: it must be between 0 and 1")
+
+
+def _start(streams: list[RoleStream], cursor: Mapping[str, int]) -> dict[str, int]:
+    unknown = sorted(set(cursor) - {stream.role for stream in streams})
+    if unknown:
+        raise DataError(f"the saved state has a role {unknown[0]!r} that the task does not have: it is another task's")
+    start = {stream.role: int(cursor.get(stream.role, 0)) for stream in streams}
+    for stream in streams:
+        stream.plan.advance(start[stream.role])  # refuses a counter that is none of this plan
+    return start
+
+
+def _received(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        tensors = [*batch.views.values(), *(t.value_BHW for t in batch.targets.values())]
+        for tensor in [*tensors, batch.region_BHW, batch.weight_B]:
+            tensor.record_stream(stream)  # made on the thread's stream: not to be reused before this one is done
+    return batch

@@ -1,0 +1,86 @@
+"""Samples that cannot be used: counted by reason, named once in `quarantine.jsonl`, and a limit to how many may be.
+
+One rule everywhere: a bad sample keeps its slot in the batch with zeros, region 0 and weight 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from cluster import storage
+from dataio.spec import DataError
+
+REASONS = {
+    "bad_image": "the image cannot be decoded",
+    "bad_metadata": "KEY.json is no JSON object, or its code is wrong",
+    "bad_target": "the depth or label cannot be decoded, or is no 16-bit grey PNG",
+    "missing_image": "the sample has no jpg, png or webp",
+    "missing_target": "the sample has no depth, or its label failed",
+    "no_valid_pixels": "no pixel of the crop has a depth",
+    "size_mismatch": "depth and image differ in size",
+    "too_large": "the image has more pixels than any photograph",
+    "unreadable_member": "the shard is cut or damaged where the sample lies",
+}
+_MINIMUM_SEEN = 200  # a fraction of fewer samples says little; the end of a pass counts too
+
+
+@dataclass(frozen=True, slots=True)
+class BadSample:
+    """Which sample, in which shard (path or URL), why: a key of REASONS."""
+
+    key: str
+    shard: str
+    reason: str
+
+
+class Quarantine:
+    """The count and the list of bad samples of one process.
+
+    `path` is the local JSON-lines file (None writes nothing); lines of an earlier attempt are kept and not repeated.
+    """
+
+    def __init__(self, path: str | None, max_fraction: float, minimum_seen: int = _MINIMUM_SEEN) -> None:
+        self.path, self.max_fraction, self.minimum_seen = path, max_fraction, minimum_seen
+        self.seen = 0
+        self.counts: Counter[str] = Counter()
+        self._named: set[tuple[str, str, str]] = set()
+        if path is not None and storage.exists(path):
+            for line in storage.read_bytes(path).decode(errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self._named.add((entry["key"], entry["shard"], entry["reason"]))
+                except (ValueError, KeyError, TypeError):
+                    continue  # torn by a crash
+
+    @property
+    def bad(self) -> int:
+        """How many slots were bad; a sample met in two passes counts twice, as it does in `seen`."""
+        return self.counts.total()
+
+    def record(self, seen: int, bad: list[BadSample], end_of_pass: bool = False) -> None:
+        """Count `seen` more samples, `bad` among them. DataError when more than the allowed fraction is bad."""
+        self.seen += seen
+        for sample in bad:
+            if sample.reason not in REASONS:
+                raise ValueError(f"unknown reason {sample.reason!r}")
+            self.counts[sample.reason] += 1
+            name = (sample.key, sample.shard, sample.reason)
+            if name not in self._named:
+                self._named.add(name)
+                if self.path is not None:
+                    storage.append_line(self.path, json.dumps(asdict(sample), ensure_ascii=False))
+        if self.seen and (self.seen >= self.minimum_seen or end_of_pass):
+            self._check(bad)
+
+    def _check(self, last: list[BadSample]) -> None:
+        if self.bad <= self.max_fraction * self.seen:
+            return
+        reasons = ", ".join(f"{count} {reason} ({REASONS[reason]})" for reason, count in self.counts.most_common())
+        example = f", for example {last[-1].key} in {last[-1].shard}" if last else ""
+        listed = f"; they are listed in {self.path}" if self.path is not None else ""
+        raise DataError(
+            f"{self.bad} of {self.seen} samples are bad: {reasons}{example}{listed}. max_bad_fraction is "
+            f"{self.max_fraction}: repair the data, or raise it"
+        )

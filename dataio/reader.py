@@ -1,0 +1,202 @@
+"""Slots of the plan -> Samples: range reads through webdataset's tar iterators, joined by key with the label shards.
+
+A lane reads its part of a shuffle window shard by shard, each from the first needed sample's header to the last one's
+end, in one direction, and hands the samples out in the plan's order. So a resume re-reads at most a window. What is
+wrong with one sample becomes `Sample.problem`; only a missing file is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+
+from cluster import storage
+from dataio import codec
+from dataio.index import SampleEntry, ShardIndex
+from dataio.plan import RolePlan, Slot
+from dataio.spec import DataError, RoleNeeds
+from dataio.types import AffineCode, Quantity, Sample
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_TARGET_EXTENSIONS = ("depth.png", "depth.npy")
+_DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
+
+Members = Mapping[str, bytes]  # extension, in lower case -> content
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSource:
+    """One shard of a role: its tar, its label tar (None without a sidecar), and what the dataset's codes mean."""
+
+    tar: str
+    label_tar: str | None = None
+    quantity: Quantity | None = None
+    code: AffineCode | None = None
+    shard: Any  # has `.index`: a ShardIndex, parsed when first asked for
+    label_index: Any = None  # a function that returns the label shard's ShardIndex
+
+
+class LaneReader:
+    """Reads one lane of a role, forward. `read` raises DataError when a shard or label shard is not there."""
+
+    def __init__(self, plan: RolePlan, lane: int, shards: Sequence[ShardSource], needs: RoleNeeds) -> None:
+        self._plan, self._shards, self._needs = plan, shards, needs
+        self._stop = plan.lane_span(lane)[1]
+        self._held: dict[Slot, Sample] = {}
+
+    def read(self, slots: Sequence[Slot | None]) -> list[Sample | None]:
+        """The samples of one batch's slots of this lane, in order."""
+        samples: list[Sample | None] = []
+        for slot in slots:
+            if slot is not None and slot not in self._held:
+                self._fill(slot)
+            samples.append(None if slot is None else self._held.pop(slot))
+        return samples
+
+    def _fill(self, slot: Slot) -> None:
+        """Read what is left of the lane's part of the slot's window."""
+        window_stop = (slot.position // self._plan.window + 1) * self._plan.window
+        by_shard: dict[int, list[Slot]] = {}
+        for other in self._plan.order(slot.epoch, slot.position, min(window_stop, self._stop)):
+            by_shard.setdefault(other.shard, []).append(other)
+        self._held = {}
+        for shard, slots in by_shard.items():
+            slots.sort(key=lambda other: other.index)
+            samples = read_samples(self._shards[shard], [other.index for other in slots], self._needs)
+            self._held.update(zip(slots, samples, strict=True))
+
+
+def read_samples(source: ShardSource, indices: Sequence[int], needs: RoleNeeds) -> list[Sample]:
+    """The samples of `indices` (ascending) of one shard. DataError when the shard or its labels are missing."""
+    index: ShardIndex = source.shard.index
+    entries = [index.samples[i] for i in indices]
+    wanted = {*IMAGE_EXTENSIONS}
+    if needs.target != "none":
+        wanted |= {"sky.png"} if needs.sidecar else {"sky.png", "json", *_TARGET_EXTENSIONS}
+    found = read_members(source.tar, entries, wanted)
+    labels: Mapping[str, Members] = {}
+    if needs.target != "none" and needs.sidecar:
+        if source.label_tar is None or source.label_index is None:
+            raise ValueError(f"{source.tar}: a target from a sidecar is needed, and no sidecar given")
+        keys = {entry.key for entry in entries}
+        label_entries = [entry for entry in source.label_index().samples if entry.key in keys]
+        labels = read_members(source.label_tar, label_entries, {"disparity.png", "json"})
+    return [_sample(entry.key, found.get(entry.key), labels.get(entry.key), source, needs) for entry in entries]
+
+
+def read_members(tar: str, entries: Sequence[SampleEntry], extensions: Collection[str]) -> dict[str, Members]:
+    """key -> its members of these extensions, for `entries` in the tar's order; a key that cannot be read is left out.
+
+    Raises DataError when there is no such tar.
+    """
+    found: dict[str, Members] = {}
+    pending = list(entries)
+    while pending:
+        found.update(_read_range(tar, pending, extensions))
+        lost = next((i for i, entry in enumerate(pending) if entry.key not in found), None)
+        if lost is None:
+            break
+        # the damage may lie behind it, in the same block: once more on its own, then go on behind it
+        if len(pending) > 1:
+            found.update(_read_range(tar, pending[lost : lost + 1], extensions))
+        pending = pending[lost + 1 :]
+    return found
+
+
+def _read_range(tar: str, entries: Sequence[SampleEntry], extensions: Collection[str]) -> dict[str, Members]:
+    wanted = {entry.key: entry for entry in entries}
+    found: dict[str, Members] = {}
+    try:
+        with storage.open_range(tar, entries[0].start, entries[-1].end) as stream:
+            for group in group_by_keys(_files(tar, stream, wanted.keys(), extensions)):
+                members = {name: data for name, data in group.items() if not name.startswith("__")}
+                entry = wanted[group["__key__"]]
+                if all(
+                    len(members.get(name.lower(), b"")) == size
+                    for name, (_, size) in entry.members.items()
+                    if name.lower() in extensions
+                ):
+                    found[entry.key] = members
+    except FileNotFoundError as error:
+        raise DataError(f"{tar}: missing: restore it, or pack the dataset again") from error
+    except _DAMAGE:
+        pass
+    for entry in entries:  # a sample with none of these extensions yields no group, but it was not lost
+        if not any(name.lower() in extensions for name in entry.members):
+            found.setdefault(entry.key, {})
+    return found
+
+
+def _files(tar: str, stream: BinaryIO, keys: Collection[str], extensions: Collection[str]) -> Iterator[dict[str, Any]]:
+    def select(name: str) -> bool:
+        key, extension = base_plus_ext(name)
+        return key in keys and extension is not None and extension.lower() in extensions
+
+    try:
+        yield from tar_file_expander([{"url": tar, "stream": stream}], select_files=select)
+    except FileNotFoundError:
+        raise
+    except _DAMAGE:
+        return  # the iterator must end, not fail: group_by_keys still holds the last whole sample
+
+
+def _sample(key: str, members: Members | None, label: Members | None, source: ShardSource, needs: RoleNeeds) -> Sample:
+    if members is None:
+        return Sample(key=key, problem="unreadable_member")
+    image = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
+    if image is None:
+        return Sample(key=key, problem="missing_image")
+    if needs.target == "none":
+        return Sample(key=key, image=image)
+    sky = members.get("sky.png")
+    try:
+        if needs.sidecar:
+            if not label or "disparity.png" not in label or "json" not in label:
+                return Sample(key=key, problem="missing_target")
+            meta = _metadata(label)
+            code: AffineCode | None = codec.label_code(meta)
+            target = label["disparity.png"]
+            return Sample(key=key, image=image, target=target, code=code, quantity="disparity", sky=sky, meta=meta)
+        meta = _metadata(members)
+        code = codec.code_of(meta, source.code)
+    except DataError:
+        return Sample(key=key, problem="bad_metadata")
+    if "depth.png" in members and code is not None:
+        target = members["depth.png"]
+        return Sample(key=key, image=image, target=target, code=code, quantity=source.quantity, sky=sky, meta=meta)
+    if "depth.npy" in members and source.quantity is not None:
+        try:
+            target, code = _recode(members["depth.npy"], source.quantity)
+        except DataError:
+            return Sample(key=key, problem="bad_target")
+        return Sample(key=key, image=image, target=target, code=code, quantity="disparity", sky=sky, meta=meta)
+    return Sample(key=key, problem="missing_target")
+
+
+def _metadata(members: Members) -> dict[str, Any]:
+    try:
+        meta = json.loads(members.get("json", b"{}"))
+    except ValueError as error:
+        raise DataError(f"KEY.json: {error}") from error
+    if not isinstance(meta, dict):
+        raise DataError("KEY.json: not an object")
+    return meta
+
+
+def _recode(npy: bytes, quantity: Quantity) -> tuple[bytes, AffineCode]:
+    """A float map as a 16-bit PNG of disparity, so that one decoder serves all; the error is range / 131068."""
+    value_HW = codec.decode_npy(npy, quantity)
+    disparity_HW = 1 / value_HW.astype(np.float64) if quantity == "depth_m" else value_HW.astype(np.float64)
+    if not np.isfinite(disparity_HW).any():
+        low, high = 0.0, 1.0  # every code is 0: no valid pixel
+    else:
+        low, high = float(np.nanmin(disparity_HW)), float(np.nanmax(disparity_HW))
+    code = AffineCode(scale=(high - low) / 65534 or 1.0, shift=low, zero=1)
+    return codec.encode_png16(disparity_HW, code)[0], code

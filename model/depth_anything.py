@@ -1,0 +1,157 @@
+"""Depth Anything V1 and V2 (arXiv 2401.10891, 2406.09414), relative and metric: one network class, many presets.
+
+Sources: Depth-Anything `depth_anything/dpt.py`, `run.py`; Depth-Anything-V2 `depth_anything_v2/dpt.py`.
+Shape suffixes: B batch, C channel, H W pixels, N patch tokens (row-major), D width.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import weights
+from model.dpt import DPT
+from model.preprocess import IMAGENET_MEAN, IMAGENET_STD, PATCH, lower_bound_size
+from model.presets import Preset, get_preset
+from model.types import DepthPrediction, WeightsError
+from model.vit import Encoder
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+class DepthAnything(nn.Module):
+    """Encoder `pretrained` and decoder `depth_head`; make one with `from_preset` or `from_pretrained`."""
+
+    def __init__(self, preset: Preset) -> None:
+        super().__init__()
+        self.preset = preset
+        self.pretrained = Encoder(preset)
+        self.depth_head = DPT(preset)
+
+    @classmethod
+    def _empty(cls, preset: Preset) -> Self:
+        # Built without memory, then NaN everywhere: a weight that nothing initialises shows.
+        with torch.device("meta"):
+            net = cls(preset)
+        weights.materialise(net)
+        return net
+
+    @classmethod
+    def from_preset(cls, preset: str | Preset, encoder_weights: str | os.PathLike[str] | None = None) -> Self:
+        """A network to train: random decoder, and the encoder random or from a file.
+
+        Args:
+            preset: a name out of PRESETS, or a Preset.
+            encoder_weights: DINOv2's file (hub or timm names), or a whole Depth Anything's, whose decoder is ignored.
+
+        Raises:
+            WeightsError: unknown preset, or a file that does not fit.
+        """
+        net = cls._empty(get_preset(preset))
+        net.pretrained.initialise()
+        net.depth_head.initialise()
+        if encoder_weights is not None:
+            weights.load_encoder(net.pretrained, encoder_weights)
+        weights.require_finite(net, str(encoder_weights or "initialisation"))
+        return net
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], preset: str | Preset | None = None) -> Self:
+        """A trained network, on the CPU, float32.
+
+        Args:
+            path: a folder made by `save_pretrained`, or a .pth or .safetensors file with the official names.
+            preset: needed where the file cannot tell (V1's and V2's files have the same keys; so have metric ones).
+
+        Raises:
+            WeightsError: a missing, broken or ambiguous file, or one of another network; nothing is half-loaded.
+        """
+        source = weights.open_weights(path)
+        net = cls._empty(weights.choose_preset(source, preset))
+        weights.load_network(net, source)
+        weights.require_finite(net, source.path)
+        if source.fingerprint is not None and source.fingerprint != net.fingerprint():
+            raise WeightsError(f"{path}: the weights do not match the fingerprint in config.json; copy it again")
+        return net
+
+    def forward(self, image_BCHW: Tensor, features: bool = False) -> DepthPrediction:
+        """Depth of ImageNet-normalised float images [B, 3, H, W] whose sides are multiples of 14.
+
+        Returns:
+            disparity_BHW or, with a metric head, depth_m_BHW: float32 at the input's size; and, when `features`, the
+            encoder's final normalised patch tokens features_BND (N = H / 14 * W / 14) of the same pass.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        taps, last_BND = self.pretrained(image_BCHW)
+        map_BHW = self.depth_head(taps, image_BCHW.shape[2] // PATCH, image_BCHW.shape[3] // PATCH)
+        features_BND = last_BND if features else None
+        if self.preset.head == "metric":
+            return DepthPrediction(depth_m_BHW=map_BHW, features_BND=features_BND)
+        return DepthPrediction(disparity_BHW=map_BHW, features_BND=features_BND)
+
+    @torch.inference_mode()
+    def infer_image(self, image_HWC: np.ndarray, input_size: int = 518) -> np.ndarray:
+        """Depth of one photograph, with the originals' pre- and post-processing.
+
+        Args:
+            image_HWC: uint8 RGB.
+            input_size: lower bound of the network's input sides in pixels (see `lower_bound_size`).
+
+        Returns:
+            float32 [H, W] at the photograph's size: disparity (arbitrary unit, larger is nearer) or metres.
+
+        Raises:
+            ValueError: not a uint8 array [H, W, 3].
+        """
+        height, width = check_photograph(image_HWC)
+        image_1CHW = normalise_photograph(image_HWC, lower_bound_size(height, width, input_size))
+        reference = self.pretrained.pos_embed
+        prediction = self(image_1CHW.to(reference.device, reference.dtype))
+        map_BHW = prediction.disparity_BHW if prediction.depth_m_BHW is None else prediction.depth_m_BHW
+        map_B1HW = F.interpolate(
+            map_BHW[:, None], (height, width), mode="bilinear", align_corners=self.preset.output_align_corners
+        )
+        return map_B1HW[0, 0].float().cpu().numpy()
+
+    def encoder_parameters(self) -> NamedParameters:
+        """(name, parameter) of the encoder, without the never-used `mask_token`."""
+        return [(n, p) for n, p in self.named_parameters() if n.startswith("pretrained.") and n not in weights.UNUSED]
+
+    def decoder_parameters(self) -> NamedParameters:
+        """(name, parameter) of the decoder, without the four never-used tensors of refinenet4."""
+        return [(n, p) for n, p in self.named_parameters() if n.startswith("depth_head.") and n not in weights.UNUSED]
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write model.safetensors (official names) and config.json (preset, taps, head, ...) to `folder`."""
+        weights.save_network(self, folder)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what the network computes: see `weights.fingerprint`."""
+        return weights.fingerprint(self)
+
+
+def check_photograph(image_HWC: np.ndarray) -> tuple[int, int]:
+    """(H, W) of a uint8 [H, W, 3] array. Raises ValueError, naming what was found, for anything else."""
+    if not isinstance(image_HWC, np.ndarray) or image_HWC.dtype != np.uint8:
+        raise ValueError(f"expected a uint8 RGB array, found {getattr(image_HWC, 'dtype', type(image_HWC).__name__)}")
+    if image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or not image_HWC.size:
+        raise ValueError(f"expected an RGB array [H, W, 3], found shape {list(image_HWC.shape)}")
+    return image_HWC.shape[0], image_HWC.shape[1]
+
+
+def normalise_photograph(image_HWC: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """uint8 RGB [H, W, 3] -> ImageNet-normalised float32 [1, 3, *size].
+
+    Cubic (a = -0.75, as OpenCV) without antialiasing, which may leave 0..1; in float64, as the originals do.
+    """
+    image_1CHW = torch.from_numpy(np.ascontiguousarray(image_HWC)).permute(2, 0, 1)[None].double() / 255.0
+    image_1CHW = F.interpolate(image_1CHW, size, mode="bicubic", align_corners=False, antialias=False)
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((image_1CHW - mean) / std).float()

@@ -1,0 +1,133 @@
+"""What a network is: every published Depth Anything as data, and a tiny one. No torch here.
+
+Sources: Depth-Anything `depth_anything/dpt.py`, Depth-Anything-V2 `depth_anything_v2/dpt.py` and `dinov2.py`,
+`metric_depth/depth_anything_v2/dpt.py`. V1's and V2's files have the same keys; only taps and output resize differ.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from model.types import WeightsError
+
+Four = tuple[int, int, int, int]
+
+# Our choice for the initial last bias of relative heads. With PyTorch's default, 5 of 16 seeds of v2-vits (and 11 of
+# 20 of tiny) begin with a map that is negative everywhere: the final ReLU makes it zero, without a gradient, for good.
+ALIVE = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """One network; the defaults are the official architecture."""
+
+    name: str
+    width: int  # of a token
+    depth: int  # transformer blocks
+    heads: int
+    taps: Four  # 0-based blocks whose tokens feed the decoder
+    features: int  # channels of the decoder's fusion path
+    out_channels: Four  # channels of the reassembled taps, shallow to deep
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    grid: int = 37  # side of the stored position embedding, in patches
+
+    head: Literal["relative", "metric"] = "relative"
+    max_depth_m: float | None = None  # metric only: the sigmoid's scale, metres
+    position_mode: Literal["official"] = "official"
+    output_align_corners: bool = True  # infer_image's resize back to the photograph: False in V1, True in V2
+    head_channels: int = 32  # of the head's last 3x3 convolution
+    head_stride: int = 1  # the head's last convolutions run at 1/stride of the pixels, then bilinear; 1, 2, 7 or 14
+    head_bias: float | None = None  # initial bias of the last convolution; None: PyTorch's random default
+    fused_attention: bool = True  # scaled_dot_product_attention's kernels; False: plain matrix products and softmax
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"preset {self.name}: width {self.width} is not a multiple of heads {self.heads}")
+        if list(self.taps) != sorted(set(self.taps)) or len(self.taps) != 4 or not 0 <= self.taps[-1] < self.depth:
+            raise ValueError(f"preset {self.name}: taps {self.taps} must be 4 rising block numbers below {self.depth}")
+        if self.head not in ("relative", "metric") or (self.head == "metric") != (self.max_depth_m is not None):
+            raise ValueError(f"preset {self.name}: head {self.head!r} does not go with max_depth_m {self.max_depth_m}")
+        if self.head_stride not in (1, 2, 7, 14):
+            raise ValueError(f"preset {self.name}: head_stride {self.head_stride} must divide the patch size 14")
+        if self.position_mode != "official" or self.ffn not in ("mlp", "swiglu"):
+            raise ValueError(f"preset {self.name}: unknown position_mode {self.position_mode!r} or ffn {self.ffn!r}")
+
+    def config(self) -> dict[str, Any]:
+        """The fields as JSON values, the name under `preset`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"preset": values.pop("name"), **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Preset:
+        """Inverse of `config`. Raises ValueError naming unknown, missing or contradictory fields."""
+        values: dict[str, Any] = {
+            "name" if k == "preset" else k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
+        }
+        names = {f.name for f in fields(cls)}
+        if set(values) != names:
+            wrong = sorted(set(values) ^ names)
+            raise ValueError(f"unknown or missing fields: {', '.join(wrong)}")
+        return cls(**values)
+
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    "vits": dict(width=384, depth=12, heads=6, features=64, out_channels=(48, 96, 192, 384)),
+    "vitb": dict(width=768, depth=12, heads=12, features=128, out_channels=(96, 192, 384, 768)),
+    "vitl": dict(width=1024, depth=24, heads=16, features=256, out_channels=(256, 512, 1024, 1024)),
+    "vitg": dict(width=1536, depth=40, heads=24, features=384, out_channels=(1536,) * 4, ffn="swiglu"),
+}
+# V1 tapped the last four blocks, unintentionally as its authors say; V2 spreads them. V1 has no giant.
+_TAPS: dict[str, dict[str, Four]] = {
+    "v1": {"vits": (8, 9, 10, 11), "vitb": (8, 9, 10, 11), "vitl": (20, 21, 22, 23)},
+    "v2": {"vits": (2, 5, 8, 11), "vitb": (2, 5, 8, 11), "vitl": (4, 11, 17, 23), "vitg": (9, 19, 29, 39)},
+}
+
+_PUBLISHED = {
+    f"{version}-{size}": Preset(
+        name=f"{version}-{size}",
+        taps=taps,
+        output_align_corners=version == "v2",
+        head_bias=ALIVE,
+        **_SHAPES[size],
+    )
+    for version, sizes in _TAPS.items()
+    for size, taps in sizes.items()
+}
+
+# Our choice, for tests and the quickstart on a CPU: trained at 112 x 112, so 8 x 8 patches; the head's last
+# convolutions run on 56 x 56. Attention over 65 tokens is not fused: PyTorch's CPU kernel is slow backwards in bfloat16
+# (forward and backward of the whole network: 5.9 ms an image with it, 4.6 without).
+_TINY = Preset(
+    name="tiny", width=96, depth=4, heads=3, grid=8, taps=(0, 1, 2, 3), features=32, out_channels=(24, 32, 48, 64),
+    head_channels=16, head_stride=2, head_bias=ALIVE, fused_attention=False,
+)  # fmt: skip
+
+
+def _with_metric(presets: dict[str, Preset]) -> dict[str, Preset]:
+    # V1's metric model is ZoeDepth, another network; so metric variants exist for V2 and tiny.
+    metric = {
+        f"{name}-metric-{place}": replace(
+            preset, name=f"{name}-metric-{place}", head="metric", max_depth_m=metres, head_bias=None
+        )
+        for name, preset in presets.items()
+        if not name.startswith("v1-")
+        for place, metres in (("indoor", 20.0), ("outdoor", 80.0))
+    }
+    return {**presets, **metric}
+
+
+PRESETS: dict[str, Preset] = _with_metric({**_PUBLISHED, "tiny": _TINY})
+
+
+def get_preset(preset: str | Preset) -> Preset:
+    """The preset of this name (a Preset passes through). Raises WeightsError with the nearest names."""
+    if isinstance(preset, Preset):
+        return preset
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=3, cutoff=0.4)
+        raise WeightsError(
+            f"no preset {preset!r}; {'nearest: ' if near else 'there are: '}{', '.join(near or PRESETS)}"
+        )
+    return PRESETS[preset]

@@ -1,0 +1,156 @@
+"""16-bit codes: exact where promised, bounded elsewhere, holes stay holes."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from dataio.codec import (
+    DEPTH_MM,
+    code_of,
+    decode_npy,
+    decode_png16,
+    encode_label,
+    encode_png16,
+    label_code,
+    read_png16,
+)
+from dataio.spec import DataError
+from dataio.types import AffineCode
+
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+def png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format="PNG")
+    return out.getvalue()
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES.flatmap(lambda shape: arrays(np.float32, shape, elements=st.floats(-1, 80, width=32))))
+def test_depth_keeps_holes_and_is_within_half_a_code(depth_HW):
+    data, clipped = encode_png16(depth_HW, DEPTH_MM)
+    again_HW = decode_png16(data, DEPTH_MM)
+    valid_HW = depth_HW > 0
+    assert np.array_equal(np.isfinite(again_HW), valid_HW)
+    inside_HW = valid_HW & (depth_HW >= 0.001) & (depth_HW <= 65.535)
+    assert np.all(np.abs(again_HW - depth_HW)[inside_HW] <= 0.0005 + 1e-5)
+    assert clipped == np.count_nonzero(depth_HW.astype(np.float64) > 65.5355)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    SHAPES.flatmap(
+        lambda shape: arrays(np.float32, shape, elements=st.one_of(st.just(np.nan), st.floats(-1e4, 1e4, width=32)))
+    )
+)
+def test_label_error_low_bits_and_holes(disparity_HW):
+    valid_HW = np.isfinite(disparity_HW)
+    if not valid_HW.any():
+        with pytest.raises(DataError, match="no finite value"):
+            encode_label(disparity_HW)
+        return
+    data, code = encode_label(disparity_HW)
+    code_HW = read_png16(data)
+    assert not np.any(code_HW & 15)
+    assert np.array_equal(code_HW > 0, valid_HW)
+    again_HW = decode_png16(data, code)
+    low, high = disparity_HW[valid_HW].min(), disparity_HW[valid_HW].max()
+    bound = (float(high) - float(low)) / 8188 * 1.001 + 1e-6 * max(abs(low), abs(high))
+    assert np.all(np.abs(again_HW - disparity_HW)[valid_HW] <= bound)
+    assert np.all(again_HW[disparity_HW == low] == low)
+
+
+def test_label_spans_all_codes_and_zero_is_exact():
+    disparity_HW = np.linspace(0, 7.3, 64 * 64, dtype=np.float32).reshape(64, 64)
+    data, code = encode_label(disparity_HW)
+    code_HW = read_png16(data)
+    assert (code_HW.min(), code_HW.max()) == (16, 65520)
+    assert code == AffineCode(scale=code.scale, shift=0.0, zero=16)
+    assert decode_png16(data, code)[0, 0] == 0.0
+    assert decode_png16(data, code)[-1, -1] == pytest.approx(7.3, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, -3.5, 1e30, 1e-40])
+def test_a_flat_label(value):
+    data, code = encode_label(np.full((3, 4), value))
+    assert np.all(decode_png16(data, code) == np.float32(value))
+
+
+def test_disparity_codes_of_a_dataset_hold_zero():
+    code = AffineCode(scale=1e-4, shift=0.0, zero=1)
+    data, clipped = encode_png16([[0.0, 1.0, np.nan, 9.0]], code)
+    again_HW = decode_png16(data, code)
+    assert again_HW[0, 0] == 0
+    assert again_HW[0, 1] == pytest.approx(1)
+    assert np.isnan(again_HW[0, 2])
+    assert clipped == 1
+    assert again_HW[0, 3] == pytest.approx(6.5534)
+
+
+@pytest.mark.parametrize(("value", "code"), [(np.zeros(3), DEPTH_MM), (np.zeros((2, 2)), AffineCode(scale=0.0))])
+def test_encode_refuses(value, code):
+    with pytest.raises(ValueError, match="map"):
+        encode_png16(value, code)
+
+
+def test_encode_label_refuses_a_stack():
+    with pytest.raises(ValueError, match="map"):
+        encode_label(np.zeros((1, 2, 2)))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "1"])
+def test_other_pngs_are_refused(mode):
+    with pytest.raises(DataError, match=f"16-bit grey.*{mode}"):
+        read_png16(png(Image.new(mode, (4, 4))))
+
+
+def test_a_cut_png_is_refused():
+    data, _ = encode_png16(np.random.default_rng(0).uniform(1, 60, (64, 64)), DEPTH_MM)
+    for length in (0, 30, len(data) // 2):
+        with pytest.raises(DataError, match="unreadable"):
+            read_png16(data[:length])
+
+
+def npy(value: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, value)
+    return out.getvalue()
+
+
+def test_npy_holes():
+    data = npy(np.array([[1.5, 0.0, -1.0, np.nan, np.inf]], np.float16))
+    assert np.array_equal(np.isnan(decode_npy(data, "depth_m")), [[False, True, True, True, True]])
+    assert np.array_equal(np.isnan(decode_npy(data, "disparity")), [[False, False, False, True, True]])
+    assert decode_npy(data, "depth_m").dtype == np.float32
+
+
+@pytest.mark.parametrize("data", [b"", b"junk", npy(np.zeros((2, 2), np.int16)), npy(np.zeros(3, np.float32))])
+def test_npy_refused(data):
+    with pytest.raises(DataError, match="npy"):
+        decode_npy(data, "depth_m")
+
+
+def test_a_samples_own_code_comes_first():
+    assert code_of({}, DEPTH_MM) is DEPTH_MM
+    assert code_of({"focal_px": 3}, None) is None
+    assert code_of({"scale": 0.0002}, DEPTH_MM) == AffineCode(scale=0.0002)
+    assert code_of({"shift": 1, "zero": 4}, DEPTH_MM) == AffineCode(scale=0.001, shift=1.0, zero=4)
+
+
+@pytest.mark.parametrize("meta", [{"scale": 0}, {"scale": "1"}, {"scale": True}, {"scale": np.nan}, {"shift": 1.0}])
+def test_a_wrong_code_is_refused(meta):
+    with pytest.raises(DataError):
+        code_of(meta, None)
+
+
+def test_label_code():
+    assert label_code({"scale": 0.5, "shift": -1.0, "quality": 0.9}) == AffineCode(scale=0.5, shift=-1.0, zero=16)
+    for meta in ({}, {"scale": 1.0}, {"shift": 1.0}):
+        with pytest.raises(DataError):
+            label_code(meta)

@@ -1,0 +1,42 @@
+"""Runs a function on several ranks of a gloo process group, in fresh processes, and returns what each gave."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, folder: Path, *args: Any) -> list[Any]:
+    """`[fn(rank, world_size, *args) for every rank]`, each in a process of its own; `fn` is a module's function."""
+    import torch.multiprocessing as mp
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # DeepSpeed names its shared memory by this port; nothing listens there. Tests in parallel must not share it.
+    port = str(100_000 + os.getpid())
+    try:
+        mp.spawn(_child, (fn, world_size, str(folder), port, args), nprocs=world_size)
+    finally:
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            buffer.unlink()
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(world_size)]
+
+
+def _child(rank: int, fn: Callable[..., Any], world_size: int, folder: str, port: str, args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size), CROSS_RANK="0", CROSS_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    )  # fmt: skip
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    result = fn(rank, world_size, *args)
+    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
