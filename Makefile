@@ -1,0 +1,42 @@
+# make quickstart    a virtual environment, the installation, and the whole chain in minutes
+# make install       only the first two                 (PYTHON=python3.12, CUDA=12 where wanted)
+# make test check    the tests; ruff and mypy           (ARGS="-k plan" goes to pytest)
+
+SHELL := /bin/bash
+CUDA ?= 13
+JOBS ?= 2
+ARGS ?=
+export PYTHON
+PYTEST := .venv/bin/python -m pytest $(ARGS)
+
+.PHONY: help install install-dev quickstart test test-slow check format clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+install:
+	@tools/install.sh run $(CUDA)
+
+install-dev:
+	@tools/install.sh dev $(CUDA)
+
+quickstart: install
+	.venv/bin/fathom quickstart --out quickstart
+
+# A file's tests stay in one process, so that its fixtures are made once.
+test: install-dev
+	$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow"
+
+test-slow: install-dev
+	$(PYTEST) -m slow --timeout 1800
+
+check: install-dev
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: install-dev
+	.venv/bin/ruff check --fix .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,74 @@
+"""The distribution `fathom-depth`: the rooms as top-level packages, and the command `fathom`.
+
+The ranges below are what the code needs; constraints.txt holds the exact set that the tests ran with.
+The version stays below 0.9 (see the docstring of kernels/__init__.py).
+"""
+
+import os
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOMS = ("launcher", "trainer", "dataio", "model", "kernels", "cluster")
+
+LINUX_X86 = "platform_system == 'Linux' and platform_machine == 'x86_64'"
+DALI = {
+    "cuda12": f"nvidia-dali-cuda120>=2.0,<3; {LINUX_X86}",
+    "cuda13": f"nvidia-dali-cuda130>=2.0,<3; {LINUX_X86}",
+}
+# Both DALI wheels unpack into one folder, and an extra cannot take a default away: FATHOM_CUDA=12 drops the default
+# while the package is built, as `make install CUDA=12` does.
+CUDA = os.environ.get("FATHOM_CUDA", "13")
+if f"cuda{CUDA}" not in DALI:
+    raise SystemExit(f"error: FATHOM_CUDA={CUDA}: only 12 and 13 have a DALI wheel")
+
+REQUIRES = [
+    "torch>=2.6,<3",
+    "torchvision>=0.21,<1",
+    "timm>=1.0.12,<2",
+    "ray[default,train]>=2.44,<3",
+    "deepspeed>=0.17,<0.20",
+    "webdataset>=1.0,<2",
+    "prometheus-client>=0.20,<1",
+    "pydantic>=2.7,<3",
+    "typer>=0.12,<1",
+    "rich>=13",
+    "pyyaml>=6.0",
+    "numpy>=1.26,<3",
+    "pillow>=10.1",
+    "safetensors>=0.4.3",
+    "fsspec>=2024.2",
+    "psutil>=5.9",
+    "ninja>=1.11",
+    "matplotlib>=3.8",
+    DALI[f"cuda{CUDA}"],
+]
+
+TEST = [
+    "pytest>=8.2",
+    "pytest-xdist>=3.6",
+    "pytest-randomly>=3.15",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "scipy>=1.11",
+    "transformers>=5.0",
+]
+DEV = [*TEST, "ruff>=0.12", "mypy>=1.13", "types-PyYAML"]
+
+setup(
+    name="fathom-depth",
+    version="0.1.0",
+    description="A training system for monocular depth foundation models, from one laptop to many GPU nodes",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    if (Path(__file__).parent / "README.md").exists()
+    else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
+    package_data={"launcher": ["recipes/*.yaml"]},
+    install_requires=REQUIRES,
+    extras_require={**DALI, "test": TEST, "dev": DEV},
+    entry_points={"console_scripts": ["fathom = launcher.cli:main"]},
+)

@@ -1,0 +1,128 @@
+"""Settings and checks for the whole test session."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+# Before anything imports torch or DeepSpeed: two test processes share two processors.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import psutil
+import pytest
+
+from launcher.doctor import stale_buffers
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# The only reasons for which a test may be skipped where FATHOM_CI=1 says that everything else must run.
+ALLOWED_SKIPS = (r"no (NVIDIA )?GPU", r"no \.\./shared/real", r"no network namespaces")
+# Python's own helper processes: they end with the interpreter.
+HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+_skips: list[tuple[str, str]] = []
+_buffers_before: set[Path] = set()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_real() -> Path:
+    """A folder of real photographs and depth maps beside the checkout, where there is one."""
+    folder = REPOSITORY.parent / "shared" / "real"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/real")
+    return folder
+
+
+def left_children(patience_s: float = 5.0) -> list[psutil.Process]:
+    """Child processes of this test process that do not end by themselves within `patience_s`."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        left = [child for child in psutil.Process().children(recursive=True) if not _harmless(child)]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+
+
+def _harmless(child: psutil.Process) -> bool:
+    try:
+        command = " ".join(child.cmdline())
+        return child.status() == psutil.STATUS_ZOMBIE or any(helper in command for helper in HELPERS)
+    except psutil.Error:
+        return True
+
+
+def forbidden_skips(skips: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The (test, reason) pairs that may not be skipped where everything must run."""
+    return [skip for skip in skips if not any(re.search(allowed, skip[1]) for allowed in ALLOWED_SKIPS)]
+
+
+def _remember(nodeid: str, report: Any) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _skips.append((nodeid, reason.removeprefix("Skipped: ")))
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Under xdist the controller sees every test's report."""
+    _remember(report.nodeid, report)
+
+
+def pytest_collectreport(report: Any) -> None:
+    """A module that skips itself; under xdist only the worker sees it (see `pytest_testnodedown`)."""
+    _remember(report.nodeid, report)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """What lies in /dev/shm already is not ours to complain about."""
+    _buffers_before.update(stale_buffers())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Brings a worker's skipped modules and left processes to the controller."""
+    output = getattr(node, "workeroutput", {})
+    _skips.extend(tuple(skip) for skip in output.get("skips", []))
+    _complaints.extend(output.get("complaints", []))
+
+
+_complaints: list[str] = []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a session that leaves processes or shared memory behind, or skipped what must run."""
+    config = session.config
+    worker = hasattr(config, "workerinput")
+    controller = not worker and bool(getattr(config.option, "numprocesses", None))
+    if not controller:
+        for child in left_children():
+            _complaints.append(f"left running: {child.pid} {' '.join(child.cmdline())[:150]}")
+    if worker:
+        config.workeroutput["complaints"] = _complaints  # type: ignore[attr-defined]
+        config.workeroutput["skips"] = [skip for skip in _skips if "::" not in skip[0]]  # type: ignore[attr-defined]
+        return
+    for path in set(stale_buffers()) - _buffers_before:
+        _complaints.append(f"left in shared memory: {path}")
+    if os.environ.get("FATHOM_CI") == "1":
+        for nodeid, reason in sorted(set(forbidden_skips(_skips))):
+            _complaints.append(f"skipped, but must run here: {nodeid}: {reason}")
+    if _complaints and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says what the session left behind."""
+    if _complaints:
+        terminalreporter.section("the session itself failed")
+        for complaint in _complaints:
+            terminalreporter.line(complaint)
