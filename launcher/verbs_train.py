@@ -41,16 +41,12 @@ def train(
     from cluster.progress import Progress
     from cluster.stop import StopFlag, exit_status
     from trainer.config import TrainConfig, read_config
+    from trainer.run import show_step
     from trainer.run import train as run
 
     settings = read_config(TrainConfig, config, overrides or [])
     with StopFlag() as stop, Progress(settings.name, settings.steps, "steps") as bar:
-        outcome = run(
-            settings,
-            resume=resume,
-            on_progress=lambda report: bar.update(report["done"], loss=report["loss"]),
-            stop=stop,
-        )
+        outcome = run(settings, resume=resume, on_progress=show_step(bar), stop=stop)
     if outcome.stopped:
         typer.echo(f"stopped at step {outcome.step} by {outcome.stopped}; go on with --resume", err=True)
         return exit_status(outcome.stopped)

@@ -118,7 +118,7 @@ class TrainConfig(Section):
                 )
             if self.cluster.workers > spec.lanes:
                 raise ValueError(
-                    f"{at}.lanes: {spec.lanes} lanes cannot feed {self.cluster.workers} cluster.workers; raise the lanes"
+                    f"{at}.lanes: {spec.lanes} cannot feed {self.cluster.workers} cluster.workers; raise the lanes"
                 )
         total = self.steps * self.global_batch
         if self.optim.warmup_samples >= total:

@@ -17,6 +17,7 @@ import numpy as np
 
 from cluster import storage
 from cluster.stop import StopFlag
+from cluster.telemetry import Exporter
 from dataio.dataset import Dataset
 from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
 from dataio.labels import LabelSample, LabelStore, LedgerEntry, plan_digest
@@ -58,12 +59,21 @@ def run_labelling(
     def on_result(stem: str, entry: LedgerEntry) -> None:
         nonlocal done, images, failed
         done, images, failed = done + 1, images + entry.samples, failed + entry.failed
+        exporter.metric("fathom_label_images_total").inc(entry.samples - entry.failed)
+        show_shards()
         if on_shard:
             on_shard(done, len(dataset.shards), entry)
 
+    def show_shards() -> None:
+        for state, count in (("done", done), ("open", len(dataset.shards) - done)):
+            exporter.metric("fathom_label_shards").labels(state=state).set(count)
+
     stop = stop or StopFlag()
     if todo:
-        with ray_session(config.cluster.address):
+        discovery = None if storage.is_url(store.path) else storage.join(store.path, "telemetry")
+        exporter = Exporter(f"label-{store.digest}", 0, role="label", discovery=discovery)
+        with exporter, ray_session(config.cluster.address):
+            show_shards()
             run_pool(
                 functools.partial(Labeller, config.model_dump(mode="json"), store.path),
                 todo,

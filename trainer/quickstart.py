@@ -19,7 +19,7 @@ from cluster.progress import Progress
 from cluster.stop import StopFlag
 from trainer.config import EvaluateConfig, LabelConfig, TrainConfig, absolute_paths, apply_override, parse_config
 from trainer.journal import Journal
-from trainer.run import train
+from trainer.run import show_step, train
 
 EVALUATION_SEED = 7_000_003  # scenes of training come from other seeds
 MAX_DEPTH_M = 20.0
@@ -190,7 +190,7 @@ def train_stage(request: Request, name: str, stop: StopFlag, labels: str | None 
         outcome = train(
             config,
             resume=started,
-            on_progress=lambda report: bar.update(report["done"], loss=report["loss"]),
+            on_progress=show_step(bar),
             stop=stop,
         )
     if outcome.stopped:

@@ -15,6 +15,7 @@ from PIL import Image
 from cluster import storage
 from cluster.telemetry import Exporter
 from cluster.worker import WorkerContext
+from dataio.quarantine import Quarantine
 from dataio.show import colorize
 from dataio.types import Batch
 from model.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -27,8 +28,12 @@ from trainer.tasks.base import Task
 class Recorder:
     """Rank 0 writes files and reports progress; every rank feeds its own metrics."""
 
-    def __init__(self, config: TrainConfig, task: Task, context: WorkerContext, exporter: Exporter) -> None:
+    def __init__(
+        self, config: TrainConfig, task: Task, context: WorkerContext, exporter: Exporter, quarantine: Quarantine
+    ) -> None:
         self.config, self.task, self.context, self.exporter = config, task, context, exporter
+        self.quarantine = quarantine
+        self._skipped_before: dict[str, int] = {}
         self.journal = Journal(config.folder)
         self._last = time.perf_counter()
         exporter.metric("fathom_world_size").set(context.world_size)
@@ -58,6 +63,11 @@ class Recorder:
             metric("fathom_phase_seconds_total").labels(phase=phase).inc(spent)
         for group, rate in record.learning_rates.items():
             metric("fathom_learning_rate").labels(group=group).set(rate)
+        for reason, count in dict(self.quarantine.counts).items():
+            metric("fathom_samples_skipped_total").labels(reason=reason).inc(
+                count - self._skipped_before.get(reason, 0)
+            )
+            self._skipped_before[reason] = count
         if math.isfinite(record.result.grad_norm):
             metric("fathom_grad_norm").set(record.result.grad_norm)
         return seconds
@@ -90,7 +100,9 @@ class Recorder:
             "phases": {name: round(spent, 4) for name, spent in record.phases.items()},
         }
         storage.append_line(os.path.join(self.config.folder, "metrics.jsonl"), json.dumps(line))
-        self.context.report({"done": record.step, "total": self.config.steps, "loss": total})
+        self.context.report(
+            {"done": record.step, "total": self.config.steps, "loss": total, "metrics": self.exporter.address}
+        )
 
     @torch.no_grad()
     def preview(self, module: torch.nn.Module, step: int, batch: Batch) -> None:

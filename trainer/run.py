@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from cluster import storage
+from cluster.progress import Progress
 from cluster.stop import StopFlag
 from dataio.dataset import Dataset
 from dataio.labels import LabelStore
@@ -88,6 +89,20 @@ def train(
     outcome = TrainOutcome(folder=config.folder, step=result.value["step"], stopped=result.value["stopped"])
     journal.write("stopped" if outcome.stopped else "finished", step=outcome.step, reason=outcome.stopped)
     return outcome
+
+
+def show_step(bar: Progress) -> Callable[[Mapping[str, Any]], None]:
+    """An `on_progress` for `train` that draws on `bar`, and says once where the live metrics are served."""
+    said = False
+
+    def on_progress(report: Mapping[str, Any]) -> None:
+        nonlocal said
+        if not said:
+            bar.note(f"live metrics: http://{report['metrics']}/metrics")
+            said = True
+        bar.update(report["done"], loss=report["loss"])
+
+    return on_progress
 
 
 def check_inputs(config: TrainConfig) -> None:

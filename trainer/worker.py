@@ -59,9 +59,9 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         self._restore_optimizer(checkpoint)
         exporter = Exporter(config.name, context.rank, discovery=os.path.join(config.folder, "telemetry"))
         self.exporter = self._stack.enter_context(exporter)
-        self.recorder = Recorder(config, self.task, context, self.exporter)
         self.loader = self._loader(device, checkpoint)
         self._stack.callback(self.loader.close)
+        self.recorder = Recorder(config, self.task, context, self.exporter, self.loader.quarantine)
         self.loop = Loop(
             config=config,
             task=self.task,
