@@ -172,8 +172,9 @@ def stage_config(request: Request, name: str, labels: str | None = None) -> Trai
     values["model"]["preset"] = request.preset
     if request.encoder_weights:
         values["model"]["encoder_weights"] = os.path.abspath(request.encoder_weights)
-    if labels and "unlabelled" in values["data"]["roles"]:
-        values["data"]["roles"]["unlabelled"]["labels"] = [labels]
+    for role in values["data"]["roles"].values():
+        if labels and "labels" in role:
+            role["labels"] = [labels]
     optim = values.get("optim", {})
     optim["warmup_samples"] = round(optim.get("warmup_samples", 0) * min(1.0, request.sizes.steps))
     return parse_config(TrainConfig, absolute_paths(values, request.out), source=f"recipe {recipe}")

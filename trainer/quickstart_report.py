@@ -34,8 +34,8 @@ def write_quickstart_report(request: Request, results: Results, runs: Mapping[st
     page = Page("fathom quickstart: teacher, pseudo-labels, student")
     page.text(
         f"{request.sizes.labelled} labelled synthetic scenes trained the teacher; it labelled {request.sizes.wide} "
-        "scenes of a different, wider domain; the student learned from both, 1 : 2, under colour distortion, blur and CutMix, "
-        "its features held near a frozen encoder."
+        "scenes of a different, wider domain; the student learned from both, 1 : 2, under colour distortion, blur and "
+        "CutMix, its features held near a frozen encoder."
     )
     page.heading("Evaluation on the wide domain")
     page.table(*table(results))
