@@ -119,7 +119,7 @@ def run_group(
     """
     import ray
 
-    os.makedirs(storage_path, exist_ok=True)  # noqa: PTH103
+    os.makedirs(storage_path, exist_ok=True)
     with ray_session(cpus=workers * threads_per_worker) as session:
         require_resources(workers, threads_per_worker, use_gpu)
         control = ray.remote(num_cpus=0)(_Control).remote()
@@ -157,7 +157,7 @@ def _trainer(
     if gpu:
         env.pop("DS_ACCELERATOR", None)
     attempt = f"{name}-{secrets.token_hex(4)}"  # Ray Train continues an old folder of the same name
-    where = os.path.abspath(storage_path)  # noqa: PTH100
+    where = os.path.abspath(storage_path)
     trainer = TorchTrainer(
         _on_worker,
         train_loop_config=config,

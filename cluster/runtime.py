@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -19,6 +20,8 @@ from typing import Any
 _ROOT = str(Path(__file__).resolve().parent.parent)  # workers import the same checkout, wherever the driver stands
 _OBJECT_STORE_BYTES = 200 << 20  # what passes through it is small: payloads, results of shards
 _LINGER_S = 3.0
+_CONNECT_S = 5.0
+_FOLDER_PREFIX = "fathom-ray-"
 _UNIX_SOCKET_PATH_BYTES = 107
 _RAY_SOCKET_SUFFIX_BYTES = len("/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store.12345")
 
@@ -66,8 +69,8 @@ _current: Session | None = None
 def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator[Session]:
     """Ray for the time of the block: embedded on this machine with at least `cpus` CPUs, or joined at `address`.
 
-    Inside another ray_session, or where Ray is up already, that one is shared and left running. Enter it before
-    torch or anything else starts threads that need SIGTERM. ClusterAddressError when `address` does not answer.
+    Inside another ray_session, or where Ray is up already, that one is shared and left running.
+    ClusterAddressError when `address` does not answer.
     """
     global _current
     import ray
@@ -76,19 +79,15 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
         yield _current or Session(embedded=False, logs=_log_folder())
         return
     if address is None:
-        with _embedded(max(cpus or 1, os.cpu_count() or 1)) as session:
+        with _process_state(), _embedded(max(cpus or 1, os.cpu_count() or 1)) as session:
             yield from _share(session)
     else:
-        try:
-            with environment(_DRIVER_ENVIRONMENT):
-                ray.init(address=address, runtime_env=_runtime_env({}), **_quiet())
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ClusterAddressError(f"no Ray cluster answers at {address}: {reason}; is it started there?") from error
-        try:
-            yield from _share(Session(embedded=False, logs=_log_folder()))
-        finally:
-            ray.shutdown()
+        with _process_state():
+            _join(address)
+            try:
+                yield from _share(Session(embedded=False, logs=_log_folder()))
+            finally:
+                ray.shutdown()
 
 
 @contextmanager
@@ -117,6 +116,49 @@ def remove_shared_memory(prefix: str) -> None:
                 path.unlink()
 
 
+@contextmanager
+def _process_state() -> Iterator[None]:
+    """Put back what Ray leaves in the driver's environment."""
+    before = set(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - before:
+            if name.startswith("RAY_") or name == "PYTHONBREAKPOINT":
+                del os.environ[name]
+
+
+def _init(**options: Any) -> None:
+    """ray.init, quiet. It replaces the SIGTERM handler by one that exits: the caller's comes back."""
+    import ray
+
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with environment(_DRIVER_ENVIRONMENT):
+            # Workers' output stays in Ray's log files: sent to the driver it would tear the progress bar.
+            ray.init(log_to_driver=False, logging_level="ERROR", **options)
+    finally:
+        for number, handler in handlers.items():
+            if main and handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+
+def _join(address: str) -> None:
+    remedy = "start it there, or give the address of its head node"
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in address:  # ray.init alone would try for five minutes
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+        except OSError as error:
+            raise ClusterAddressError(f"no Ray cluster answers at {address} ({error}): {remedy}") from error
+    try:
+        _init(address=address, runtime_env=_runtime_env({}))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ClusterAddressError(f"cannot join the Ray cluster at {address} ({reason}): {remedy}") from error
+
+
 def _share(session: Session) -> Iterator[Session]:
     global _current
     _current = session
@@ -130,65 +172,50 @@ def _share(session: Session) -> Iterator[Session]:
 def _embedded(cpus: int) -> Iterator[Session]:
     import ray
 
-    folder = _session_folder()
-    before = set(_children(recursive=False))
-    # Ray blocks SIGINT in all it starts, so that Ctrl-C reaches the driver alone. SIGTERM to a whole process group
-    # (timeout, Slurm) has to leave the ranks time for a checkpoint too: a mask is inherited.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        with environment(_DRIVER_ENVIRONMENT):
-            ray.init(
+    before = _children()
+    with _session_folder() as folder:
+        with _process_groups_apart():
+            _init(
                 num_cpus=cpus,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 runtime_env=_runtime_env({"GLOO_SOCKET_IFNAME": "lo"} if _has_lo() else {}),
                 _node_ip_address=_loopback(),
                 _temp_dir=folder,
-                **_quiet(),
             )
-    except BaseException:
-        ray.shutdown()
-        _remove(folder)
-        raise
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    ray._private.worker._worker_logs_enabled = False  # Ray's own messages about dead workers: we tell, in one line
-    heads = [child for child in _children(recursive=False) if child not in before]
+        ray._private.worker._worker_logs_enabled = False  # Ray's own message for every dead worker
+        try:
+            yield Session(embedded=True, logs=_log_folder())
+        finally:
+            started = [child for child in _children() if child not in before]
+            ray.shutdown()
+            ends = time.monotonic() + _LINGER_S  # workers leave by themselves when their raylet is gone
+            while any(_runs(process) for process in started) and time.monotonic() < ends:
+                time.sleep(0.05)
+            _kill([process for process in started if _is_ray(process)])
+
+
+@contextmanager
+def _process_groups_apart() -> Iterator[None]:
+    """Processes that Ray starts in the block get groups of their own.
+
+    A signal to the driver's whole group (a terminal, `timeout`) then leaves Ray and the ranks up for a last
+    checkpoint. Ray itself blocks SIGINT in them but dies of SIGTERM; blocking that too would cost ray.shutdown a
+    second for each.
+    """
+    from ray._private import services
+
+    original = services.ConsolePopen
+
+    class Apart(original):  # type: ignore[misc,valid-type]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, process_group=0, **options)
+
+    services.ConsolePopen = Apart
     try:
-        yield Session(embedded=True, logs=_log_folder())
+        yield
     finally:
-        _shut_down(heads)
-        _remove(folder)
-
-
-def _shut_down(heads: list[Any]) -> None:
-    """ray.shutdown, and the end of every process below `heads`, those that Ray started directly."""
-    import psutil
-    import ray
-
-    everything = list(heads)
-    for head in heads:
-        with suppress(psutil.Error):
-            everything += head.children(recursive=True)
-    over = threading.Event()
-
-    def hasten() -> None:
-        # Deaf to SIGTERM, each head would cost ray.shutdown a second. It ends the raylet first, once the driver has
-        # left; from then on nothing needs the others.
-        raylets = [head for head in heads if _name(head) == "raylet"]
-        while not over.wait(0.05) and any(_runs(raylet) for raylet in raylets):
-            pass
-        _kill(heads)
-
-    helper = threading.Thread(target=hasten, name="fathom-shutdown", daemon=True)
-    helper.start()
-    ray.shutdown()
-    over.set()
-    helper.join()
-    ends = time.monotonic() + _LINGER_S  # the workers leave by themselves when the raylet is gone
-    while any(_runs(process) for process in everything) and time.monotonic() < ends:
-        time.sleep(0.05)
-    _kill(everything)
+        services.ConsolePopen = original
 
 
 def _kill(processes: list[Any]) -> None:
@@ -208,24 +235,20 @@ def _runs(process: Any) -> bool:
         return False
 
 
-def _name(process: Any) -> str:
+def _is_ray(process: Any) -> bool:
+    """Not the caller's own child that happens to be as young."""
     import psutil
 
     try:
-        return str(process.name())
+        return any("ray" in os.path.basename(part) or "/ray/" in part for part in process.cmdline()[:4])
     except psutil.Error:
-        return ""
+        return False
 
 
-def _children(recursive: bool) -> list[Any]:
+def _children() -> list[Any]:
     import psutil
 
-    return list(psutil.Process().children(recursive=recursive))
-
-
-def _quiet() -> dict[str, Any]:
-    # Workers' output stays in Ray's log files: sent to the driver it would tear the progress bar.
-    return {"log_to_driver": False, "logging_level": "ERROR"}
+    return list(psutil.Process().children(recursive=True))
 
 
 def _runtime_env(extra: dict[str, str]) -> dict[str, Any]:
@@ -237,21 +260,32 @@ def _runtime_env(extra: dict[str, str]) -> dict[str, Any]:
 def _log_folder() -> str:
     import ray
 
-    return os.path.join(ray._private.worker._global_node.get_session_dir_path(), "logs")  # noqa: PTH118
+    return os.path.join(ray._private.worker._global_node.get_session_dir_path(), "logs")
 
 
-def _session_folder() -> str | None:
-    """A folder of our own for Ray's session; None (Ray's default) where socket paths in it would be too long."""
-    for parent in (tempfile.gettempdir(), "/tmp"):
-        folder_bytes = len(os.fsencode(parent)) + len("/fathom-ray-12345678")
-        if folder_bytes + _RAY_SOCKET_SUFFIX_BYTES <= _UNIX_SOCKET_PATH_BYTES and os.access(parent, os.W_OK):
-            return tempfile.mkdtemp(prefix="fathom-ray-", dir=parent)
-    return None
+@contextmanager
+def _session_folder() -> Iterator[str | None]:
+    """A locked folder of our own for Ray's session, and the end of folders whose driver was killed.
 
-
-def _remove(folder: str | None) -> None:
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+    None (Ray's default) where socket paths in it would be too long.
+    """
+    for parent in dict.fromkeys([tempfile.gettempdir(), "/tmp"]):
+        folder_bytes = len(os.fsencode(parent)) + len(f"/{_FOLDER_PREFIX}12345678")
+        if folder_bytes + _RAY_SOCKET_SUFFIX_BYTES > _UNIX_SOCKET_PATH_BYTES or not os.access(parent, os.W_OK):
+            continue
+        for old in Path(parent).glob(f"{_FOLDER_PREFIX}*"):
+            with suppress(OSError), (old / "lock").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
+        folder = tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=parent)
+        try:
+            with Path(folder, "lock").open("wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    yield None
 
 
 def _loopback() -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
@@ -25,13 +27,14 @@ class StopFlag:
 
     `deadline` is when the machine goes away (seconds since the epoch): `grace_s` after a SIGTERM, else None. A SIGINT
     after any first signal raises KeyboardInterrupt; more SIGTERMs change nothing. ValueError outside the main thread.
-    Not entered, it is a plain flag for `set`.
+    Not entered, it is a plain flag for `set`. `notice` is a line for stderr at the first signal.
     """
 
-    def __init__(self, grace_s: float | None = None) -> None:
+    def __init__(self, grace_s: float | None = None, notice: str = "") -> None:
         self.reason: str | None = None
         self.deadline: float | None = None
         self._grace_s = grace_s
+        self._notice = notice
         self._previous: dict[signal.Signals, Any] = {}
         self._event = threading.Event()
 
@@ -50,9 +53,6 @@ class StopFlag:
             # a handler that was not set from Python reads as None and cannot be set again
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def __bool__(self) -> bool:
-        return self.reason is not None
-
     def set(self, reason: str, deadline: float | None = None) -> None:
         """Ask for the stop; the first reason stays. `deadline`: seconds since the epoch."""
         exit_status(reason)
@@ -69,5 +69,8 @@ class StopFlag:
         name = signal.Signals(number).name
         if self.reason is not None and name == "SIGINT":
             raise KeyboardInterrupt
+        if self.reason is None and self._notice:
+            with suppress(OSError):
+                os.write(2, f"{name}: {self._notice}\n".encode())  # print may be what the signal interrupted
         terminated = name == "SIGTERM" and self._grace_s is not None
         self.set(name, time.time() + (self._grace_s or 0.0) if terminated else None)

@@ -5,8 +5,6 @@ temporary name beside its target, is synced, renamed, and its folder synced; beh
 temporary file and put in one piece, which object stores show whole or not at all. Sizes and offsets are bytes.
 """
 
-# ruff: noqa: PTH100, PTH102, PTH105, PTH108, PTH110, PTH112, PTH116, PTH118, PTH120, PTH208
-# (paths are str: they may be URLs)
 from __future__ import annotations
 
 import errno
@@ -183,6 +181,19 @@ def sha256_file(path: str) -> str:
     """The hexadecimal SHA-256 of the file's bytes. Raises FileMissing, StorageError."""
     with open_range(path, 0) as file:
         return hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
+
+
+def make_folder(path: str) -> None:
+    """Make a local folder and its parents, so that a place that cannot be written is refused before the work.
+
+    Behind a URL there is nothing to make. Raises StorageError.
+    """
+    if is_url(path):
+        return
+    with _told(path, "write"):
+        _make_folder(_local(path))
+        if not os.access(_local(path), os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def require_free(path: str, bytes: int, what: str) -> None:

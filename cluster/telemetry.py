@@ -134,7 +134,7 @@ class Exporter:
         """Remove the entry, stop the server and its thread, free the port. Again is nothing."""
         if self._entry is not None:
             with suppress(OSError):
-                os.unlink(self._entry)  # noqa: PTH108
+                os.unlink(self._entry)
             self._entry = None
         if self._server is not None and self._thread is not None:
             self._server.shutdown()
@@ -149,7 +149,7 @@ def forget(discovery: str, pid: int) -> None:
         for name in storage.listdir(discovery):
             if name.endswith(".json") and name.split("-")[-2:-1] == [str(pid)]:
                 with suppress(OSError):
-                    os.unlink(storage.join(discovery, name))  # noqa: PTH108
+                    os.unlink(storage.join(discovery, name))
 
 
 def _build() -> dict[str, str]:

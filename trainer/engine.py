@@ -20,6 +20,7 @@ from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimiz
 from torch import Tensor, nn
 
 from trainer.config import EngineSection, OptimSection
+from trainer.engine_ops import prepare_cpu_operator
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Groups = Mapping[str, list[tuple[str, nn.Parameter]]]
@@ -60,6 +61,7 @@ class Engine:
             weight_decay=optim.weight_decay,
         )
         config = deepspeed_config(optim, engine, micro_batches)
+        prepare_cpu_operator()
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module.to(device), optimizer=optimizer, config=config, dist_init_required=False
         )

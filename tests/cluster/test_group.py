@@ -51,26 +51,22 @@ def test_two_ranks_see_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list((tmp_path / ".ray").iterdir()) == []
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_rank_s_own_exception_is_raised(tmp_path: Path, rank: int) -> None:
-    with pytest.raises(work.UserError, match="^field x: found 1, allowed 2$") as caught:
-        run(work.fail, {"rank": rank, "how": "raise"}, tmp_path)
+def test_the_rank_s_own_exception_is_raised(tmp_path: Path) -> None:
+    with pytest.raises(work.UserError) as caught:
+        run(work.fail, {"rank": 1, "how": "raise"}, tmp_path)
+    assert str(caught.value) == "field x: found 1, allowed 2"
     assert caught.value.exit_status == 2
-    assert f"rank {rank}:" in caught.value.__notes__[0]
+    assert "rank 1:" in caught.value.__notes__[0]
     assert 'raise UserError("field x' in caught.value.__notes__[0]
     assert "UserError: field x" in (tmp_path / ".ray" / "test-failure.log").read_text()
 
 
 def test_what_cannot_travel_is_told(tmp_path: Path) -> None:
-    with pytest.raises(WorkerError, match="^OddError: this and that$") as caught:
+    with pytest.raises(WorkerError) as caught:
         run(work.fail, {"rank": 1, "how": "odd"}, tmp_path)
     assert caught.value.exit_status == 2
+    assert str(caught.value) == "OddError: this and that"
     assert "raise OddError" in caught.value.__notes__[0]
-
-
-def test_an_exit_in_a_rank_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(WorkerError, match="SystemExit: 3"):
-        run(work.fail, {"rank": 0, "how": "exit"}, tmp_path)
 
 
 def test_a_killed_rank_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -80,27 +76,6 @@ def test_a_killed_rank_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert "\n" not in str(caught.value)
     assert "rank 1" in (tmp_path / ".ray" / "test-failure.log").read_text()
     assert capfd.readouterr() == ("", "")
-
-
-def test_a_stop_set_by_the_program_reaches_the_ranks(tmp_path: Path) -> None:
-    stop = StopFlag()
-
-    def stop_at(progress: dict[str, Any]) -> None:
-        if progress["step"] >= 2:
-            stop.set("PREEMPTED", deadline=123.0)
-
-    result = run_group(
-        work.until_stopped,
-        {"folder": str(tmp_path)},
-        workers=2,
-        name="test",
-        storage_path=str(tmp_path / ".ray"),
-        stop=stop,
-        on_progress=stop_at,
-    )
-    assert result.stop_reason == "PREEMPTED"
-    assert result.value["deadline"] == 123.0
-    assert (tmp_path / "saved-0").read_text() == (tmp_path / "saved-1").read_text() == str(result.value["steps"])
 
 
 def test_more_workers_than_the_cluster_holds_are_refused_at_once(tmp_path: Path) -> None:

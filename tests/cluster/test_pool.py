@@ -29,7 +29,7 @@ def run(items: Any, folder: Path, stop: StopFlag | None = None, make: Any = None
         items,
         workers=2,
         on_result=lambda item, value: results.append((item, value)),
-        stop=stop or StopFlag(),
+        stop=StopFlag() if stop is None else stop,
     )
     return result, results
 
@@ -38,7 +38,6 @@ def test_results_come_in_any_order_and_a_dead_actor_is_replaced(tmp_path: Path) 
     result, results = run([1, 2.0, 3, "die once", 4, 5], tmp_path)
     assert result == PoolResult(done=6, complete=True)
     assert dict(results) == {1: 2, 2.0: 4.0, 3: 6, "die once": "survived", 4: 8, 5: 10}
-    assert results[-1][0] in (2.0, "die once")  # it did not hold up the others
 
 
 def test_an_item_that_kills_its_actor_every_time_ends_the_pool(tmp_path: Path) -> None:

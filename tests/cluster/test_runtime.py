@@ -14,7 +14,7 @@ def test_a_session_is_shared_inside_and_leaves_nothing(capfd: pytest.CaptureFixt
     import ray
 
     before = dict(os.environ)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
     children = set(psutil.Process().children())
     with ray_session(cpus=3) as session:
         assert session.embedded
@@ -26,11 +26,12 @@ def test_a_session_is_shared_inside_and_leaves_nothing(capfd: pytest.CaptureFixt
         assert ray.is_initialized()
         started = set(psutil.Process().children(recursive=True)) - children
         assert started
+        assert all(os.getpgid(child.pid) != os.getpgid(0) for child in started)
+        assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers
     assert not ray.is_initialized()
     assert not logs.exists()
     assert not [child for child in started if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert dict(os.environ) == before
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
     assert capfd.readouterr() == ("", "")
 
 

@@ -16,7 +16,6 @@ from cluster.stop import StopFlag, exit_status
 def test_the_first_signal_sets_the_reason_once(number: signal.Signals, name: str, status: int) -> None:
     before = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
     with StopFlag(grace_s=10.0) as stop:
-        assert not stop
         assert stop.reason is None
         os.kill(os.getpid(), number)
         assert stop.wait(5.0)
@@ -29,6 +28,11 @@ def test_the_first_signal_sets_the_reason_once(number: signal.Signals, name: str
             os.kill(os.getpid(), signal.SIGINT)
     assert exit_status(name) == status
     assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == before
+
+
+def test_a_flag_nobody_has_set_survives_a_default() -> None:
+    stop = StopFlag()
+    assert (stop or StopFlag()) is stop
 
 
 def test_it_is_a_plain_flag_elsewhere() -> None:

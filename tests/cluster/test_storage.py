@@ -74,16 +74,21 @@ def test_missing_files_say_so_in_one_line(base: str) -> None:
 def test_a_failing_block_leaves_the_target_and_nothing_else(base: str) -> None:
     path = storage.join(base, "a.bin")
     storage.atomic_write(path, b"old")
-    with pytest.raises(ZeroDivisionError), storage.atomic_writer(path) as file:
-        file.write(b"half of the new")
-        raise ZeroDivisionError
+
+    def fail_half_way() -> None:
+        with storage.atomic_writer(path) as file:
+            file.write(b"half of the new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
     assert storage.read_bytes(path) == b"old"
     assert storage.listdir(base) == ["a.bin"]
 
 
 def test_what_the_block_reads_keeps_its_own_error(base: str) -> None:
     with pytest.raises(FileNotFoundError) as caught, storage.atomic_writer(storage.join(base, "a.bin")):
-        open("/no/such/file")
+        Path("/no/such/file").read_bytes()
     assert not isinstance(caught.value, StorageError)
 
 
