@@ -12,9 +12,11 @@ import io
 import json
 import os
 import posixpath
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -270,10 +272,22 @@ def _render_all(render: partial[Item], indexes: range, workers: int) -> Iterator
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         chunks = (indexes[i : i + _CHUNK] for i in range(0, len(indexes), _CHUNK))
         # the pool computes all that it is given: this bounds what waits in memory
-        waiting = deque(pool.submit(_render_chunk, render, chunk) for chunk in islice(chunks, 2 * workers))
+        with _deaf_children():
+            waiting = deque(pool.submit(_render_chunk, render, chunk) for chunk in islice(chunks, 2 * workers))
         while waiting:
             yield from waiting.popleft().result()
             waiting.extend(pool.submit(_render_chunk, render, chunk) for chunk in islice(chunks, 1))
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started in the block never see SIGINT and SIGTERM, which a terminal and `timeout` send to a whole
+    process group: the parent decides. They end with it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _render_chunk(render: partial[Item], indexes: range) -> list[Item]:

@@ -23,6 +23,7 @@ def synth(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Pack the exact depth too.")] = True,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    shard_samples: Annotated[int, typer.Option(min=1, help="Scenes of a shard; whole shards outlive Ctrl-C.")] = 500,
 ) -> int:
     """Render synthetic scenes with exact depth and pack them as a dataset. The same call resumes.
 
@@ -35,8 +36,8 @@ def synth(
 
     with _bar("render") as (bar, stop):
         report = pack_synth(
-            domain, out, seed=seed, count=count, size=size, labelled=labels, workers=workers,
-            progress=_watching(bar, stop),
+            domain, out, seed=seed, count=count, size=size, labelled=labels, samples_per_shard=shard_samples,
+            workers=workers, progress=_watching(bar, stop),
         )  # fmt: skip
     typer.echo(f"{out}: {report}")
     return 0
@@ -131,9 +132,12 @@ def _bar(title: str) -> Any:
 
 
 def _watching(bar: Any, stop: Any) -> Any:
+    from cluster.stop import exit_status
+
     def on_progress(done: int, total: int) -> None:
         if stop.reason:
-            raise typer.Exit(130 if stop.reason == "SIGINT" else 75)
+            typer.echo(f"stopped by {stop.reason} after {done} of {total}; the same command goes on", err=True)
+            raise typer.Exit(exit_status(stop.reason))
         bar.update(done, of=total)
 
     return on_progress

@@ -50,7 +50,8 @@ def run(
         "cluster": {"workers": workers, "threads": threads, "use_gpu": gpu, "address": address},
     }  # fmt: skip
     config = parse_config(LabelConfig, absolute_paths(values), source="label run")
-    with StopFlag() as stop, Progress("label", None, "shards") as bar:
+    notice = "finishing the shards in hand; Ctrl-C again ends at once"
+    with StopFlag(notice=notice) as stop, Progress("label", None, "shards") as bar:
         outcome = run_labelling(config, on_shard=lambda done, total, entry: bar.update(done, of=total), stop=stop)
     if outcome.failed:
         typer.echo(

@@ -41,12 +41,18 @@ def train(
     from cluster.progress import Progress
     from cluster.stop import StopFlag, exit_status
     from trainer.config import TrainConfig, read_config
+
+    settings = read_config(TrainConfig, config, overrides or [])
     from trainer.run import show_step
     from trainer.run import train as run
 
-    settings = read_config(TrainConfig, config, overrides or [])
-    with StopFlag() as stop, Progress(settings.name, settings.steps, "steps") as bar:
+    notice = "finishing the step and writing a checkpoint; Ctrl-C again ends at once"
+    with StopFlag(notice=notice) as stop, Progress(settings.name, settings.steps, "steps") as bar:
         outcome = run(settings, resume=resume, on_progress=show_step(bar), stop=stop)
+    if outcome.quarantined:
+        typer.echo(
+            f"skipped {outcome.quarantined} bad samples; {outcome.folder}/quarantine.*.jsonl names them", err=True
+        )
     if outcome.stopped:
         typer.echo(f"stopped at step {outcome.step} by {outcome.stopped}; go on with --resume", err=True)
         return exit_status(outcome.stopped)
@@ -142,7 +148,7 @@ def quickstart(
         out=os.path.abspath(out), recipes=_recipes(), seed=seed, ladder=ladder, encoder_weights=encoder, preset=preset,
         sizes=sizes,
     )  # fmt: skip
-    with StopFlag() as stop:
+    with StopFlag(notice="stopping where the work can go on; Ctrl-C again ends at once") as stop:
         try:
             results = run(request, stop)
         except Stopped as stopped:

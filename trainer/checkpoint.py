@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,8 @@ from cluster import storage
 from trainer.config import ConfigError
 
 FORMAT = 1
-_PREFIX, _PARTIAL = "step_", ".partial"
+FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
+_NAME, _PARTIAL = re.compile(r"step_(\d{8,})"), ".partial"
 
 
 class CheckpointError(ConfigError):
@@ -56,6 +58,7 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     state: TrainState
+    frozen: str | None = None  # fingerprint of the frozen networks it was trained with
 
 
 def save_checkpoint(
@@ -73,17 +76,17 @@ def save_checkpoint(
     """
     needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *optimizer.values()))
     storage.require_free(root, int(needed * 1.05) + 2**20, "a checkpoint")
-    final = os.path.join(root, f"{_PREFIX}{state.step:08d}")
-    partial = f"{final}{_PARTIAL}"
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
+    final = os.path.join(root, f"step_{state.step:08d}")
+    partial, replaced = f"{final}{_PARTIAL}", f"{final}.replaced{_PARTIAL}"
+    _clean(root)
     try:
+        os.makedirs(partial)
         tensors = {"weights.safetensors": weights, "optimizer.safetensors": optimizer}
         for name, named in tensors.items():
             save_file({k: v.contiguous() for k, v in named.items()}, os.path.join(partial, name))
             _sync(os.path.join(partial, name))
         storage.atomic_write(os.path.join(partial, "state.json"), json.dumps(asdict(state), indent=1))
-        files = {name: storage.sha256_file(os.path.join(partial, name)) for name in (*tensors, "state.json")}
+        files = {name: storage.sha256_file(os.path.join(partial, name)) for name in FILES}
         manifest = {
             "format": FORMAT,
             "step": state.step,
@@ -92,15 +95,18 @@ def save_checkpoint(
             "frozen": frozen,
         }
         storage.atomic_write(os.path.join(partial, "manifest.json"), json.dumps(manifest, indent=1))
-        shutil.rmtree(final, ignore_errors=True)  # a run that walked back writes the same step again
+        if os.path.isdir(final):  # a run that walked back writes the same step again
+            os.rename(final, replaced)
         os.rename(partial, final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise storage.StorageError(
             f"{final}: cannot write the checkpoint: {error}; earlier checkpoints are kept"
         ) from error
     storage.atomic_write(os.path.join(root, "latest"), os.path.basename(final))
-    for name in list_checkpoints(root)[:-keep]:
+    _clean(root)
+    # Folders of later steps were not whole, else the run had gone on from them: they must not push out whole ones.
+    for name in [n for n in list_checkpoints(root) if _step(n) <= state.step][:-keep]:
         shutil.rmtree(os.path.join(root, name), ignore_errors=True)
     return final
 
@@ -109,7 +115,7 @@ def list_checkpoints(root: str) -> list[str]:
     """Names of the checkpoint folders under `root`, oldest first; they may turn out not to be whole."""
     if not os.path.isdir(root):
         return []
-    return sorted(n for n in os.listdir(root) if n.startswith(_PREFIX) and not n.endswith(_PARTIAL))
+    return sorted((n for n in os.listdir(root) if _NAME.fullmatch(n)), key=_step)
 
 
 def find_checkpoint(root: str) -> tuple[str | None, list[str]]:
@@ -127,11 +133,13 @@ def verify_checkpoint(path: str) -> str | None:
     """What is wrong with a checkpoint, or None: a manifest, every file there, every checksum right."""
     try:
         manifest = json.loads(storage.read_bytes(os.path.join(path, "manifest.json")))
-        for name, digest in manifest["files"].items():
-            if storage.sha256_file(os.path.join(path, name)) != digest:
+        for name in FILES:
+            if storage.sha256_file(os.path.join(path, name)) != manifest["files"][name]:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except OSError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError) as error:
+        return f"manifest.json is damaged ({type(error).__name__}: {error})"
     return None
 
 
@@ -141,10 +149,15 @@ def load_checkpoint(path: str) -> Checkpoint:
         state = json.loads(storage.read_bytes(os.path.join(path, "state.json")))
         if state.get("format") != FORMAT:
             raise CheckpointError(f"{path}: format {state.get('format')}, this version reads {FORMAT}")
-        weights = load_file(os.path.join(path, "weights.safetensors"))
-        optimizer = load_file(os.path.join(path, "optimizer.safetensors"))
-        return Checkpoint(path=path, weights=weights, optimizer=optimizer, state=TrainState(**state))
-    except (SafetensorError, TypeError, json.JSONDecodeError) as error:
+        manifest = json.loads(storage.read_bytes(os.path.join(path, "manifest.json")))
+        return Checkpoint(
+            path=path,
+            weights=load_file(os.path.join(path, "weights.safetensors")),
+            optimizer=load_file(os.path.join(path, "optimizer.safetensors")),
+            state=TrainState(**state),
+            frozen=manifest["frozen"],
+        )
+    except (SafetensorError, TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path}: cannot be read: {error}; remove the folder to go on from the one before"
         ) from error
@@ -171,6 +184,17 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step_"))
+
+
+def _clean(root: str) -> None:
+    """Remove what a killed process left half-written. A run's folder has one writer."""
+    for name in os.listdir(root) if os.path.isdir(root) else ():
+        if name.endswith(_PARTIAL):
+            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
 
 
 def _sync(path: str) -> None:

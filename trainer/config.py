@@ -8,15 +8,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dataio.spec import DataSpec
 from trainer.schedule import Decay
+
+# Keys whose values are paths, wherever they stand; a task's own option that names a file belongs here too.
+PATHS = frozenset({"runs", "encoder_weights", "weights", "dataset", "out", "frozen_encoder"})
+PATH_LISTS = frozenset({"datasets", "labels"})
 
 
 class ConfigError(ValueError):
@@ -28,7 +33,7 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values are frozen once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TaskSection(BaseModel):
@@ -52,13 +57,16 @@ class ModelSection(Section):
     weights: str | None = Field(default=None, description="file or folder of a whole network to start from")
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimSection(Section):
     """AdamW with two learning rates (arXiv 2401.10891, section 4: the decoder's is ten times the encoder's)."""
 
     encoder_lr: float = Field(default=5e-6, ge=0)
     decoder_lr: float = Field(default=5e-5, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     schedule: Decay = "linear"
     warmup_samples: int = Field(default=0, ge=0)
     clip: float = Field(default=0.0, ge=0, description="largest gradient norm; 0 does not clip")
@@ -91,7 +99,7 @@ class TrainConfig(Section):
     """A whole training run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    runs: str = "runs"
+    runs: str = Field(default_factory=lambda: os.path.abspath("runs"))  # workers stand in another folder
     seed: int = Field(default=0, ge=0)
     steps: int = Field(ge=1)
     task: TaskSection
@@ -105,24 +113,17 @@ class TrainConfig(Section):
     preview_every: int = Field(default=500, ge=1)
 
     @model_validator(mode="after")
-    def _check_data(self) -> TrainConfig:
-        if self.data.input_size % 14 or self.data.input_size <= 0:
-            raise ValueError(f"data.input_size: {self.data.input_size} is not a multiple of the patch size 14")
-        for role, spec in self.data.roles.items():
-            at = f"data.roles.{role}"
-            if not spec.datasets:
-                raise ValueError(f"{at}.datasets: is empty; name at least one dataset folder")
-            if spec.labels and len(spec.labels) != len(spec.datasets):
-                raise ValueError(
-                    f"{at}.labels: {len(spec.labels)} folders for {len(spec.datasets)} datasets; name one each"
-                )
-            if self.cluster.workers > spec.lanes:
-                raise ValueError(
-                    f"{at}.lanes: {spec.lanes} cannot feed {self.cluster.workers} cluster.workers; raise the lanes"
-                )
+    def _check(self) -> TrainConfig:
+        problems = [*_role_problems(self)]
         total = self.steps * self.global_batch
-        if self.optim.warmup_samples >= total:
-            raise ValueError(f"optim.warmup_samples: {self.optim.warmup_samples} must be less than the run's {total}")
+        if not self.data.roles:
+            problems.append("data.roles: is empty; name at least one role and its datasets")
+        elif self.optim.warmup_samples >= total:
+            problems.append(
+                f"optim.warmup_samples: {self.optim.warmup_samples} must be less than the run's {total} samples"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @property
@@ -132,6 +133,24 @@ class TrainConfig(Section):
     @property
     def folder(self) -> str:
         return os.path.join(self.runs, self.name)
+
+
+def _role_problems(config: TrainConfig) -> Iterator[str]:
+    """What no single field of a role can tell."""
+    from dataio.plan import check_lanes
+
+    for role, spec in config.data.roles.items():
+        at = f"data.roles.{role}"
+        if not spec.datasets:
+            yield f"{at}.datasets: is empty; name at least one dataset folder"
+        if spec.labels and len(spec.labels) != len(spec.datasets):
+            yield f"{at}.labels: {len(spec.labels)} folders for {len(spec.datasets)} datasets; name one each"
+        try:
+            check_lanes(role, spec.batch, spec.lanes, per_lane=2 if spec.perturbation.cutmix_p > 0 else 1)
+        except ValueError as error:
+            yield f"{at}.lanes: {str(error).removeprefix(f'role {role!r}: ')}"
+        if config.cluster.workers > spec.lanes:
+            yield f"{at}.lanes: {spec.lanes} cannot feed {config.cluster.workers} cluster.workers; raise the lanes"
 
 
 class LabelConfig(Section):
@@ -165,12 +184,15 @@ class EvaluateConfig(Section):
 C = TypeVar("C", bound=BaseModel)
 
 
-def parse_config(cls: type[C], values: Mapping[str, Any], *, source: str = "configuration") -> C:
-    """Validate plain values as `cls`. Raises ConfigError with every mistake, one clause each, in a single line."""
+def parse_config(cls: type[C], values: Mapping[str, Any], *, source: str = "configuration", prefix: str = "") -> C:
+    """Validate plain values as `cls`. Raises ConfigError with every mistake, one clause each, in a single line.
+
+    `prefix` stands before every field's name, for values that are a part of a larger configuration.
+    """
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        clauses = [_clause(cls, item) for item in error.errors(include_url=False)]
+        clauses = [prefix + _clause(cls, item) for item in error.errors(include_url=False)]
         raise ConfigError(f"{source}: " + "; ".join(clauses)) from None
 
 
@@ -184,9 +206,11 @@ def read_config(cls: type[C], path: str | os.PathLike[str], overrides: Sequence[
     if not file.is_file():
         raise ConfigError(f"{path}: no such configuration file; `fathom recipes list` names complete ones to copy")
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path}: found {type(values).__name__}, expected a mapping of sections such as `task:`, `data:`"
@@ -199,7 +223,7 @@ def read_config(cls: type[C], path: str | os.PathLike[str], overrides: Sequence[
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Apply one `a.b=c`; c is read as YAML, so that `[1, 2]`, `null` and `1e-4` mean what they say."""
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {override!r}: expected KEY=VALUE, for example optim.encoder_lr=1e-5")
     node: Any = values
     *parents, leaf = key.split(".")
@@ -210,7 +234,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
     try:
-        node[leaf] = _number(yaml.safe_load(text))
+        node[leaf] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -226,9 +250,9 @@ def absolute_paths(values: Mapping[str, Any], base: str | None = None) -> dict[s
     def walk(node: Any, key: str) -> Any:
         if isinstance(node, dict):
             return {k: walk(v, k) for k, v in node.items()}
-        if key in {"datasets", "labels"} and isinstance(node, list):
+        if key in PATH_LISTS and isinstance(node, list | tuple):
             return [fix(item) for item in node]
-        return fix(node) if key in {"runs", "encoder_weights", "weights", "dataset", "out"} else node
+        return fix(node) if key in PATHS else node
 
     result = walk(dict(values), "")
     assert isinstance(result, dict)
@@ -244,14 +268,22 @@ def _is_local(path: Any) -> bool:
     return isinstance(path, str) and bool(path) and "://" not in path
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as a string; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `1e-4` is a number (YAML 1.1 wants 1.0e-4), and a key that stands twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def _clause(cls: type[BaseModel], item: Any) -> str:
@@ -267,7 +299,8 @@ def _clause(cls: type[BaseModel], item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error" and not location:
         return message
-    return f"{where}: found {item['input']!r}; {message[:1].lower()}{message[1:]}"
+    found = repr(item["input"])
+    return f"{where}: found {found if len(found) < 200 else found[:200] + '...'}; {message[:1].lower()}{message[1:]}"
 
 
 def _keys_at(cls: type[BaseModel], location: Sequence[Any]) -> list[str]:

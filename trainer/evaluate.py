@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,7 @@ def evaluate(
     import torch
 
     torch.set_num_threads(config.threads)
+    storage.make_folder(config.out)
     datasets = [Dataset.open(path) for path in config.datasets]
     for dataset in datasets:
         if dataset.info.quantity is None:
@@ -70,6 +73,8 @@ def evaluate(
             if on_progress:
                 on_progress(done, total)
             truth = read_truth(frame)
+            if not isinstance(truth, str) and config.max_depth:
+                truth = within(truth, config.max_depth)
             if isinstance(truth, str) or prediction_HW is None:
                 result.skipped.setdefault(str(truth), []).append(frame.sample.key)
                 continue
@@ -82,6 +87,23 @@ def evaluate(
         results.append(result)
     write_results(config, predictor, results, sheet)
     return results
+
+
+def evaluated(config: EvaluateConfig) -> list[DatasetResult] | None:
+    """What `evaluate` left in `config.out`, or None unless it was of these weights, datasets and settings."""
+    path = os.path.join(config.out, "evaluation.json")
+    if not storage.exists(path):
+        return None
+    content = json.loads(storage.read_bytes(path))
+    same = content.get("settings") == settings(config)
+    if not same or content["fingerprint"] != Predictor(config.weights, preset=config.preset).network.fingerprint():
+        return None
+    return [from_plain(result) for result in content["datasets"]]
+
+
+def settings(config: EvaluateConfig) -> dict[str, Any]:
+    """What the numbers depend on beside weights and data."""
+    return config.model_dump(mode="json", include={"datasets", "input_size", "max_depth", "limit"})
 
 
 def predictions(
@@ -123,13 +145,35 @@ def read_truth(frame: Frame) -> tuple[np.ndarray, np.ndarray] | str:
         return "missing_target"
     try:
         value_HW = decode_png16(sample.target, sample.code)
+        sky_HW = decode_sky(sample.sky, value_HW)
     except DataError:
         return "bad_target"
     if value_HW.shape != frame.size_hw:
         return "size_mismatch"
     with np.errstate(divide="ignore", invalid="ignore"):
         depth_HW = value_HW if sample.quantity == "depth_m" else 1 / value_HW
-    valid_HW = np.isfinite(depth_HW) & (depth_HW > 0)
+    valid_HW = np.isfinite(depth_HW) & (depth_HW > 0) & ~sky_HW
+    return (depth_HW, valid_HW) if valid_HW.any() else "no_valid_pixels"
+
+
+def decode_sky(png: bytes | None, like_HW: np.ndarray) -> np.ndarray:
+    """Where there is sky, bool [H, W] of the truth's size. Raises DataError for an unreadable mask."""
+    if png is None:
+        return np.zeros(like_HW.shape, bool)
+    try:
+        with Image.open(io.BytesIO(png)) as image:
+            sky_HW = np.asarray(image) > 127
+    except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
+        raise DataError(f"unreadable sky mask ({error})") from error
+    if sky_HW.shape != like_HW.shape:
+        raise DataError(f"the sky mask is {sky_HW.shape}, the depth {like_HW.shape}")
+    return sky_HW
+
+
+def within(truth: tuple[np.ndarray, np.ndarray], max_depth: float) -> tuple[np.ndarray, np.ndarray] | str:
+    """The truth without what is farther than `max_depth` metres, or the reason why nothing is left."""
+    depth_HW, valid_HW = truth
+    valid_HW = valid_HW & (depth_HW <= max_depth)
     return (depth_HW, valid_HW) if valid_HW.any() else "no_valid_pixels"
 
 
@@ -137,7 +181,6 @@ def measure(
     prediction_HW: np.ndarray, depth_HW: np.ndarray, valid_HW: np.ndarray, max_depth: float | None, metric: bool
 ) -> dict[str, dict[str, float]]:
     """Metrics of one image by protocol."""
-    valid_HW = valid_HW & (depth_HW <= max_depth) if max_depth else valid_HW
     if metric:
         return {"metric": depth_metrics(prediction_HW, depth_HW, valid_HW)}
     values = {
@@ -166,20 +209,39 @@ def open_rgb(frame: Frame) -> np.ndarray:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
+def plain(result: DatasetResult) -> dict[str, Any]:
+    """For JSON, which knows no NaN: the mean over an image whose prediction is not finite becomes null."""
+    means = {
+        protocol: {name: value if math.isfinite(value) else None for name, value in values.items()}
+        for protocol, values in result.means.items()
+    }
+    return {**vars(result), "means": means}
+
+
+def from_plain(content: dict[str, Any]) -> DatasetResult:
+    """What `plain` made a dictionary of."""
+    means = {
+        protocol: {name: math.nan if value is None else value for name, value in values.items()}
+        for protocol, values in content["means"].items()
+    }
+    return DatasetResult(**{**content, "means": means})
+
+
 def write_results(
     config: EvaluateConfig, predictor: Predictor, results: list[DatasetResult], sheet: list[np.ndarray]
 ) -> None:
-    os.makedirs(config.out, exist_ok=True)
     content: dict[str, Any] = {
         "weights": config.weights,
         "fingerprint": predictor.network.fingerprint(),
-        "input_size": config.input_size,
-        "max_depth": config.max_depth,
-        "datasets": [vars(result) for result in results],
+        "settings": settings(config),
+        "datasets": [plain(result) for result in results],
     }
     storage.atomic_write(os.path.join(config.out, "evaluation.json"), json.dumps(content, indent=1))
-    if sheet:
+    path = os.path.join(config.out, "sheet.png")
+    if not sheet:  # an earlier evaluation's would be taken for this one's
+        Path(path).unlink(missing_ok=True)
+    else:
         width = max(row.shape[1] for row in sheet)
         padded = [np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in sheet]
-        with storage.atomic_writer(os.path.join(config.out, "sheet.png")) as file:
+        with storage.atomic_writer(path) as file:
             Image.fromarray(np.concatenate(padded, 0)).save(file, format="PNG")

@@ -31,7 +31,9 @@ def read_json_lines(path: str) -> list[dict[str, Any]]:
     objects = []
     for line in storage.read_bytes(path).decode(errors="replace").splitlines():
         try:
-            objects.append(json.loads(line))
+            value = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(value, dict):
+            objects.append(value)
     return objects

@@ -72,12 +72,13 @@ def run_labelling(
     if todo:
         discovery = None if storage.is_url(store.path) else storage.join(store.path, "telemetry")
         exporter = Exporter(f"label-{store.digest}", 0, role="label", discovery=discovery)
-        with exporter, ray_session(config.cluster.address):
+        workers = min(config.cluster.workers, len(todo))
+        with exporter, ray_session(config.cluster.address, cpus=workers * config.cluster.threads):
             show_shards()
             run_pool(
                 functools.partial(Labeller, config.model_dump(mode="json"), store.path),
                 todo,
-                workers=min(config.cluster.workers, len(todo)),
+                workers=workers,
                 threads_per_worker=config.cluster.threads,
                 use_gpu=config.cluster.use_gpu,
                 on_result=on_result,
@@ -116,6 +117,7 @@ def describe(config: LabelConfig, dataset: Dataset) -> dict[str, Any]:
             "flip_average": config.flip,
         },
         "precision": config.precision,
+        "batch": config.batch,  # changes the last bits; so do threads and the kind of processor, which is not recorded
         "quantity": "disparity, relative: scale and shift are the teacher's own",
         "resolution": "the network's input",
     }
@@ -169,7 +171,8 @@ class Labeller:
 
 
 def pad_batch(image_BCHW: Any, batch: int) -> Any:
-    """Repeat the last image up to a fixed batch: rounding depends on the batch a network runs, labels must not."""
+    """Repeat the last image up to a fixed batch: rounding depends on the batch a network runs, and hardly on the place
+    in it, so an image's neighbours move its label by a last bit at most."""
     missing = batch - len(image_BCHW)
     if missing <= 0:
         return image_BCHW

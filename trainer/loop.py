@@ -61,6 +61,8 @@ class Loop:
         on_checkpoint: Callable[[], None],
     ) -> str | None:
         """Train; returns the reason of an early stop, agreed by all ranks, or None at the end."""
+        self._stop_votes = self.vote()  # somebody may have asked while the ranks were starting
+        dist.all_reduce(self._stop_votes)
         while self.step < self.config.steps:
             if self.stop_agreed():
                 on_checkpoint()
@@ -110,8 +112,7 @@ class Loop:
     def global_counts(self, batch: Batch) -> dict[str, Tensor]:
         """Images with weight per term over all ranks, at least 1; carries the ranks' votes to stop along."""
         local = self.task.counts(batch)
-        vote = torch.tensor(float(self.context.stop_requested() is not None), device=self.engine.device)
-        packed = torch.stack([*(local[name].float() for name in local), vote])
+        packed = torch.stack([*(local[name].float() for name in local), self.vote()])
         dist.all_reduce(packed)
         self._stop_votes = packed[-1]
         return {name: packed[i].clamp(min=1) for i, name in enumerate(local)}
@@ -121,6 +122,10 @@ class Loop:
         packed = torch.stack(list(record.terms.values()))
         dist.all_reduce(packed)
         return dict(zip(record.terms, packed.tolist(), strict=True))
+
+    def vote(self) -> Tensor:
+        """1 when this rank was asked to stop, else 0."""
+        return torch.tensor(float(self.context.stop_requested() is not None), device=self.engine.device)
 
     def stop_agreed(self) -> bool:
         """Whether any rank asked to stop in the last step: the same answer on every rank."""

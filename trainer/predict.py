@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,15 +40,18 @@ def predict(
     A damaged image among several is skipped and named. Raises WeightsError; DataError when nothing is there to predict
     or no image is readable.
     """
-    files = find_images(inputs)
+    files = find_images(inputs, out)
+    names = output_names(files)
+    refuse_overwriting(files, names, out)
+    storage.make_folder(out)
     network = DepthAnything.from_pretrained(weights, preset=preset).eval()
     outcome = PredictOutcome()
-    os.makedirs(out, exist_ok=True)
-    names = output_names(files)
-    for done, file in enumerate(files, 1):
+    for done, file in enumerate(files):
+        if on_progress:
+            on_progress(done, len(files))
         try:
             with Image.open(file) as opened:
-                image_HWC = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+                image_HWC = np.array(ImageOps.exif_transpose(opened).convert("RGB"))  # writable, for torch
         except Exception as error:  # noqa: BLE001  Pillow raises whatever the file provokes
             outcome.skipped[file] = f"cannot be read ({error})"
             continue
@@ -60,16 +63,19 @@ def predict(
             Image.fromarray(picture).save(target, format="PNG", compress_level=3)
         storage.atomic_write(f"{stem}.depth.png", encode_label(value_HW)[0])
         outcome.written.append(f"{stem}.png")
-        if on_progress:
-            on_progress(done, len(files))
+    if on_progress:
+        on_progress(len(files), len(files))
     if not outcome.written:
         file, reason = next(iter(outcome.skipped.items()))
         raise DataError(f"{file}: {reason}; none of {len(files)} images is readable")
     return outcome
 
 
-def find_images(inputs: Sequence[str]) -> list[str]:
-    """Image files named or inside the folders named, sorted. Raises DataError for a missing path or no image at all."""
+def find_images(inputs: Sequence[str], out: str | None = None) -> list[str]:
+    """Image files named, or inside the folders named but not in `out` below them: each once, a folder's sorted.
+
+    Raises DataError for a missing path or no image at all.
+    """
     files: list[str] = []
     for path in inputs:
         if os.path.isdir(path):
@@ -77,7 +83,9 @@ def find_images(inputs: Sequence[str]) -> list[str]:
                 os.path.join(base, name)
                 for base, _, names in os.walk(path)
                 for name in names
-                if name.lower().endswith(IMAGE_SUFFIXES) and not name.endswith(".depth.png")
+                if name.lower().endswith(IMAGE_SUFFIXES)
+                and not name.endswith(".depth.png")
+                and not (out and _inside(base, out) and not _inside(path, out))
             )
         elif os.path.isfile(path):
             files.append(path)
@@ -85,7 +93,7 @@ def find_images(inputs: Sequence[str]) -> list[str]:
             raise DataError(f"{path}: no such image or folder")
     if not files:
         raise DataError(f"{', '.join(inputs)}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    return files
+    return list({os.path.realpath(file): file for file in files}.values())
 
 
 def output_names(files: Sequence[str]) -> dict[str, str]:
@@ -95,7 +103,23 @@ def output_names(files: Sequence[str]) -> dict[str, str]:
     for file in files:
         stem = os.path.splitext(os.path.basename(file))[0]
         candidates = [stem, f"{os.path.basename(os.path.dirname(os.path.abspath(file)))}_{stem}"]
-        candidates += [f"{stem}_{n}" for n in range(2, len(files) + 2)]
-        names[file] = next(name for name in candidates if name not in taken)
-        taken.add(names[file])
+        candidates += [f"{stem}_{n}" for n in range(2, 2 * len(files) + 3)]
+        name = next(name for name in candidates if not {name, f"{name}.depth"} & taken)
+        taken |= {name, f"{name}.depth"}  # NAME.png and NAME.depth.png
+        names[file] = name
     return names
+
+
+def refuse_overwriting(files: Sequence[str], names: Mapping[str, str], out: str) -> None:
+    """Raises DataError when a picture to write is one of the photographs to read."""
+    sources = {os.path.realpath(file): file for file in files}
+    for name in names.values():
+        for target in (f"{name}.png", f"{name}.depth.png"):
+            source = sources.get(os.path.realpath(os.path.join(out, target)))
+            if source:
+                raise DataError(f"{source}: would be overwritten by a prediction; choose another folder than {out}")
+
+
+def _inside(path: str, folder: str) -> bool:
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return path == folder or path.startswith(os.path.join(folder, ""))

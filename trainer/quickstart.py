@@ -15,14 +15,24 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cluster import storage
+from cluster.lock import locked_folder
 from cluster.progress import Progress
 from cluster.stop import StopFlag
-from trainer.config import EvaluateConfig, LabelConfig, TrainConfig, absolute_paths, apply_override, parse_config
+from trainer.config import (
+    ConfigError,
+    EvaluateConfig,
+    LabelConfig,
+    TrainConfig,
+    absolute_paths,
+    apply_override,
+    parse_config,
+)
 from trainer.journal import Journal
-from trainer.run import show_step, train
+from trainer.run import first_difference, show_step, train
 
 EVALUATION_SEED = 7_000_003  # scenes of training come from other seeds
 MAX_DEPTH_M = 20.0
+SECONDS = "seconds.json"  # of every stage so far
 STRONG = {"jitter_p": 0.8, "grayscale_p": 0.2, "blur_p": 0.5, "blur_sigma": [0.025, 0.5]}
 
 
@@ -72,17 +82,46 @@ class Results:
 def quickstart(request: Request, stop: StopFlag | None = None) -> Results:
     """Run the chain into `request.out`; writes `results.json` and `report.html` there.
 
-    Raises Stopped after a signal, and whatever a stage raises.
+    Raises Stopped after a signal, ConfigError when the folder holds another quickstart, and whatever a stage raises.
     """
+    if request.encoder_weights and not storage.exists(request.encoder_weights):
+        raise ConfigError(f"--encoder: {request.encoder_weights}: no such file; leave it out to train a stand-in")
+    with locked_folder(request.out, "this quickstart"):
+        results = Results(stand_in=request.encoder_weights is None, seconds=begin(request))
+        try:
+            return run_stages(request, results, stop or StopFlag())
+        finally:
+            storage.atomic_write(os.path.join(request.out, SECONDS), json.dumps(results.seconds, indent=1))
+
+
+def begin(request: Request) -> dict[str, float]:
+    """Check that what is in the folder was made by the same request; returns the seconds its stages took.
+
+    Raises ConfigError naming what differs: the results of two requests must not mix.
+    """
+    path, seconds = os.path.join(request.out, "request.json"), os.path.join(request.out, SECONDS)
+    now = json.loads(json.dumps(asdict(request) | {"out": None, "ladder": None}))
+    if storage.exists(path):
+        before = json.loads(storage.read_bytes(path))
+        if before != now:
+            field, was, found = first_difference("quickstart", before, now)
+            raise ConfigError(
+                f"{request.out}: holds a quickstart with {field} {was!r}, now {found!r}; choose another --out or "
+                "delete the folder"
+            )
+    storage.atomic_write(path, json.dumps(now, indent=1))
+    return dict(json.loads(storage.read_bytes(seconds))) if storage.exists(seconds) else {}
+
+
+def run_stages(request: Request, results: Results, stop: StopFlag) -> Results:
+    """All stages in order; what is done is not done again."""
     from cluster.runtime import ray_session
 
-    results = Results(stand_in=request.encoder_weights is None)
-    stop = stop or StopFlag()
-    os.makedirs(request.out, exist_ok=True)
-    storage.atomic_write(os.path.join(request.out, "sizes.json"), json.dumps(asdict(request.sizes)))
     with timed(results, "data"):
         make_data(request, stop)
-    with ray_session():
+    names = ["encoder"] * results.stand_in + ["teacher", "student", *(LADDER if request.ladder else ())]
+    todo = [name for name in names if not finished(os.path.join(request.out, "runs", name))]
+    with ray_session(cpus=2) if todo else contextlib.nullcontext():
         if results.stand_in:
             with timed(results, "encoder"):
                 train_stage(request, "encoder", stop)
@@ -126,9 +165,12 @@ LADDER: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 @contextlib.contextmanager
 def timed(results: Results, stage: str) -> Iterator[None]:
+    """Add the block's seconds to the stage's: an interrupted stage takes several attempts."""
     began = time.monotonic()
-    yield
-    results.seconds[stage] = round(time.monotonic() - began, 1)
+    try:
+        yield
+    finally:
+        results.seconds[stage] = round(results.seconds.get(stage, 0.0) + time.monotonic() - began, 1)
 
 
 def make_data(request: Request, stop: StopFlag) -> None:
@@ -180,11 +222,15 @@ def stage_config(request: Request, name: str, labels: str | None = None) -> Trai
     return parse_config(TrainConfig, absolute_paths(values, request.out), source=f"recipe {recipe}")
 
 
+def finished(run: str) -> bool:
+    """Whether a run's journal says so."""
+    return any(entry["event"] == "finished" for entry in Journal(run).read())
+
+
 def train_stage(request: Request, name: str, stop: StopFlag, labels: str | None = None) -> str:
     """Train one stage unless its journal says it is finished; returns the run's folder."""
     config = stage_config(request, name, labels)
-    journal = Journal(config.folder)
-    if any(entry["event"] == "finished" for entry in journal.read()):
+    if finished(config.folder):
         return config.folder
     started = os.path.exists(os.path.join(config.folder, "config.yaml"))
     with Progress(name, config.steps, "steps") as bar:
@@ -222,8 +268,6 @@ def label_stage(request: Request, teacher: str, stop: StopFlag) -> str:
 
 def evaluate_stage(request: Request, name: str, folder: str, stop: StopFlag) -> dict[str, dict[str, float]]:
     """Metrics of one network: wide domain in both protocols, labelled domain in depth, and the best constant."""
-    from trainer.evaluate import evaluate
-
     out = os.path.join(request.out, "evaluation", name)
     config = parse_config(
         EvaluateConfig,
@@ -236,6 +280,8 @@ def evaluate_stage(request: Request, name: str, folder: str, stop: StopFlag) -> 
             "out": out,
         },
     )
+    from trainer.evaluate import evaluate, evaluated
+
     with Progress(f"evaluate {name}", None, "images") as bar:
 
         def on_progress(done: int, total: int) -> None:
@@ -243,7 +289,7 @@ def evaluate_stage(request: Request, name: str, folder: str, stop: StopFlag) -> 
                 raise Stopped(stop.reason)
             bar.update(done, of=total)
 
-        wide, labelled = evaluate(config, on_progress=on_progress)
+        wide, labelled = evaluated(config) or evaluate(config, on_progress=on_progress)
     return {
         "wide": wide.means["depth"],
         "wide, disparity space": wide.means["disparity"],

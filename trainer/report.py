@@ -80,15 +80,20 @@ def curves_svg(series: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.add_subplot()
     for name, points in series.items():
-        axes.plot(*zip(*points, strict=True), label=name, linewidth=1.4)
-    axes.set(xlabel=x, ylabel=y)
+        axes.plot(*zip(*points, strict=True), label=literal(name), linewidth=1.4)
+    axes.set(xlabel=literal(x), ylabel=literal(y))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def literal(text: str) -> str:
+    """Text as it stands: to matplotlib `$` starts a formula, and a leading `_` hides a label."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def loss_curves(folders: Mapping[str, str], smooth: int = 5) -> dict[str, list[tuple[float, float]]]:

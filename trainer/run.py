@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -14,13 +16,14 @@ from importlib import metadata
 from typing import Any
 
 from cluster import storage
+from cluster.lock import locked_folder
 from cluster.progress import Progress
 from cluster.stop import StopFlag
 from dataio.dataset import Dataset
 from dataio.labels import LabelStore
-from trainer.checkpoint import find_checkpoint
+from trainer.checkpoint import CheckpointError, find_checkpoint
 from trainer.config import ConfigError, TrainConfig, dump_config, parse_config, read_config
-from trainer.journal import Journal
+from trainer.journal import Journal, read_json_lines
 
 PACKAGES = (
     "torch",
@@ -32,6 +35,7 @@ PACKAGES = (
     "nvidia-dali-cuda120",
     "pillow-simd",
 )
+TELEMETRY = "telemetry"  # folder of a run, while it runs: where its ranks can be scraped
 # What a resumed run must not change: the order of samples and what is learned from them hang on it.
 FIXED = ("seed", "task", "model", "data")
 
@@ -49,6 +53,12 @@ class TrainOutcome:
         """Folder of the exported network."""
         return os.path.join(self.folder, "weights")
 
+    @property
+    def quarantined(self) -> int:
+        """How many bad samples the run's quarantine.RANK.jsonl files name, those of earlier attempts included."""
+        names = [name for name in storage.listdir(self.folder) if name.startswith("quarantine.")]
+        return sum(len(read_json_lines(os.path.join(self.folder, name))) for name in names)
+
 
 def train(
     config: TrainConfig,
@@ -62,33 +72,52 @@ def train(
     Raises ConfigError, DataError, WeightsError or StorageError for what the user can mend; whatever a rank raised
     otherwise.
     """
+    check_inputs(config)
+    if resume and not os.path.exists(os.path.join(config.folder, "config.yaml")):
+        raise ConfigError(f"{config.folder}: no run to resume; start it without --resume")
+    with locked_folder(config.folder, "this run"):
+        checkpoint = prepare_folder(config, resume)
+        forget_ranks(config.folder)
+        journal = Journal(config.folder)
+        journal.write("started", resume=checkpoint, workers=config.cluster.workers)
+        try:
+            outcome = run_ranks(config, checkpoint, on_progress, stop or StopFlag())
+        except BaseException as error:
+            with contextlib.suppress(storage.StorageError):  # a full disk must not hide what happened
+                journal.write("failed", error=f"{type(error).__name__}: {error}"[:2000])
+            raise
+        finally:
+            forget_ranks(config.folder)
+        journal.write("stopped" if outcome.stopped else "finished", step=outcome.step, reason=outcome.stopped)
+    return outcome
+
+
+def run_ranks(
+    config: TrainConfig,
+    checkpoint: str | None,
+    on_progress: Callable[[Mapping[str, Any]], None] | None,
+    stop: StopFlag,
+) -> TrainOutcome:
+    """Start the worker group and wait for its end."""
     from cluster.group import run_group
     from cluster.runtime import ray_session
 
-    check_inputs(config)
-    checkpoint = prepare_folder(config, resume)
-    journal = Journal(config.folder)
-    journal.write("started", resume=checkpoint, workers=config.cluster.workers)
-    payload = {"config": config.model_dump(mode="json"), "checkpoint": checkpoint}
-    try:
-        with ray_session(config.cluster.address):
-            result = run_group(
-                train_worker,
-                payload,
-                workers=config.cluster.workers,
-                use_gpu=config.cluster.use_gpu,
-                threads_per_worker=config.cluster.threads,
-                name=config.name,
-                storage_path=config.folder,
-                on_progress=on_progress,
-                stop=stop or StopFlag(),
-            )
-    except BaseException as error:
-        journal.write("failed", error=f"{type(error).__name__}: {error}"[:2000])
-        raise
-    outcome = TrainOutcome(folder=config.folder, step=result.value["step"], stopped=result.value["stopped"])
-    journal.write("stopped" if outcome.stopped else "finished", step=outcome.step, reason=outcome.stopped)
-    return outcome
+    cluster = config.cluster
+    with ray_session(cluster.address, cpus=cluster.workers * cluster.threads):
+        result = run_group(
+            train_worker,
+            {"config": config.model_dump(mode="json"), "checkpoint": checkpoint},
+            workers=cluster.workers,
+            use_gpu=cluster.use_gpu,
+            threads_per_worker=cluster.threads,
+            name=config.name,
+            storage_path=config.folder,
+            on_progress=on_progress,
+            stop=stop,
+        )
+    # rank 0 may have stopped by another's vote, before it was told the reason
+    stopped = stop.reason or result.value["stopped"] if result.value["stopped"] else None
+    return TrainOutcome(folder=config.folder, step=result.value["step"], stopped=stopped)
 
 
 def show_step(bar: Progress) -> Callable[[Mapping[str, Any]], None]:
@@ -105,24 +134,41 @@ def show_step(bar: Progress) -> Callable[[Mapping[str, Any]], None]:
     return on_progress
 
 
+def forget_ranks(folder: str) -> None:
+    """With no rank running: what a killed one announced must not be scraped for ever."""
+    shutil.rmtree(os.path.join(folder, TELEMETRY), ignore_errors=True)
+
+
 def check_inputs(config: TrainConfig) -> None:
     """Everything that can be known to be wrong before a worker starts, cheapest first."""
     from trainer.tasks.base import make_task
 
-    make_task(config)
+    task = make_task(config)
     for role, spec in config.data.roles.items():
         for index, path in enumerate(spec.datasets):
             dataset = Dataset.open(path)
             if spec.labels:
-                LabelStore.open(spec.labels[index]).complete_for(dataset)
+                check_labels(role, spec.labels[index], dataset)
             elif role == "labelled" and dataset.info.role != "labelled":
                 raise ConfigError(
                     f"data.roles.{role}.datasets: {path} has no depth; it is packed as {dataset.info.role}"
                 )
-    for name in ("weights", "encoder_weights"):
-        file = getattr(config.model, name)
-        if file and not storage.exists(file):
-            raise ConfigError(f"model.{name}: {file}: no such file or folder")
+    for name, file in task.files.items():
+        if not storage.exists(file):
+            raise ConfigError(f"{name}: {file}: no such file or folder")
+
+
+def check_labels(role: str, folder: str, dataset: Dataset) -> None:
+    """DataError unless the labels are complete; ConfigError unless they were made of this very dataset."""
+    store = LabelStore.open(folder)
+    made_of = store.description.get("dataset", {})
+    if made_of.get("fingerprint") not in (None, dataset.fingerprint):
+        raise ConfigError(
+            f"data.roles.{role}.labels: {folder} labels another dataset ({made_of.get('name')}, "
+            f"{made_of.get('samples')} samples), not {dataset.path} ({dataset.info.name}, {dataset.info.samples} "
+            "samples) as it is now; name its own labels, or label it again"
+        )
+    store.complete_for(dataset)
 
 
 def prepare_folder(config: TrainConfig, resume: bool) -> str | None:
@@ -137,9 +183,10 @@ def prepare_folder(config: TrainConfig, resume: bool) -> str | None:
         for line in passed:
             Journal(folder).write("checkpoint_passed_over", problem=line)
             print(f"passed over {line}", file=sys.stderr)
-    elif resume:
-        raise ConfigError(f"{folder}: no run to resume; start it without --resume")
-    os.makedirs(folder, exist_ok=True)
+        if passed and not checkpoint:
+            raise CheckpointError(
+                f"{folder}/checkpoints: none of {len(passed)} is whole ({passed[0]}); remove them to start from step 0"
+            )
     storage.atomic_write(saved, dump_config(config))
     storage.atomic_write(os.path.join(folder, "environment.json"), json.dumps(environment(config), indent=1))
     return checkpoint

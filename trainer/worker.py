@@ -9,15 +9,25 @@ from collections.abc import Iterator
 
 import torch
 
+from cluster import storage
 from cluster.telemetry import Exporter
 from cluster.worker import WorkerContext
 from dataio.loader import Loader
 from dataio.quarantine import Quarantine
-from trainer.checkpoint import Checkpoint, CheckpointError, TrainState, load_checkpoint, load_weights, save_checkpoint
+from trainer.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    TrainState,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from trainer.config import TrainConfig
-from trainer.engine import Engine
+from trainer.engine import MOMENTS, Engine
 from trainer.loop import Loop, step_seed
 from trainer.record import Recorder
+from trainer.run import TELEMETRY
 from trainer.tasks.base import Task, make_task
 
 
@@ -27,6 +37,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
     def __init__(self, config: TrainConfig, context: WorkerContext, checkpoint_path: str | None) -> None:
         self.config, self.context = config, context
         self._stack = contextlib.ExitStack()
+        self._saved: int | None = None  # the step of the newest checkpoint
         try:
             self._build(load_checkpoint(checkpoint_path) if checkpoint_path else None)
         except BaseException:
@@ -45,6 +56,11 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         if checkpoint:
             load_weights(module, checkpoint)
         self.task.prepare(device)
+        if checkpoint and checkpoint.frozen != self.task.frozen_fingerprint():
+            raise CheckpointError(
+                f"{checkpoint.path}: was trained with another frozen encoder than the file named now "
+                "(task.frozen_encoder or model.encoder_weights); restore that file"
+            )
         micro_batches = micro_batch_count(config, context.world_size)
         module.train()
         self.engine = Engine(
@@ -57,7 +73,10 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         )
         self._stack.callback(self.engine.close)
         self._restore_optimizer(checkpoint)
-        exporter = Exporter(config.name, context.rank, discovery=os.path.join(config.folder, "telemetry"))
+        self._saved = checkpoint.state.step if checkpoint else None
+        if context.rank == 0:
+            self._require_space()
+        exporter = Exporter(config.name, context.rank, discovery=os.path.join(config.folder, TELEMETRY))
         self.exporter = self._stack.enter_context(exporter)
         self.loader = self._loader(device, checkpoint)
         self._stack.callback(self.loader.close)
@@ -81,6 +100,17 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
                 f"{checkpoint.path}: its parameter groups differ from this network's; check task and model"
             )
         self.engine.load_optimizer_state(checkpoint.optimizer, checkpoint.state.applied_steps)
+
+    def _require_space(self) -> None:
+        """Refuse before the first step what the disk cannot hold: `keep` checkpoints and the next one."""
+        tensors = self.engine.module.state_dict().values()
+        trained = [parameter for named in self.engine.groups.values() for _, parameter in named]
+        each = 4 * (sum(t.numel() for t in tensors) + len(MOMENTS) * sum(p.numel() for p in trained))
+        root = os.path.join(self.config.folder, "checkpoints")
+        missing = self.config.checkpoint.keep + 1 - len(list_checkpoints(root))
+        storage.require_free(
+            root, max(1, missing) * each, f"a run that keeps {self.config.checkpoint.keep} checkpoints"
+        )
 
     def _loader(self, device: torch.device, checkpoint: Checkpoint | None) -> Loader:
         config, context = self.config, self.context
@@ -120,7 +150,10 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         return reason
 
     def save(self) -> None:
-        """Write a checkpoint: all ranks gather the moments, rank 0 writes."""
+        """Write a checkpoint: all ranks gather the moments, rank 0 writes. Nothing where this step has its own."""
+        if self._saved == self.loop.step:
+            return
+        self._saved = self.loop.step
         began = time.perf_counter()
         moments = self.engine.optimizer_state()
         if self.context.rank == 0:

@@ -223,7 +223,7 @@ def test_one_pass_gives_depth_and_final_tokens() -> None:
 def test_metric_head_stays_below_its_depth() -> None:
     prediction = loud("tiny-metric-indoor")(torch.randn(1, 3, 56, 56))
     assert prediction.disparity_BHW is None
-    assert 0 < prediction.depth_m_BHW.min() and prediction.depth_m_BHW.max() < 20
+    assert prediction.depth_m_BHW.min() > 0 and prediction.depth_m_BHW.max() < 20
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -39,6 +39,12 @@ class Task(abc.ABC):
         self.model = model
 
     @property
+    def files(self) -> dict[str, str]:
+        """What this task reads beside its data, by configuration field: looked for before a worker starts."""
+        named = {"model.weights": self.model.weights, "model.encoder_weights": self.model.encoder_weights}
+        return {field: path for field, path in named.items() if path}
+
+    @property
     def views(self) -> tuple[str, ...]:
         """The views of `Batch` that this task reads."""
         return ("student",)
@@ -95,7 +101,7 @@ def make_task(config: TrainConfig) -> Task:
     if kind not in task_names():
         raise ConfigError(f"task.kind: found {kind!r}; known tasks: {', '.join(task_names())}")
     cls: type[Task] = importlib.import_module(f"trainer.tasks.{kind}").TrainingTask
-    options = parse_config(cls.Options, config.task.options, source=f"task ({kind})")
+    options = parse_config(cls.Options, config.task.options, source=f"task {kind!r}", prefix="task.")
     given, needed = set(config.data.roles), set(cls.needs)
     if given != needed:
         raise ConfigError(f"data.roles: task {kind!r} needs {sorted(needed)}, found {sorted(given)}")

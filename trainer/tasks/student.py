@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dataio.spec import RoleNeeds
 from dataio.types import Batch
 from model import DepthAnything
+from trainer.checkpoint import fingerprint
 from trainer.config import ConfigError, ModelSection, Section
 from trainer.losses import feature_alignment_loss, regional_affine_invariant_loss
 from trainer.tasks.base import Forward, Task, weight_of
@@ -44,15 +45,24 @@ class TrainingTask(Task):
         super().__init__(options, model)
         self.opt = options
         self.frozen: nn.Module | None = None
+        self._fingerprint: str | None = None
         if options.feature_weight > 0 and not self._frozen_file:
             raise ConfigError(
                 "task.frozen_encoder: missing; name a file of encoder weights (it may also come from "
                 "model.encoder_weights), or set task.feature_weight to 0"
             )
+        if not self.term_weights:
+            raise ConfigError("task: every weight is 0; raise labelled_weight, unlabelled_weight or feature_weight")
+
+    @property
+    def files(self) -> dict[str, str]:
+        own = {"task.frozen_encoder": self.opt.frozen_encoder} if self.opt.feature_weight > 0 else {}
+        return super().files | {field: path for field, path in own.items() if path}
 
     @property
     def views(self) -> tuple[str, ...]:
-        return ("student", "clean") if self.opt.frozen_view == "clean" else ("student",)
+        clean = self.opt.frozen_view == "clean" and self.opt.feature_weight > 0
+        return ("student", "clean") if clean else ("student",)
 
     @property
     def _frozen_file(self) -> str | None:
@@ -65,6 +75,7 @@ class TrainingTask(Task):
         if self.opt.feature_weight > 0:
             network = DepthAnything.from_preset(self.model.preset, encoder_weights=self._frozen_file)
             self.frozen = network.pretrained.to(device).eval().requires_grad_(False)
+            self._fingerprint = fingerprint(self.frozen.state_dict())
 
     def parameter_groups(self, module: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
         return encoder_decoder_groups(module)
@@ -113,3 +124,6 @@ class TrainingTask(Task):
     def preview(self, module: nn.Module, image_BCHW: Tensor) -> Tensor:
         disparity_BHW: Tensor = module(image_BCHW).disparity_BHW
         return disparity_BHW
+
+    def frozen_fingerprint(self) -> str | None:
+        return self._fingerprint

@@ -1,0 +1,410 @@
+"""Wrong input: one line that names the file or field, what was found and what to do; status 2; nothing good lost.
+
+A single bad sample is no wrong input: it is skipped, counted and named, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tests.end_to_end.cli import (
+    SIZE,
+    Running,
+    fathom,
+    json_lines,
+    refuse,
+    refused,
+    run_values,
+    steps_done,
+    succeed,
+    teacher_values,
+    write_config,
+)
+from tests.end_to_end.conftest import World
+from trainer.checkpoint import find_checkpoint
+
+pytestmark = pytest.mark.timeout(1800)  # the commands have a limit of their own
+
+
+def config_file(folder: Path, world: World, **other: Any) -> Path:
+    return write_config(folder / "teacher.yaml", teacher_values(world.data, **other))
+
+
+def refuse_training(folder: Path, world: World, *words: str, arguments: tuple[str, ...] = (), **other: Any) -> str:
+    """A training that must be refused, and leaves no run behind."""
+    line = refuse("train", config_file(folder, world, **other), *arguments, cwd=folder, words=words)
+    assert not (folder / "runs").exists()
+    return line
+
+
+# Configurations
+
+
+def test_a_mistyped_key_is_named_with_the_right_one(tmp_path: Path, data_world: World) -> None:
+    refuse_training(
+        tmp_path, data_world, "optim.encoder_rl: unknown key", "did you mean 'encoder_lr'", optim={"encoder_rl": 1e-3}
+    )
+
+
+def test_a_wrong_value_is_named_with_what_is_allowed(tmp_path: Path, data_world: World) -> None:
+    refuse_training(tmp_path, data_world, "--set", "expected KEY=VALUE", arguments=("--set", "steps"))
+    refuse_training(tmp_path, data_world, "steps: found 'many'", arguments=("--set", "steps=many"))
+
+
+def test_two_mistakes_stand_in_one_line(tmp_path: Path, data_world: World) -> None:
+    refuse_training(tmp_path, data_world, "steps: found 0", "engine.zero_stage: found 3", steps=0,
+                    engine={"zero_stage": 3})  # fmt: skip
+
+
+def test_more_workers_than_lanes(tmp_path: Path, data_world: World) -> None:
+    refuse_training(tmp_path, data_world, "data.roles.labelled.lanes: 2", "3 cluster.workers", cluster={"workers": 3})
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("train", "none.yaml"), ("none.yaml", "no such configuration file")),
+        (("evaluate", "none.yaml"), ("none.yaml", "no such configuration file")),
+        (("predict", "none.jpg", "--weights", "none.pth", "--out", "out"), ("none.jpg", "no such image")),
+        (("label", "run", "none", "--weights", "none.pth"), ("none", "no such folder")),
+        (("data", "pack", "none", "out"), ("none", "no such folder")),
+        (("data", "show", "none"), ("none", "no such folder")),
+        (("label", "status", "none"), ("none", "no labels.json")),
+        (("quickstart", "--encoder", "none.pth", "--out", "out"), ("none.pth",)),
+    ],
+    ids=lambda value: " ".join(value) if value[0] in ("train", "evaluate", "predict", "label", "data") else "",
+)
+def test_a_missing_file_is_named(tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    refuse(*arguments, cwd=tmp_path, words=words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_datasets_and_weights_of_a_configuration(tmp_path: Path, data_world: World) -> None:
+    gone = {"labelled": {"datasets": ["gone"], "batch": 4, "lanes": 2}}
+    values = run_values("teacher", "teacher", gone)
+    refuse("train", write_config(tmp_path / "a.yaml", values), cwd=tmp_path, words=("gone", "no such folder"))
+    refuse_training(
+        tmp_path,
+        data_world,
+        "model.weights",
+        "none.pth",
+        "no such file",
+        model={"preset": "tiny", "weights": "none.pth"},
+    )
+    evaluation = {"weights": "none.pth", "datasets": [str(data_world.data / "labelled")], "input_size": SIZE}
+    refuse("evaluate", write_config(tmp_path / "b.yaml", evaluation), cwd=tmp_path, words=("none.pth",))
+
+
+# Datasets
+
+
+@pytest.fixture
+def labelled(tmp_path: Path, data_world: World) -> Path:
+    """A copy of the labelled set, to spoil."""
+    return Path(shutil.copytree(data_world.data / "labelled", tmp_path / "spoiled"))
+
+
+def rewrite(dataset: Path, change: Any) -> None:
+    """Pass every member of the first shard through `change(name, bytes) -> bytes`, keeping `dataset.json`."""
+    shard = dataset / "shards" / "000000.tar"
+    with tarfile.open(shard) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    with tarfile.open(shard, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            changed = change(name, data)
+            info.size = len(changed)
+            tar.addfile(info, io.BytesIO(changed))
+    shard.with_suffix(".idx").unlink()
+
+
+def training_on(folder: Path, dataset: Path, name: str = "teacher", **other: Any) -> Path:
+    roles = {"labelled": {"datasets": [str(dataset)], "batch": 4, "lanes": 2}}
+    return write_config(folder / f"{name}.yaml", run_values(name, "teacher", roles, **other))
+
+
+def test_a_tar_cut_in_half_is_named_before_anything_starts(tmp_path: Path, labelled: Path) -> None:
+    shard = labelled / "shards" / "000000.tar"
+    os.truncate(shard, shard.stat().st_size // 2)
+    line = refuse("train", training_on(tmp_path, labelled), cwd=tmp_path, words=(str(shard), "cut"))
+    assert "copy it again" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dataset_with_no_samples(tmp_path: Path, labelled: Path) -> None:
+    info = json.loads((labelled / "dataset.json").read_text())
+    (labelled / "dataset.json").write_text(json.dumps(info | {"samples": 0}))
+    refuse("train", training_on(tmp_path, labelled), cwd=tmp_path, words=("dataset.json", "0 samples"))
+    (labelled / "dataset.json").write_text(json.dumps(info))
+    (labelled / "shards" / "000000.tar").unlink()
+    refuse("train", training_on(tmp_path, labelled), cwd=tmp_path, words=(str(labelled), "no shards"))
+    (tmp_path / "photos").mkdir()
+    refuse("data", "pack", "photos", "packed", cwd=tmp_path, words=("photos", "no photographs"))
+
+
+def test_an_unlabelled_set_cannot_teach(tmp_path: Path, data_world: World) -> None:
+    wide = data_world.data / "wide"
+    refuse("train", training_on(tmp_path, wide), cwd=tmp_path, words=(str(wide), "no depth", "unlabelled"))
+
+
+def test_bad_samples_are_skipped_counted_and_named(tmp_path: Path, labelled: Path) -> None:
+    """A JPEG cut in half, a depth map of another size, one without any valid pixel: one start for the three."""
+
+    def spoil(name: str, data: bytes) -> bytes:
+        if name == "labelled_000003.jpg":
+            return data[: len(data) // 2]
+        if name == "labelled_000005.depth.png":
+            return png(np.full((SIZE, SIZE // 2), 1000, np.uint16))
+        if name == "labelled_000007.depth.png":
+            return png(np.zeros((SIZE, SIZE), np.uint16))
+        if name == "labelled_000007.sky.png":  # sky is a target too
+            return png(np.zeros((SIZE, SIZE), np.uint8))
+        return data
+
+    rewrite(labelled, spoil)
+    file = training_on(tmp_path, labelled)
+    values = yaml.safe_load(file.read_text())
+    values["data"]["max_bad_fraction"] = 0.2
+    done = fathom("train", write_config(file, values), cwd=tmp_path)
+    assert (done.status, done.errors) == (0, []), done.err
+    found = [line for path in (tmp_path / "runs" / "teacher").glob("quarantine*.jsonl") for line in json_lines(path)]
+    assert sorted((line["key"], line["reason"]) for line in found) == [
+        ("labelled_000003", "bad_image"),
+        ("labelled_000005", "size_mismatch"),
+        ("labelled_000007", "no_valid_pixels"),
+    ]
+    assert all(line["shard"].endswith("000000.tar") for line in found)
+    assert "skipped 3 bad samples" in done.err and "quarantine" in done.err
+
+    values["data"]["max_bad_fraction"] = 0.01
+    values["name"] = "strict"
+    words = ("samples are bad", "max_bad_fraction is 0.01", "quarantine")
+    refuse("train", write_config(file, values), cwd=tmp_path, words=words)
+
+
+def png(code_HW: np.ndarray) -> bytes:
+    """A grey PNG of the array's own depth."""
+    file = io.BytesIO()
+    Image.fromarray(code_HW).save(file, format="PNG")
+    return file.getvalue()
+
+
+def test_a_tar_cut_while_it_is_read_ends_the_run_in_one_line(tmp_path: Path, labelled: Path) -> None:
+    """Too many samples are lost at once to go on; the checkpoints stay."""
+    shard = labelled / "shards" / "000000.tar"
+    run = tmp_path / "runs" / "teacher"
+    running = Running("train", training_on(tmp_path, labelled, steps=2000), cwd=tmp_path)
+    running.until(lambda: steps_done(run) >= 4, "step 4")
+    os.truncate(shard, shard.stat().st_size // 2)
+    refused(running.wait(), ("unreadable_member", str(shard), "max_bad_fraction"))
+    path, passed = find_checkpoint(str(run / "checkpoints"))
+    assert path is not None and passed == []
+    refuse("train", tmp_path / "teacher.yaml", "--resume", cwd=tmp_path, words=(str(shard), "cut", "copy it again"))
+
+
+def test_packing_leaves_out_what_cannot_be_used_and_says_so(tmp_path: Path) -> None:
+    source = tmp_path / "rgbd"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("good", "cut", "other_size", "empty", "lonely"):
+        Image.fromarray(rng.integers(0, 255, (48, 64, 3), np.uint8)).save(source / f"{name}.jpg")
+    for name in ("good", "cut"):
+        (source / f"{name}.depth.png").write_bytes(png(np.full((48, 64), 1500, np.uint16)))
+    (source / "other_size.depth.png").write_bytes(png(np.full((48, 32), 1500, np.uint16)))
+    (source / "empty.depth.png").write_bytes(png(np.zeros((48, 64), np.uint16)))
+    os.truncate(source / "cut.jpg", 700)
+    done = succeed("data", "pack", "rgbd", "packed", "--role", "labelled", cwd=tmp_path)
+    assert "packed 1 samples" in done.out
+    assert json.loads((tmp_path / "packed" / "pack_report.json").read_text())["skipped"] == {
+        "unreadable_image": ["cut.jpg"],
+        "no_valid_depth": ["empty.jpg"],
+        "missing_depth": ["lonely.jpg"],
+        "depth_size_differs": ["other_size.jpg"],
+    }
+
+
+# Weights, labels, runs
+
+
+def test_weights_of_another_network(tmp_path: Path, world: World) -> None:
+    """An encoder is no depth network, and a picture no weights."""
+    teacher = world.teacher / "model.safetensors"
+    refuse(
+        "predict", world.data, "--weights", teacher, "--preset", "v2-vits", "--out", "out", cwd=tmp_path,
+        words=("no image",),
+    )  # fmt: skip
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    refuse(
+        "predict", picture, "--weights", teacher, "--preset", "v2-vits", "--out", "out", cwd=tmp_path,
+        words=(str(teacher), "v2-vits"),
+    )  # fmt: skip
+    refuse("predict", picture, "--weights", picture, "--out", "out", cwd=tmp_path, words=("picture.png",))
+    refuse(
+        "label", "run", world.data / "wide", "--weights", picture, "--out", "labels", cwd=tmp_path,
+        words=("picture.png",),
+    )  # fmt: skip
+    assert not (tmp_path / "labels").exists()
+
+
+def test_starting_weights_of_another_network(tmp_path: Path, world: World) -> None:
+    model = {"preset": "v2-vits", "weights": str(world.teacher / "model.safetensors")}
+    line = refuse("train", config_file(tmp_path, world, model=model), cwd=tmp_path, words=("model.safetensors",))
+    assert "v2-vits" in line or "tiny" in line
+
+
+@pytest.fixture
+def run(tmp_path: Path, world: World) -> Path:
+    """A copy of the finished teacher's run under tmp_path/runs, with its configuration beside it."""
+    config_file(tmp_path, world)
+    folder = Path(shutil.copytree(world.runs / "teacher", tmp_path / "runs" / "teacher"))
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    write_config(folder / "config.yaml", saved | {"runs": str(tmp_path / "runs")})
+    return folder
+
+
+def state_of(run: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path: Path, run: Path) -> None:
+    before = state_of(run)
+    refuse("train", "teacher.yaml", cwd=tmp_path, words=(str(run), "--resume"))
+    assert state_of(run) == before
+
+
+def test_a_resumed_run_keeps_its_data_and_network(tmp_path: Path, run: Path) -> None:
+    before = state_of(run)
+    for field, found, was in (
+        ("seed", "4", "3"),
+        ("data.input_size", "112", "56"),
+        ("model.preset", "v2-vits", "tiny"),
+    ):
+        words = (f"{field}: is ", found, was)
+        refuse("train", "teacher.yaml", "--resume", "--set", f"{field}={found}", cwd=tmp_path, words=words)
+    assert state_of(run) == before
+
+
+def test_nothing_to_resume(tmp_path: Path, data_world: World) -> None:
+    refuse_training(tmp_path, data_world, "no run to resume", arguments=("--resume",))
+
+
+def test_a_checkpoint_of_another_network(tmp_path: Path, run: Path, world: World) -> None:
+    """Its configuration was edited by hand, or the folder copied over another: found by the tensors themselves."""
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values["model"]["preset"] = "v2-vits"
+    write_config(run / "config.yaml", values)
+    words = ("step_00000006", "another network", "model.preset")
+    refuse("train", "teacher.yaml", "--resume", "--set", "model.preset=v2-vits", cwd=tmp_path, words=words)
+    assert (run / "checkpoints" / "step_00000006" / "manifest.json").exists()
+
+
+@pytest.fixture(scope="module")
+def labels(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labels of the wide set, outside it."""
+    out = tmp_path_factory.mktemp("labels")
+    arguments = ("--weights", world.teacher, "--out", out, "--input-size", SIZE, "--no-flip")
+    return Path(succeed("label", "run", world.data / "wide", *arguments, cwd=out).out.strip())
+
+
+def student_values(world: World, dataset: Path, labels: Path) -> dict[str, Any]:
+    roles = {
+        "labelled": {"datasets": [str(world.data / "labelled")], "batch": 4, "lanes": 2},
+        "unlabelled": {"datasets": [str(dataset)], "labels": [str(labels)], "batch": 4, "lanes": 2},
+    }
+    values = run_values("student", "student", roles)
+    values["task"]["feature_weight"] = 0
+    return values
+
+
+def test_labels_of_another_dataset(tmp_path: Path, world: World, labels: Path) -> None:
+    """As many shards, samples and the same keys: only the fingerprint tells."""
+    arguments = ("--domain", "wide", "--count", "32", "--size", str(SIZE), "--no-labels", "--shard-samples", "8")
+    succeed("data", "synth", "other", *arguments, "--seed", "9", cwd=tmp_path)
+    file = write_config(tmp_path / "student.yaml", student_values(world, tmp_path / "other", labels))
+    refuse("train", file, cwd=tmp_path, words=("data.roles.unlabelled.labels", str(labels), "another dataset"))
+
+
+def test_incomplete_labels(tmp_path: Path, world: World, labels: Path) -> None:
+    copy = Path(shutil.copytree(labels, tmp_path / labels.name))
+    (copy / "ledger" / "000002.json").unlink()
+    file = write_config(tmp_path / "student.yaml", student_values(world, world.data / "wide", copy))
+    words = (str(copy), "1 of 4 shards", "000002", "fathom label run")
+    refuse("train", file, cwd=tmp_path, words=words)
+    done = fathom("label", "status", copy, "--dataset", world.data / "wide", cwd=tmp_path)
+    assert "missing shards: 1 (000002)" in done.out
+
+
+# Places
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path: Path, world: World) -> None:
+    """A file is in the way; and, unless root runs the test, a folder without the right to write."""
+    blocked = tmp_path / "blocked"
+    blocked.write_text("in the way")
+    places = [blocked / "out"]
+    if os.geteuid() != 0:
+        (tmp_path / "readonly").mkdir(mode=0o555)
+        places.append(tmp_path / "readonly" / "out")
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    evaluation = {"weights": str(world.teacher), "datasets": [str(world.data / "labelled")], "input_size": SIZE}
+    for place in places:
+        words = (str(place), "cannot write", "another")
+        refuse("train", config_file(tmp_path, world), "--set", f"runs={place}", cwd=tmp_path, words=words)
+        refuse("predict", picture, "--weights", world.teacher, "--out", place, cwd=tmp_path, words=words)
+        file = write_config(tmp_path / "evaluate.yaml", evaluation | {"out": str(place)})
+        refuse("evaluate", file, cwd=tmp_path, words=words)
+        refuse("data", "synth", place, "--count", "2", "--size", SIZE, cwd=tmp_path, words=words)
+        refuse("data", "show", world.data / "wide", "--out", place / "a.png", cwd=tmp_path, words=words)
+        refuse("quickstart", "--out", place, "--scale", "0.001", cwd=tmp_path, words=words)
+    assert blocked.read_text() == "in the way"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"no right to mount a small file system: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_too_little_disk(tmp_path: Path, world: World, small_disk: Path) -> None:
+    words = (str(small_disk), "needs", "are free", "free space there or choose another")
+    refuse("data", "synth", small_disk / "data", "--count", "500", "--size", SIZE, cwd=tmp_path, words=words)
+    refuse("train", config_file(tmp_path, world), "--set", f"runs={small_disk}", cwd=tmp_path, words=words)
+
+
+def test_a_path_with_a_space_and_an_umlaut_works(tmp_path: Path, world: World) -> None:
+    folder = tmp_path / "Öl und Wasser"
+    folder.mkdir()
+    succeed("data", "synth", "Bild er/äußere", "--count", "4", "--size", SIZE, cwd=folder)
+    succeed("data", "show", "Bild er/äußere", "--out", "Über sicht.png", "--count", "2", cwd=folder)
+    weights = Path(shutil.copytree(world.teacher, folder / "ge wichte ß"))
+    done = succeed("predict", "Über sicht.png", "--weights", weights, "--out", "Vorher sage", "--input-size", SIZE,
+                   cwd=folder)  # fmt: skip
+    assert "1 pictures in Vorher sage" in done.out
+    assert (folder / "Vorher sage" / "Über sicht.depth.png").exists()
+    roles = {"labelled": {"datasets": ["Bild er/äußere"], "batch": 2, "lanes": 2}}
+    file = write_config(folder / "lehrer in.yaml", run_values("teacher", "teacher", roles, steps=1))
+    succeed("train", file, "--set", "runs=Läufe hier", cwd=folder)
+    assert (folder / "Läufe hier" / "teacher" / "weights" / "model.safetensors").exists()

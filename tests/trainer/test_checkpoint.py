@@ -1,0 +1,354 @@
+"""Checkpoints: whole or passed over, whatever happened while they were written."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cluster import storage
+from trainer import checkpoint as module
+from trainer.checkpoint import (
+    FILES,
+    CheckpointError,
+    TrainState,
+    find_checkpoint,
+    fingerprint,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    verify_checkpoint,
+)
+
+
+def tensors(seed: int, megabytes: float = 0.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    named = {"a.weight": torch.randn(3, 4, generator=generator), "a.bias": torch.randn(3, generator=generator)}
+    if megabytes:
+        named["large"] = torch.randn(int(megabytes * 2**18), generator=generator)
+    return named
+
+
+def save(root: Path, step: int, *, keep: int = 3, megabytes: float = 0.0, frozen: str | None = None) -> str:
+    weights = tensors(step, megabytes)
+    moments = {f"exp_avg/{name}": tensor * 2 for name, tensor in weights.items()}
+    state = TrainState(
+        step=step,
+        applied_steps=step - 1,
+        cursor={"labelled": step * 8},
+        data={"plan_version": 1, "roles": {"labelled": {"lanes": 4}}},
+        groups={"decoder": list(weights)},
+    )
+    return save_checkpoint(str(root), state, weights, moments, keep=keep, frozen=frozen)
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path, 7, frozen="abc")
+    assert path == str(tmp_path / "step_00000007")
+    assert sorted(os.listdir(path)) == sorted([*FILES, "manifest.json"])
+    found, passed = find_checkpoint(str(tmp_path))
+    assert (found, passed) == (path, [])
+    loaded = load_checkpoint(path)
+    assert loaded.state == TrainState(
+        step=7,
+        applied_steps=6,
+        cursor={"labelled": 56},
+        data={"plan_version": 1, "roles": {"labelled": {"lanes": 4}}},
+        groups={"decoder": ["a.weight", "a.bias"]},
+    )
+    assert loaded.frozen == "abc"
+    assert loaded.weights.keys() == tensors(7).keys()
+    assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in tensors(7).items())
+    assert all(torch.equal(loaded.optimizer[f"exp_avg/{name}"], 2 * tensor) for name, tensor in tensors(7).items())
+    manifest = json.loads((Path(path) / "manifest.json").read_text())
+    assert manifest["weights"] == fingerprint(loaded.weights)
+    assert (tmp_path / "latest").read_text() == "step_00000007"
+
+
+def test_a_checkpoint_without_an_update_has_no_moments(tmp_path: Path) -> None:
+    state = TrainState(step=1, applied_steps=0, cursor={"labelled": 8})
+    path = save_checkpoint(str(tmp_path), state, tensors(0), {}, keep=1)
+    assert verify_checkpoint(path) is None
+    assert load_checkpoint(path).optimizer == {}
+
+
+def test_the_manifest_is_written_last_and_the_rename_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, list[str]]] = []
+    real_write, real_rename = storage.atomic_write, os.rename
+
+    def write(path: str, data: bytes | str) -> None:
+        seen.append((os.path.basename(path), sorted(os.listdir(os.path.dirname(path)))))
+        real_write(path, data)
+
+    def rename(source: str, target: str) -> None:
+        seen.append((os.path.basename(target), sorted(os.listdir(source))))
+        real_rename(source, target)
+
+    monkeypatch.setattr(storage, "atomic_write", write)
+    monkeypatch.setattr(module.os, "rename", rename)
+    save(tmp_path, 1)
+    whole = sorted([*FILES, "manifest.json"])
+    assert seen == [
+        ("state.json", sorted(FILES[:2])),
+        ("manifest.json", sorted(FILES)),
+        ("step_00000001", whole),
+        ("latest", ["step_00000001"]),
+    ]
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray((path / "optimizer.safetensors").read_bytes())
+    data[-5] ^= 1
+    (path / "optimizer.safetensors").write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    data = (path / "weights.safetensors").read_bytes()
+    (path / "weights.safetensors").write_bytes(data[:-1])
+
+
+def remove_a_file(path: Path) -> None:
+    (path / "state.json").unlink()
+
+
+def remove_the_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def cut_the_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text((path / "manifest.json").read_text()[:50])
+
+
+def empty_the_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text('{"files": {}}')
+
+
+def replace_the_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (flip_a_byte, "optimizer.safetensors does not match its checksum"),
+        (truncate, "weights.safetensors does not match its checksum"),
+        (remove_a_file, "state.json"),
+        (remove_the_manifest, "manifest.json"),
+        (cut_the_manifest, "manifest.json is damaged"),
+        (empty_the_manifest, "manifest.json is damaged"),
+        (replace_the_manifest, "manifest.json is damaged"),
+    ],
+)
+def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path: Path, damage: object, reason: str) -> None:
+    older = save(tmp_path, 1)
+    newer = Path(save(tmp_path, 2))
+    damage(newer)  # type: ignore[operator]
+    found, passed = find_checkpoint(str(tmp_path))
+    assert found == older
+    (line,) = passed
+    assert line.startswith("step_00000002: ") and reason in line and "\n" not in line
+
+
+def test_nothing_whole(tmp_path: Path) -> None:
+    assert find_checkpoint(str(tmp_path / "absent")) == (None, [])
+    flip_a_byte(Path(save(tmp_path, 1)))
+    found, passed = find_checkpoint(str(tmp_path))
+    assert found is None and len(passed) == 1
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save(tmp_path, step, keep=2)
+    assert list_checkpoints(str(tmp_path)) == ["step_00000004", "step_00000005"]
+    assert (tmp_path / "latest").read_text() == "step_00000005"
+
+
+def test_many_steps_sort_as_numbers(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step)
+    assert find_checkpoint(str(tmp_path))[0] == str(tmp_path / "step_100000000")
+
+
+def test_a_damaged_later_one_does_not_push_out_what_was_just_written(tmp_path: Path) -> None:
+    save(tmp_path, 1, keep=1)
+    flip_a_byte(Path(save(tmp_path, 9)))
+    written = save(tmp_path, 2, keep=1)
+    found, passed = find_checkpoint(str(tmp_path))
+    assert found == written and len(passed) == 1
+    assert not (tmp_path / "step_00000001").exists()
+
+
+def test_half_written_leftovers_are_ignored_and_cleaned(tmp_path: Path) -> None:
+    whole = Path(save(tmp_path, 1))
+    for name in ("step_00000005.partial", "step_00000002.partial", "step_00000001.replaced.partial"):
+        shutil.copytree(whole, tmp_path / name)
+    (tmp_path / "step_notes.txt").write_text("mine")
+    assert list_checkpoints(str(tmp_path)) == ["step_00000001"]
+    save(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001", "step_00000002", "step_notes.txt"]
+
+
+def test_the_same_step_may_be_written_again(tmp_path: Path) -> None:
+    truncate(Path(save(tmp_path, 3)))
+    path = save(tmp_path, 3)
+    assert verify_checkpoint(path) is None
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000003"]
+
+
+class Network(nn.Module):
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, width)
+
+
+def test_weights_of_the_same_network_fit(tmp_path: Path) -> None:
+    network = Network()
+    load_weights(network, load_checkpoint(save(tmp_path, 1)))
+    assert torch.equal(network.a.weight, tensors(1)["a.weight"])
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (Network(5), "0 tensors missing, 0 unknown, 2 of another shape (first: a.bias)"),
+        (nn.Linear(4, 3), "2 tensors missing, 2 unknown, 0 of another shape (first: bias)"),
+    ],
+)
+def test_another_network_is_refused_in_one_line(tmp_path: Path, network: nn.Module, words: str) -> None:
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    loaded = load_checkpoint(save(tmp_path, 1))
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(network, loaded)
+    message = str(caught.value)
+    assert "is of another network" in message and words in message and "model.preset" in message
+    assert "\n" not in message and caught.value.exit_status == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("content", ['{"format": 99}', "[]", "{", '{"format": 1, "step": 1}'])
+def test_a_state_of_another_format_is_refused(tmp_path: Path, content: str) -> None:
+    path = save(tmp_path, 1)
+    (Path(path) / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match="step_00000001"):
+        load_checkpoint(path)
+
+
+def test_a_fingerprint_sees_names_shapes_types_and_values() -> None:
+    base = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
+    others = [
+        {"c": torch.zeros(2, 3), "b": torch.ones(1)},
+        {"a": torch.zeros(3, 2), "b": torch.ones(1)},
+        {"a": torch.zeros(2, 3), "b": torch.ones(1, dtype=torch.int32)},
+        {"a": torch.zeros(2, 3), "b": torch.ones(1) + 1e-7},
+        {"a": torch.zeros(2, 3)},
+    ]
+    assert fingerprint(base) == fingerprint(dict(reversed(base.items())))
+    assert len({fingerprint(named) for named in [base, *others]}) == 6
+    assert fingerprint({"x": torch.tensor(1.0)}) != fingerprint({"x": torch.tensor(2.0)})
+
+
+def test_too_little_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = save(tmp_path, 1, keep=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(storage.StorageError, match=r"a checkpoint needs .* 1 kB are free"):
+        save(tmp_path, 2, keep=1)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001"]
+    assert find_checkpoint(str(tmp_path))[0] == older
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = os.geteuid() == 0 and shutil.which("mount") is not None
+    if mounted:
+        command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoints(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = save(small_disk, 1, keep=1)
+    monkeypatch.setattr(storage, "require_free", lambda *args: None)  # another process took the space meanwhile
+    with pytest.raises(storage.StorageError) as caught:
+        save(small_disk, 2, keep=1, megabytes=2)
+    message = str(caught.value)
+    assert "cannot write the checkpoint" in message and "earlier checkpoints are kept" in message
+    assert "\n" not in message
+    assert sorted(os.listdir(small_disk)) == ["latest", "step_00000001"]
+    assert find_checkpoint(str(small_disk)) == (older, [])
+
+
+def test_a_failed_write_is_one_line_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = save(tmp_path, 1, keep=1)
+
+    def refuse(tensors: object, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise module.SafetensorError("Error while serializing: No space left on device")
+
+    monkeypatch.setattr(module, "save_file", refuse)
+    with pytest.raises(storage.StorageError, match="No space left on device; earlier checkpoints are kept"):
+        save(tmp_path, 2, keep=1)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001"]
+    assert find_checkpoint(str(tmp_path)) == (older, [])
+
+
+def save_and_die(root: Path, where: str) -> None:
+    """Writes a second checkpoint and ends without a word at one point of it."""
+    save(root, 1, keep=1)
+    save_file, write, rename = module.save_file, storage.atomic_write, os.rename
+
+    def dying_save_file(tensors: dict[str, Tensor], path: str) -> None:
+        save_file(tensors, path)
+        if os.path.basename(path) == where:
+            os._exit(9)
+
+    def dying_write(path: str, data: bytes | str) -> None:
+        if os.path.basename(path) == where:
+            os._exit(9)
+        write(path, data)
+
+    def dying_rename(source: str, target: str) -> None:
+        if where == "rename":
+            os._exit(9)
+        rename(source, target)
+        os._exit(9 if where == "renamed" else 1)
+
+    module.save_file, storage.atomic_write = dying_save_file, dying_write
+    if where.startswith("rename"):
+        os.rename = dying_rename
+    save(root, 2, keep=1)
+
+
+@pytest.mark.parametrize(
+    ("where", "newest"),
+    [
+        ("weights.safetensors", 1),
+        ("optimizer.safetensors", 1),
+        ("manifest.json", 1),
+        ("rename", 1),
+        ("renamed", 2),
+        ("latest", 2),
+    ],
+)
+def test_killed_while_writing(tmp_path: Path, where: str, newest: int) -> None:
+    process = multiprocessing.get_context("fork").Process(target=save_and_die, args=(tmp_path, where))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    assert find_checkpoint(str(tmp_path)) == (str(tmp_path / f"step_{newest:08d}"), [])
+    save(tmp_path, 3, keep=1)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000003"]

@@ -1,0 +1,276 @@
+"""Pseudo-labelling of whole shards, in this process: what is written, for which images, and how exactly."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dataio.codec import decode_png16, label_code
+from dataio.dali_frames import FramePipeline
+from dataio.dataset import Dataset
+from dataio.labels import LabelStore, LedgerEntry, plan_digest
+from tests.dataio.fakes import jpeg, smooth, unlabelled, write_dataset
+from trainer.config import ConfigError, LabelConfig, parse_config
+from trainer.inference import Predictor
+from trainer.labelling import Labeller, describe, find_labels, in_order, pad_batch
+
+SIZES = [(48, 56), (70, 90), (48, 56), (56, 48), (70, 90), (48, 56), (90, 40)]
+INPUT = 28
+BAD = {"k003": "bad_image", "k005": "bad_image", "k009": "missing_image"}
+
+
+def samples(count: int = 12) -> dict[str, dict[str, bytes]]:
+    found = {f"k{i:03d}": unlabelled(i, *SIZES[i % len(SIZES)]) for i in range(count)}
+    found["k003"] = {"jpg": found["k003"]["jpg"][:-400]}  # its header is whole: only decoding tells
+    found["k005"] = {"jpg": b"no image"}
+    found["k009"] = {"txt": b"no image either"}
+    return found
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_network(tmp_path_factory.mktemp("teacher") / "weights", 3)
+
+
+def save_network(folder: Path, seed: int, preset: str = "tiny") -> str:
+    from model import DepthAnything
+
+    torch.manual_seed(seed)
+    DepthAnything.from_preset(preset).save_pretrained(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    items = list(samples().items())
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    return write_dataset(folder, [dict(items[:8]), dict(items[8:])], with_depth=False)
+
+
+def config_of(dataset: str, weights: str, **changes: Any) -> LabelConfig:
+    values = {"dataset": dataset, "weights": weights, "input_size": INPUT, "batch": 3}
+    return parse_config(LabelConfig, values | changes)
+
+
+def label(config: LabelConfig, folder: Path) -> tuple[LabelStore, list[LedgerEntry]]:
+    opened = Dataset.open(config.dataset)
+    store = LabelStore.create(str(folder), describe(config, opened))
+    labeller = Labeller(config.model_dump(mode="json"), store.path)
+    return store, [labeller.process(shard.stem) for shard in opened.shards]
+
+
+def read(store: LabelStore, stems: list[str]) -> dict[str, dict[str, bytes]]:
+    """key -> members, in the order of the tars."""
+    found: dict[str, dict[str, bytes]] = {}
+    for stem in stems:
+        with tarfile.open(store.tar(stem)) as tar:
+            for member in tar:
+                key, extension = member.name.split(".", 1)
+                found.setdefault(key, {})[extension] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    return found
+
+
+@pytest.fixture(scope="module")
+def labels(
+    dataset: str, weights: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LabelStore, list[LedgerEntry]]:
+    return label(config_of(dataset, weights), tmp_path_factory.mktemp("labels") / "first")
+
+
+def disparity(members: Mapping[str, bytes]) -> np.ndarray:
+    return decode_png16(members["disparity.png"], label_code(json.loads(members["json"])))
+
+
+def test_keys_and_order_are_the_source_s_and_failures_are_named(
+    dataset: str, labels: tuple[LabelStore, list[LedgerEntry]]
+) -> None:
+    store, entries = labels
+    found = read(store, ["000000", "000001"])
+    assert list(found) == list(samples())
+    assert [entry.samples for entry in entries] == [8, 4]
+    failures = {key: reason for entry in entries for reason, keys in entry.failures.items() for key in keys}
+    assert failures == BAD
+    for key, members in found.items():
+        assert ("disparity.png" in members) == (key not in BAD)
+        assert json.loads(members["json"]).get("failure") == BAD.get(key)
+    store.complete_for(Dataset.open(dataset))
+
+
+def rounding_only(a: Mapping[str, bytes], b: Mapping[str, bytes]) -> bool:
+    """At most one step of the code apart."""
+    a_HW, b_HW = disparity(a), disparity(b)
+    return bool(np.abs(a_HW - b_HW).max() <= np.ptp(b_HW) / 4000)
+
+
+def alone(image: bytes, size_hw: tuple[int, int], predictor: Predictor) -> np.ndarray:
+    image_BCHW, good = FramePipeline(1, 1, "cpu").run([image], size_hw)
+    assert good == [True] and image_BCHW is not None
+    return predictor(image_BCHW)[0][0].numpy()
+
+
+def test_a_label_is_the_prediction_within_the_code_s_error(
+    labels: tuple[LabelStore, list[LedgerEntry]], weights: str
+) -> None:
+    predictor = Predictor(weights, flip=True)
+    sizes = {(48, 56): (28, 28), (70, 90): (28, 42), (56, 48): (28, 28), (90, 40): (56, 28)}  # rounded to 14
+    found = read(labels[0], ["000000", "000001"])
+    for i, (key, members) in enumerate(samples().items()):
+        if key in BAD:
+            continue
+        size_hw = sizes[SIZES[i % len(SIZES)]]
+        assert disparity(found[key]).shape == size_hw
+        expected_HW = alone(members["jpg"], size_hw, predictor)
+        assert np.ptp(expected_HW) > 1e-4
+        error = np.abs(disparity(found[key]) - expected_HW).max()
+        assert error <= np.ptp(expected_HW) / 8188 + 1e-5 * np.abs(expected_HW).max()
+
+
+def test_a_second_run_gives_the_same_bytes(
+    dataset: str, weights: str, labels: tuple[LabelStore, list[LedgerEntry]], tmp_path: Path
+) -> None:
+    _, again = label(config_of(dataset, weights), tmp_path / "again")
+    assert [entry.sha256 for entry in again] == [entry.sha256 for entry in labels[1]]
+
+
+def test_a_label_does_not_depend_on_its_neighbours(
+    weights: str, labels: tuple[LabelStore, list[LedgerEntry]], tmp_path: Path
+) -> None:
+    """The same images in another order, without the bad ones, so in other places of other batches: rounding only."""
+    good = {key: members for key, members in reversed(samples().items()) if key not in BAD}
+    other = write_dataset(tmp_path / "other", [good], with_depth=False)
+    store, _ = label(config_of(other, weights), tmp_path / "labels")
+    found, expected = read(store, ["000000"]), read(labels[0], ["000000", "000001"])
+    assert list(found) == list(good)
+    assert all(rounding_only(found[key], expected[key]) for key in good)
+
+
+def test_another_batch_size_changes_rounding_only(
+    dataset: str, weights: str, labels: tuple[LabelStore, list[LedgerEntry]], tmp_path: Path
+) -> None:
+    store, _ = label(config_of(dataset, weights, batch=1), tmp_path / "one")
+    found, expected = read(store, ["000000", "000001"]), read(labels[0], ["000000", "000001"])
+    assert all(rounding_only(found[key], expected[key]) for key in expected if key not in BAD)
+
+
+def test_a_shard_that_is_there_is_not_labelled_again(
+    dataset: str, weights: str, labels: tuple[LabelStore, list[LedgerEntry]]
+) -> None:
+    labeller = Labeller(config_of(dataset, weights).model_dump(mode="json"), labels[0].path)
+    assert labeller.process("000000") == labels[1][0]
+
+
+def test_mirroring_is_averaged_and_gives_the_quality(weights: str, dataset: str, tmp_path: Path) -> None:
+    both, single = Predictor(weights, flip=True), Predictor(weights)
+    image_BCHW = torch.randn(2, 3, 28, 42, generator=torch.Generator().manual_seed(0))
+    mean_BHW, quality_B = both(image_BCHW)
+    first_BHW, none = single(image_BCHW)
+    mirrored_BHW = single(image_BCHW.flip(-1))[0].flip(-1)
+    assert none is None and quality_B is not None
+    assert torch.allclose(mean_BHW, (first_BHW + mirrored_BHW) / 2)
+    assert not torch.allclose(mean_BHW, first_BHW)
+    error_B = (first_BHW - mirrored_BHW).abs().mean((1, 2))
+    varies_B = (mean_BHW - mean_BHW.mean((1, 2), keepdim=True)).abs().mean((1, 2))
+    assert torch.allclose(quality_B, varies_B / (varies_B + error_B))
+    assert ((quality_B > 0) & (quality_B < 1)).all()
+    store, _ = label(config_of(dataset, weights, flip=False), tmp_path / "single")
+    members = read(store, ["000000"])["k000"]
+    assert "quality" not in json.loads(members["json"])
+    expected_HW = alone(samples()["k000"]["jpg"], disparity(members).shape, single)  # type: ignore[arg-type]
+    assert np.abs(disparity(members) - expected_HW).max() <= np.ptp(expected_HW) / 4000
+
+
+def test_quality_stands_beside_every_label(labels: tuple[LabelStore, list[LedgerEntry]]) -> None:
+    for key, members in read(labels[0], ["000000", "000001"]).items():
+        if key not in BAD:
+            assert 0 < json.loads(members["json"])["quality"] <= 1
+
+
+def test_exif_orientation_is_applied(weights: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    upright = smooth(5, 40, 90)
+    turned = {"jpg": jpeg(np.rot90(upright), exif=exif.tobytes())}
+    data = write_dataset(tmp_path / "d", [{"plain": {"jpg": jpeg(upright)}, "turned": turned}], with_depth=False)
+    store, _ = label(config_of(data, weights), tmp_path / "labels")
+    found = read(store, ["000000"])
+    plain_HW, turned_HW = disparity(found["plain"]), disparity(found["turned"])
+    assert plain_HW.shape == turned_HW.shape
+    assert np.abs(plain_HW - turned_HW).max() < 0.2 * np.ptp(plain_HW)
+
+
+def test_the_digest_is_of_what_decides_the_labels(dataset: str, weights: str, tmp_path: Path) -> None:
+    opened = Dataset.open(dataset)
+
+    def digest(other: Dataset = opened, **changes: Any) -> str:
+        return plan_digest(describe(config_of(other.path, **({"weights": weights} | changes)), other))
+
+    base = digest()
+    assert base == digest(out="/elsewhere", cluster={"workers": 4, "threads": 3, "address": "ray://x"})
+    items = samples(13)
+    fewer = Dataset.open(write_dataset(tmp_path / "photos", [dict(list(items.items())[:5])], with_depth=False))
+    changed = [
+        digest(weights=save_network(tmp_path / "other", 4)),
+        digest(flip=False),
+        digest(input_size=42),
+        digest(precision="bf16"),
+        digest(batch=4),
+        digest(fewer),
+    ]
+    assert len({base, *changed}) == 7
+
+
+def test_a_teacher_of_metres_is_refused(dataset: str, tmp_path: Path) -> None:
+    from model.presets import PRESETS
+
+    preset = next(name for name, preset in PRESETS.items() if preset.head == "metric" and preset.width < 400)
+    folder = save_network(tmp_path / "metric", 0, preset)
+    with pytest.raises(ConfigError, match=r"^weights: .* predicts metres; .* name a relative network"):
+        describe(config_of(dataset, folder), Dataset.open(dataset))
+
+
+def test_a_short_batch_is_filled_up() -> None:
+    image_BCHW: Tensor = torch.randn(2, 3, 4, 4)
+    padded = pad_batch(image_BCHW, 5)
+    assert torch.equal(padded[:2], image_BCHW)
+    assert all(torch.equal(row, image_BCHW[1]) for row in padded[2:])
+    assert len(padded) == 5
+    assert pad_batch(image_BCHW, 2) is image_BCHW
+
+
+def test_order_is_restored_as_soon_as_possible() -> None:
+    def numbered(order: list[int]) -> Any:
+        return iter([(i, (f"k{i}", None, {}, None)) for i in order])
+
+    assert [sample[0] for sample in in_order(numbered([2, 0, 1, 4, 3]))] == ["k0", "k1", "k2", "k3", "k4"]
+    given = numbered([0, 2, 1])
+    assert next(in_order(given))[0] == "k0"
+    assert len(list(given)) == 2
+
+
+def test_sidecars_are_found_inside_a_dataset(tmp_path: Path) -> None:
+    assert find_labels(str(tmp_path)) == []
+    (tmp_path / "labels" / "0123").mkdir(parents=True)
+    assert find_labels(str(tmp_path)) == [str(tmp_path / "labels" / "0123")]
+
+
+def test_a_png_is_labelled_like_a_jpeg(weights: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    image = smooth(3, 60, 60)
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "PNG")
+    data = write_dataset(tmp_path / "d", [{"a": {"png": out.getvalue()}, "b": {"jpg": jpeg(image)}}], with_depth=False)
+    found = read(label(config_of(data, weights), tmp_path / "labels")[0], ["000000"])
+    a_HW, b_HW = disparity(found["a"]), disparity(found["b"])
+    assert np.abs(a_HW - b_HW).max() < 0.1 * np.ptp(a_HW)
