@@ -190,7 +190,7 @@ def in_order(numbered: Iterator[tuple[int, LabelSample]]) -> Iterator[LabelSampl
         while next_index in waiting:
             yield waiting.pop(next_index)
             next_index += 1
-    yield from (waiting[index] for index in sorted(waiting))
+    assert not waiting, f"sample {next_index} was never labelled"
 
 
 def find_labels(dataset: str) -> list[str]:

@@ -79,6 +79,9 @@ def train(
         checkpoint = prepare_folder(config, resume)
         forget_ranks(config.folder)
         journal = Journal(config.folder)
+        done = finished_step(journal)
+        if checkpoint and done is not None and done >= config.steps:
+            return TrainOutcome(folder=config.folder, step=done)
         journal.write("started", resume=checkpoint, workers=config.cluster.workers)
         try:
             outcome = run_ranks(config, checkpoint, on_progress, stop or StopFlag())
@@ -90,6 +93,12 @@ def train(
             forget_ranks(config.folder)
         journal.write("stopped" if outcome.stopped else "finished", step=outcome.step, reason=outcome.stopped)
     return outcome
+
+
+def finished_step(journal: Journal) -> int | None:
+    """The step at which the last attempt finished, weights and all; None when it did not."""
+    last = journal.read()[-1:]
+    return int(last[0]["step"]) if last and last[0]["event"] == "finished" else None
 
 
 def run_ranks(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster import storage
+from tests.trainer.batches import train_config
 from trainer import checkpoint as module
 from trainer.checkpoint import (
     FILES,
@@ -28,6 +29,7 @@ from trainer.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from trainer.run import prepare_folder
 
 
 def tensors(seed: int, megabytes: float = 0.0) -> dict[str, Tensor]:
@@ -163,6 +165,23 @@ def test_nothing_whole(tmp_path: Path) -> None:
     flip_a_byte(Path(save(tmp_path, 1)))
     found, passed = find_checkpoint(str(tmp_path))
     assert found is None and len(passed) == 1
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_again_by_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = train_config("teacher", runs=str(tmp_path))
+    assert prepare_folder(config, False) is None
+    assert prepare_folder(config, True) is None  # stopped before its first checkpoint
+    root = tmp_path / "test" / "checkpoints"
+    older, newer = save(root, 1), save(root, 2)
+    assert prepare_folder(config, True) == newer
+    flip_a_byte(Path(newer))
+    assert prepare_folder(config, True) == older
+    assert "passed over step_00000002: optimizer.safetensors" in capsys.readouterr().err
+    truncate(Path(older))
+    with pytest.raises(CheckpointError, match=r"none of 2 is whole \(step_00000002: .*\); remove them to start from"):
+        prepare_folder(config, True)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

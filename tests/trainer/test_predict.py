@@ -61,7 +61,7 @@ def test_the_pictures_show_the_image_and_the_network_s_prediction(weights: str, 
     file = photograph(tmp_path / "a.jpg", 1)
     predict([file], weights, str(tmp_path / "out"), input_size=INPUT)
     picture = np.asarray(Image.open(tmp_path / "out" / "a.png"))
-    image = np.asarray(Image.open(file))
+    image = np.array(Image.open(file))
     assert picture.shape == (40, 120, 3)
     assert (picture[:, :60] == image).all()
     code_HW = read_png16((tmp_path / "out" / "a.depth.png").read_bytes()).astype(float)
