@@ -1,6 +1,7 @@
 """The distribution `fathom-depth`: the rooms as top-level packages, and the command `fathom`.
 
-The ranges below are what the code needs; constraints.txt holds the exact set that the tests ran with.
+Where the code leans on one version's behaviour (Ray Train, DeepSpeed, DALI) the range starts at what was tested;
+constraints.txt holds the exact set that the tests ran with.
 The version stays below 0.9 (see the docstring of kernels/__init__.py).
 """
 
@@ -13,8 +14,8 @@ ROOMS = ("launcher", "trainer", "dataio", "model", "kernels", "cluster")
 
 LINUX_X86 = "platform_system == 'Linux' and platform_machine == 'x86_64'"
 DALI = {
-    "cuda12": f"nvidia-dali-cuda120>=2.0,<3; {LINUX_X86}",
-    "cuda13": f"nvidia-dali-cuda130>=2.0,<3; {LINUX_X86}",
+    "cuda12": f"nvidia-dali-cuda120>=2.4,<3; {LINUX_X86}",
+    "cuda13": f"nvidia-dali-cuda130>=2.4,<3; {LINUX_X86}",
 }
 # Both DALI wheels unpack into one folder, and an extra cannot take a default away: FATHOM_CUDA=12 drops the default
 # while the package is built, as `make install CUDA=12` does.
@@ -26,8 +27,8 @@ REQUIRES = [
     "torch>=2.6,<3",
     "torchvision>=0.21,<1",
     "timm>=1.0.12,<2",
-    "ray[default,train]>=2.44,<3",
-    "deepspeed>=0.17,<0.20",
+    "ray[default,train]>=2.60,<3",
+    "deepspeed>=0.19.8,<0.20",
     "webdataset>=1.0,<2",
     "prometheus-client>=0.20,<1",
     "pydantic>=2.7,<3",

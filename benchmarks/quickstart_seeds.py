@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
-from cluster.stop import StopFlag
+from cluster.stop import StopFlag, exit_status
 from launcher import recipes
-from trainer.quickstart import Request, Results, quickstart
+from trainer.quickstart import LADDER, Request, Results, Stopped, quickstart
 
 FRESH_EVALUATION = 90_001  # plus the seed; the quickstart itself evaluates on other scenes
 METRICS = (("wide", "abs_rel"), ("wide", "delta1"), ("wide, disparity space", "delta1"), ("labelled domain", "delta1"))
@@ -31,7 +31,9 @@ def run_seed(out: Path, seed: int, ladder: bool) -> Results:
     """One seed's rows, read back when they were made before."""
     done = out / f"seed{seed}" / "results.json"
     if done.exists():
-        return Results(**json.loads(done.read_text()))
+        results = Results(**json.loads(done.read_text()))
+        if not ladder or set(LADDER) <= set(results.rows):
+            return results
     plain = {name: yaml.safe_load(recipes.read(f"quickstart-{name}")) for name in ("encoder", "teacher", "student")}
     request = Request(
         out=str(done.parent), recipes=plain, seed=seed, ladder=ladder, evaluation_seed=FRESH_EVALUATION + seed
@@ -42,7 +44,7 @@ def run_seed(out: Path, seed: int, ladder: bool) -> Results:
 
 def summarise(results: dict[int, Results]) -> list[str]:
     """Lines of the two tables: rows with mean +- SD, and paired differences of delta1 from the teacher."""
-    rows = list(next(iter(results.values())).rows)
+    rows = [row for row in next(iter(results.values())).rows if all(row in r.rows for r in results.values())]
     titles = [f"{metric} ({domain})" for domain, metric in METRICS]
     lines = [f"{'row':<24}" + "".join(f"{title:>34}" for title in titles)]
     for row in rows:
@@ -67,7 +69,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--no-ladder", action="store_true", help="teacher and student only")
     arguments = parser.parse_args()
-    results = {seed: run_seed(arguments.out.resolve(), seed, not arguments.no_ladder) for seed in arguments.seeds}
+    try:
+        results = {seed: run_seed(arguments.out.resolve(), seed, not arguments.no_ladder) for seed in arguments.seeds}
+    except Stopped as stopped:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(exit_status(stopped.reason))
     lines = summarise(results)
     print("\n".join(lines))
     summary = {str(seed): {"rows": r.rows, "seconds": r.seconds} for seed, r in results.items()}

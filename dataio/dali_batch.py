@@ -1,9 +1,10 @@
 """Encoded images -> views and codes: one DALI pipeline definition for CPU and GPU.
 
-Per row: decode; resize the window of `Geometry` to S x S (images cubic without antialiasing, as the originals; codes
-and sky masks nearest, over the same window in relative coordinates); flip. The view "clean" is that, normalised; the
-view "student" has colour and blur in between. Colours are 8-bit until normalisation. The order of the colour
-operations is fixed: hue and saturation (grey is saturation 0), brightness, contrast around 128, then blur.
+Per row: decode; resize the window of `Geometry` to S x S (images cubic without antialiasing, by DALI's kernel with
+a = -0.5 where the originals' OpenCV has -0.75: a few grey levels at edges; codes and sky masks nearest, over the same
+window in relative coordinates); flip. The view "clean" is that, normalised; the view "student" has colour and blur in
+between. Colours are 8-bit until normalisation. The order of the colour operations is fixed: hue and saturation (grey
+is saturation 0), brightness, contrast around 128, then blur.
 
 A damaged image ends a DALI pipeline object: the culprit is found, replaced, and the pipeline built anew (tens of
 milliseconds); all other rows come out as they would have, since every random number is an input.

@@ -1,4 +1,7 @@
-"""DALI for whole images: decode, resize to the network's input as the originals do (cubic, no antialias), normalise.
+"""Whole images for a network: decoded by DALI, resized as the originals do, normalised.
+
+The originals resize with OpenCV's cubic kernel (a = -0.75) without antialiasing. DALI's cubic has a = -0.5 and differs
+by a few grey levels, so the resize is torch's, which has OpenCV's kernel and runs on the device too.
 
 Shape suffixes: B batch, C channel, H W pixels.
 """
@@ -9,21 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+from dataio.dali_batch import MEAN, STD
 
 
 @pipeline_def(prefetch_queue_depth=1, exec_dynamic=True)
-def _frames(device: str) -> Any:
+def _define(gpu: bool) -> Any:
     encoded = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
-    size_hw = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
-    image = fn.decoders.image(encoded, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB)
-    image = fn.resize(image, size=size_hw, interp_type=types.INTERP_CUBIC, antialias=False, dtype=types.FLOAT)
-    scale = [255.0 * s for s in STD]
-    shift = [255.0 * m for m in MEAN]
-    return fn.crop_mirror_normalize(image, mean=shift, std=scale, dtype=types.FLOAT, output_layout="CHW")
+    return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
 
 
 class FramePipeline:
@@ -46,8 +45,8 @@ class FramePipeline:
     def _try(self, images: list[bytes], size_hw: tuple[int, int]) -> Tensor | None:
         if self._pipeline is None:
             gpu = self._device.type == "cuda"
-            self._pipeline = _frames(
-                "gpu" if gpu else "cpu",
+            self._pipeline = _define(
+                gpu,
                 batch_size=self._batch,
                 num_threads=self._threads,
                 device_id=(self._device.index or 0) if gpu else None,
@@ -55,9 +54,17 @@ class FramePipeline:
             self._pipeline.build()
         try:
             self._pipeline.feed_input("image", [np.frombuffer(image, np.uint8) for image in images])
-            self._pipeline.feed_input("size", [np.asarray(size_hw, np.float32)] * len(images))
-            (output,) = self._pipeline.run()
-            return torch.from_dlpack(output.as_tensor()).clone()
+            (images_HWC,) = self._pipeline.run()
+            return torch.cat([_prepare(torch.from_dlpack(image_HWC), size_hw) for image_HWC in images_HWC])
         except RuntimeError:
             self._pipeline = None
             return None
+
+
+def _prepare(image_HWC: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """uint8 RGB -> normalised float32 [1, 3, *size_hw]; cubic may leave 0..1, as in the originals."""
+    image_1CHW = image_HWC.permute(2, 0, 1)[None].float() / 255
+    if image_1CHW.shape[2:] != size_hw:
+        image_1CHW = F.interpolate(image_1CHW, size_hw, mode="bicubic", align_corners=False, antialias=False)
+    mean, std = (image_1CHW.new_tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (image_1CHW - mean) / std

@@ -47,13 +47,14 @@ def read_frames(shard: Shard, info: DatasetInfo, sizer: Sizer) -> Iterator[Frame
     needs = RoleNeeds(target="none" if info.quantity is None else "disparity")
     for start in range(0, shard.samples, _CHUNK):
         indices = range(start, min(start + _CHUNK, shard.samples))
-        for index, sample in zip(indices, read_samples(source, indices, needs), strict=True):
+        for index, sample in zip(indices, read_samples(source, indices, needs, exact=True), strict=True):
             yield make_frame(index, sample, sizer)
 
 
 def make_frame(index: int, sample: Sample, sizer: Sizer) -> Frame:
     """Look at the headers only; a problem is one of `dataio.quarantine.REASONS`."""
-    found = sample.problem or look(sample, sidecar=False)
+    # a float map tells its size only when it is read
+    found = sample.problem or look(sample if sample.code else replace(sample, target=None), sidecar=False)
     if isinstance(found, str):
         return Frame(index=index, sample=sample, problem=found)
     size_hw = (found.height, found.width)
@@ -63,24 +64,25 @@ def make_frame(index: int, sample: Sample, sizer: Sizer) -> Frame:
 def batches_by_shape(frames: Iterable[Frame], batch: int, hold: int = 256) -> Iterator[list[Frame]]:
     """Lists of at most `batch` frames of one input size, so that aspect is kept without padding.
 
-    Holds back at most `hold` frames. Frames with a problem come alone, at once. Within one input size order is kept.
+    No frame waits for more than `hold` later ones, so a rare shape does not make what follows it pile up. Frames with
+    a problem come alone, at once. Within one input size order is kept.
     """
     waiting: dict[tuple[int, int], list[Frame]] = defaultdict(list)
-    held = 0
-    for frame in frames:
+    since: dict[tuple[int, int], int] = {}  # place of each shape's first waiting frame, rising
+    for place, frame in enumerate(frames):
         if frame.problem:
             yield [frame]
             continue
         group = waiting[frame.input_hw]
         group.append(frame)
-        held += 1
+        since.setdefault(frame.input_hw, place)
         if len(group) == batch:
-            held -= len(group)
             yield waiting.pop(frame.input_hw)
-        elif held >= hold:
-            largest = max(waiting, key=lambda shape: len(waiting[shape]))
-            held -= len(waiting[largest])
-            yield waiting.pop(largest)
+            del since[frame.input_hw]
+        while since and place - next(iter(since.values())) >= hold:
+            shape = next(iter(since))
+            del since[shape]
+            yield waiting.pop(shape)
     yield from waiting.values()
 
 

@@ -33,8 +33,7 @@ def look(sample: Sample, *, sidecar: bool) -> ImageSize | str:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 return "too_large"
-            # a PNG's getexif() would decode all of it
-            exif = image.getexif() if image.format != "PNG" else Image.Exif()
+            exif = image.getexif() if image.format != "PNG" else _png_exif(image)
             if exif.get(_ORIENTATION) in _ROTATED:
                 width, height = height, width
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -55,6 +54,14 @@ def look(sample: Sample, *, sidecar: bool) -> ImageSize | str:
         if found != size:
             return "size_mismatch"
     return size
+
+
+def _png_exif(image: Image.Image) -> Image.Exif:
+    """What stands before the pixels: a PNG's getexif() would decode all of it."""
+    exif = Image.Exif()
+    if image.info.get("exif"):
+        exif.load(image.info["exif"])
+    return exif
 
 
 def _png_size(png: bytes, mode: str) -> ImageSize | None:

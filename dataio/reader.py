@@ -73,8 +73,11 @@ class LaneReader:
             self._held.update(zip(slots, samples, strict=True))
 
 
-def read_samples(source: ShardSource, indices: Sequence[int], needs: RoleNeeds) -> list[Sample]:
-    """The samples of `indices` (ascending) of one shard. DataError when the shard or its labels are missing."""
+def read_samples(source: ShardSource, indices: Sequence[int], needs: RoleNeeds, *, exact: bool = False) -> list[Sample]:
+    """The samples of `indices` (ascending) of one shard. DataError when the shard or its labels are missing.
+
+    `exact` leaves a float map (`KEY.depth.npy`) as it is, in `target` with no code; else it is coded for the decoder.
+    """
     index: ShardIndex = source.shard.index
     entries = [index.samples[i] for i in indices]
     wanted = {*IMAGE_EXTENSIONS}
@@ -88,7 +91,7 @@ def read_samples(source: ShardSource, indices: Sequence[int], needs: RoleNeeds) 
         keys = {entry.key for entry in entries}
         label_entries = [entry for entry in source.label_index().samples if entry.key in keys]
         labels = read_members(source.label_tar, label_entries, {"disparity.png", "json"})
-    return [_sample(entry.key, found.get(entry.key), labels.get(entry.key), source, needs) for entry in entries]
+    return [_sample(e.key, found.get(e.key), labels.get(e.key), source, needs, exact) for e in entries]
 
 
 def read_members(tar: str, entries: Sequence[SampleEntry], extensions: Collection[str]) -> dict[str, Members]:
@@ -147,7 +150,9 @@ def _files(tar: str, stream: BinaryIO, keys: Collection[str], extensions: Collec
         return  # the iterator must end, not fail: group_by_keys still holds the last whole sample
 
 
-def _sample(key: str, members: Members | None, label: Members | None, source: ShardSource, needs: RoleNeeds) -> Sample:
+def _sample(
+    key: str, members: Members | None, label: Members | None, source: ShardSource, needs: RoleNeeds, exact: bool
+) -> Sample:
     if members is None:
         return Sample(key=key, problem="unreadable_member")
     image = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
@@ -172,6 +177,9 @@ def _sample(key: str, members: Members | None, label: Members | None, source: Sh
         target = members["depth.png"]
         return Sample(key=key, image=image, target=target, code=code, quantity=source.quantity, sky=sky, meta=meta)
     if "depth.npy" in members and source.quantity is not None:
+        if exact:
+            target = members["depth.npy"]
+            return Sample(key=key, image=image, target=target, quantity=source.quantity, sky=sky, meta=meta)
         try:
             target, code = _recode(members["depth.npy"], source.quantity)
         except DataError:

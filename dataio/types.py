@@ -30,7 +30,7 @@ class Sample:
 
     key: str
     image: bytes = b""
-    target: bytes | None = None  # 16-bit grey PNG
+    target: bytes | None = None  # 16-bit grey PNG; with `code` None and `quantity` set, a float .npy
     code: AffineCode | None = None
     quantity: Quantity | None = None
     sky: bytes | None = None  # 8-bit grey PNG, >127 is sky: disparity 0, no depth

@@ -48,7 +48,7 @@ def show_recipe(name: Annotated[str, typer.Argument(help="A name from `fathom re
 
     \b
     Example:
-      fathom recipes show quickstart > my.yaml
+      fathom recipes show quickstart-teacher > my.yaml
     """
     from launcher import recipes
 

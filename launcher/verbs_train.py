@@ -94,8 +94,9 @@ def predict(
     out: Annotated[str, typer.Option(help="Where the pictures go.")],
     preset: Annotated[str | None, typer.Option(help="Needed where the file cannot tell, e.g. v2-vits.")] = None,
     input_size: Annotated[int, typer.Option(help="Shorter side the network sees, a multiple of 14.")] = 518,
+    gpu: Annotated[bool, typer.Option("--gpu/--cpu", help="Run on the first GPU.")] = False,
 ) -> int:
-    """Predict depth for photographs: X.png (image | prediction) and X.depth.png (16 bit) each.
+    """Predict depth for photographs: X.png (image | prediction), X.depth.png (16 bit) and X.depth.json (its code) each.
 
     \b
     Example:
@@ -108,9 +109,14 @@ def predict(
 
     with Progress("predict", None, "images") as bar:
         outcome = run(
-            inputs, weights, out, preset=preset, input_size=input_size,
+            inputs,
+            weights,
+            out,
+            preset=preset,
+            input_size=input_size,
+            device="cuda" if gpu else "cpu",
             on_progress=lambda done, total: bar.update(done, of=total),
-        )  # fmt: skip
+        )
     for file, reason in outcome.skipped.items():
         typer.echo(f"skipped {file}: {reason}", err=True)
     typer.echo(f"{len(outcome.written)} pictures in {out}")

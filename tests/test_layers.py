@@ -9,9 +9,7 @@ import pytest
 from tests.layers import ARROWS, violations
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FILES = sorted(
-    path.relative_to(REPOSITORY).as_posix() for room in ARROWS for path in (REPOSITORY / room).rglob("*.py")
-)
+FILES = sorted(path.relative_to(REPOSITORY).as_posix() for room in ARROWS for path in (REPOSITORY / room).rglob("*.py"))
 
 
 def test_every_room_has_files() -> None:

@@ -178,6 +178,7 @@ class EvaluateConfig(Section):
     limit: int | None = Field(default=None, ge=1, description="only the first N samples of each dataset")
     batch: int = Field(default=8, ge=1)
     threads: int = Field(default=2, ge=1)
+    use_gpu: bool = False
     out: str = "evaluation"
 
 

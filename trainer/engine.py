@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO behind the few verbs the loop needs: backward, step, learning rates, state by parameter name.
 
-The only importer of deepspeed. Its configuration is generated here, never written by a user: DeepSpeed ignores unknown
-top-level keys without a word. What was measured about it is in docs/log.md; the traps this file avoids:
+With engine_ops.py the only importer of deepspeed. Its configuration is generated here, never written by a user:
+DeepSpeed ignores unknown top-level keys without a word. What was measured about it is in docs/log.md; the traps this
+file avoids:
 
 * ZeRO 1 and 2 link the optimizer's states to parameters after the first group only; `_link_states` does it for all.
 * ZeRO's own checkpoints load at one world size only; ours are whole tensors by parameter name.

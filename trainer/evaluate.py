@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from cluster import storage
-from dataio.codec import decode_png16
+from dataio.codec import decode_npy, decode_png16
 from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset
 from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
@@ -58,7 +58,7 @@ def evaluate(
     for dataset in datasets:
         if dataset.info.quantity is None:
             raise DataError(f"{dataset.path}: has no depth to compare with; evaluate needs a labelled dataset")
-    predictor = predictor or Predictor(config.weights, preset=config.preset)
+    predictor = predictor or Predictor(config.weights, preset=config.preset, device="cuda" if config.use_gpu else "cpu")
     total = sum(min(d.info.samples, config.limit or d.info.samples) for d in datasets)
     results: list[DatasetResult] = []
     sheet: list[np.ndarray] = []
@@ -111,6 +111,7 @@ def predictions(
 ) -> Iterator[tuple[Frame, np.ndarray | None]]:
     """Every sample with its prediction at the image's own resolution, or None when it has a problem."""
     pipeline = FramePipeline(config.batch, config.threads, str(predictor.device))
+    aligned = predictor.network.preset.output_align_corners  # V1's and V2's own inference differ here
     for group in batches_by_shape(_first(dataset, config), config.batch):
         if group[0].problem:
             yield group[0], None
@@ -121,8 +122,7 @@ def predictions(
             continue
         value_BHW, _ = predictor(image_BCHW)
         for row, frame in enumerate(good):
-            # V2's own inference resizes with aligned corners (infer_image); one choice for all presets here
-            value_HW = F.interpolate(value_BHW[row][None, None], frame.size_hw, mode="bilinear", align_corners=True)
+            value_HW = F.interpolate(value_BHW[row][None, None], frame.size_hw, mode="bilinear", align_corners=aligned)
             yield frame, value_HW[0, 0].cpu().numpy()
 
 
@@ -141,10 +141,13 @@ def read_truth(frame: Frame) -> tuple[np.ndarray, np.ndarray] | str:
     sample = frame.sample
     if frame.problem:
         return frame.problem
-    if sample.target is None or sample.code is None:
+    if sample.target is None or sample.quantity is None:
         return "missing_target"
     try:
-        value_HW = decode_png16(sample.target, sample.code)
+        if sample.code is None:
+            value_HW = decode_npy(sample.target, sample.quantity)
+        else:
+            value_HW = decode_png16(sample.target, sample.code)
         sky_HW = decode_sky(sample.sky, value_HW)
     except DataError:
         return "bad_target"

@@ -110,7 +110,7 @@ def describe(config: LabelConfig, dataset: Dataset) -> dict[str, Any]:
         "teacher": {"fingerprint": teacher.fingerprint(), "preset": teacher.preset.name},
         "dataset": {"name": dataset.info.name, "fingerprint": dataset.fingerprint, "samples": dataset.info.samples},
         "preprocessing": {
-            "resize": "shorter side to input_size (lower bound), sides rounded to multiples of 14, cubic, no antialias",
+            "resize": "shorter side to input_size (lower bound), multiples of 14, cubic (a = -0.75), no antialias",
             "input_size": config.input_size,
             "normalisation": "ImageNet mean and deviation",
             "orientation": "EXIF orientation applied",

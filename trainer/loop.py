@@ -25,6 +25,8 @@ from trainer.tasks.base import Task
 class TrainingDiverged(RuntimeError):
     """Too many consecutive steps without a finite gradient."""
 
+    exit_status = 1
+
 
 @dataclass(kw_only=True)
 class StepRecord:
@@ -70,8 +72,8 @@ class Loop:
             started = time.perf_counter()
             batch = next(batches)
             record = self.train_step(batch, waited=time.perf_counter() - started)
-            self.give_up_if_diverged(record)
             on_step(record, batch)
+            self.give_up_if_diverged(record)
             if self.step % self.config.checkpoint.every == 0 and self.step < self.config.steps:
                 on_checkpoint()
         on_checkpoint()

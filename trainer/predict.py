@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -33,9 +34,13 @@ def predict(
     *,
     preset: str | None = None,
     input_size: int = 518,
+    device: str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PredictOutcome:
-    """For every image X write X.png (image | coloured prediction) and X.depth.png (16 bit, the prediction's own range).
+    """For every image X write X.png (image | coloured prediction), X.depth.png and X.depth.json.
+
+    X.depth.png has 16 bits over the prediction's own range: quantity = scale * (code - zero) + shift, with the
+    numbers of X.depth.json, in metres (`depth_m`) or relative (`disparity`).
 
     A damaged image among several is skipped and named. Raises WeightsError; DataError when nothing is there to predict
     or no image is readable.
@@ -44,7 +49,7 @@ def predict(
     names = output_names(files)
     refuse_overwriting(files, names, out)
     storage.make_folder(out)
-    network = DepthAnything.from_pretrained(weights, preset=preset).eval()
+    network = DepthAnything.from_pretrained(weights, preset=preset).to(device).eval()
     outcome = PredictOutcome()
     for done, file in enumerate(files):
         if on_progress:
@@ -61,7 +66,10 @@ def predict(
         stem = os.path.join(out, names[file])
         with storage.atomic_writer(f"{stem}.png") as target:
             Image.fromarray(picture).save(target, format="PNG", compress_level=3)
-        storage.atomic_write(f"{stem}.depth.png", encode_label(value_HW)[0])
+        png, code = encode_label(value_HW)
+        quantity = "depth_m" if network.preset.head == "metric" else "disparity"
+        storage.atomic_write(f"{stem}.depth.png", png)
+        storage.atomic_write(f"{stem}.depth.json", json.dumps({"quantity": quantity, **asdict(code)}) + "\n")
         outcome.written.append(f"{stem}.png")
     if on_progress:
         on_progress(len(files), len(files))

@@ -86,6 +86,10 @@ def quickstart(request: Request, stop: StopFlag | None = None) -> Results:
     """
     if request.encoder_weights and not storage.exists(request.encoder_weights):
         raise ConfigError(f"--encoder: {request.encoder_weights}: no such file; leave it out to train a stand-in")
+    if request.seed == request.evaluation_seed:
+        raise ConfigError(
+            f"seed: {request.seed} is the seed of the evaluation scenes; choose another, or training would see them"
+        )
     with locked_folder(request.out, "this quickstart"):
         results = Results(stand_in=request.encoder_weights is None, seconds=begin(request))
         try:
@@ -197,9 +201,16 @@ def make_data(request: Request, stop: StopFlag) -> None:
                 bar.update(done)
 
             pack_synth(
-                domain, out, seed=seed, count=count, size=sizes.image, labelled=labelled,
-                samples_per_shard=max(1, -(-count // 8)), workers=os.cpu_count() or 1, progress=on_progress,
-            )  # fmt: skip
+                domain,
+                out,
+                seed=seed,
+                count=count,
+                size=sizes.image,
+                labelled=labelled,
+                samples_per_shard=max(1, -(-count // 8)),
+                workers=min(4, len(os.sched_getaffinity(0))),
+                progress=on_progress,
+            )
 
 
 def stage_config(request: Request, name: str, labels: str | None = None) -> TrainConfig:
@@ -256,7 +267,7 @@ def label_stage(request: Request, teacher: str, stop: StopFlag) -> str:
             "weights": os.path.join(teacher, "weights"),
             "input_size": request.sizes.image,
             "batch": 16,
-            "cluster": {"workers": min(2, os.cpu_count() or 1)},
+            "cluster": {"workers": min(2, len(os.sched_getaffinity(0)))},
         },
     )
     with Progress("labels", None, "shards") as bar:

@@ -107,6 +107,31 @@ def test_unfinished_files_are_not_listed(tmp_path: Path) -> None:
     assert storage.listdir(str(tmp_path)) == ["a.bin"]
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, ...]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(handle: int) -> None:
+        name = os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path)
+        if name.endswith(".tmp"):
+            name = f"{os.fstat(handle).st_size} bytes"
+        events.append(("sync", name))
+        fsync(handle)
+
+    def recorded_replace(source: str, target: str) -> None:
+        events.append(("replace", os.path.relpath(target, tmp_path)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    with storage.atomic_writer(str(tmp_path / "new" / "a.bin")) as file:
+        file.write(b"0123456789")
+        assert events == [("sync", ".")]  # the new folder's own name
+    assert events[1:] == [("sync", "10 bytes"), ("replace", "new/a.bin"), ("sync", "new")]
+
+
 def test_new_files_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:

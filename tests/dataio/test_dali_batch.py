@@ -281,3 +281,16 @@ def test_gpu_agrees_with_cpu():
         for name in ("clean", "student"):
             assert there.views[name].is_cuda
             assert (here.views[name] - there.views[name].cpu()).abs().max() < 0.1  # 5 of 255
+
+
+def test_images_are_resized_by_a_cubic_kernel_with_a_half():
+    """DALI's cubic is Catmull-Rom, as Pillow's is when it enlarges, but for rounding; a linear one is far off."""
+    image_HWC = np.random.default_rng(0).integers(60, 196, (S // 2, S // 2, 3), dtype=np.uint8)
+    decoded = batch_of(1).run([Row(image=png(image_HWC))])
+    found_HWC, small = pixels(decoded.views["clean"][0]), Image.fromarray(image_HWC)
+    cubic_HWC, linear_HWC = (
+        np.asarray(small.resize((S, S), kernel), np.float32)
+        for kernel in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)
+    )
+    assert np.abs(found_HWC - cubic_HWC).max() < 6
+    assert np.abs(found_HWC - linear_HWC).max() > 15

@@ -103,6 +103,21 @@ def test_cutmix_boxes_follow_the_published_rule():
     assert isinstance(drawn[0], Box)
 
 
+def test_cutmix_boxes_are_higher_than_wide():
+    """UniMatch: h = sqrt(area * ratio), w = sqrt(area / ratio), ratio uniform in [0.3, 1 / 0.3], so 1.8 in the mean.
+
+    What does not fit is drawn again, and narrow boxes fit less often: 1.65 is left of the 1.8.
+    """
+    drawn = [cutmix_box(Perturbation(cutmix_p=1), 518, (0, 0, str(i))) for i in range(1000)]
+    ratios = np.array([(box.bottom - box.top) / (box.right - box.left) for box in drawn if box is not None])
+    assert len(ratios) == 1000
+    assert ratios.mean() == pytest.approx(1.65, abs=0.1)
+    assert (ratios > 1).mean() > 0.7
+    tall = cutmix_box(Perturbation(cutmix_p=1, cutmix_area=(0.1, 0.1), cutmix_aspect=(2.5, 2.5)), 100, (0, 0, "k"))
+    assert tall is not None
+    assert (tall.bottom - tall.top, tall.right - tall.left) == (50, 20)
+
+
 def test_partners_are_never_the_sample_itself():
     for share in (2, 3, 7):
         partners = [cutmix_partner(own, share, 0, 0, i) for own in range(share) for i in range(200)]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dataio.draws import cutmix_partner
 from dataio.loader import Loader
 from dataio.plan import PLAN_VERSION
 from dataio.quarantine import Quarantine
@@ -167,6 +168,27 @@ def test_cutmix_pastes_another_row_of_the_same_lane(student_data):
             )
             assert torch.equal(with_mix.targets["disparity"].value_BHW[i], target)
     assert seen > 3
+
+
+def test_cutmix_partners_are_drawn_anew_for_every_place_of_every_pass(tmp_path):
+    folder = write_dataset(tmp_path / "d", shards_of([16], unlabelled), with_depth=False)
+    needs = {"labelled": RoleNeeds(target="none")}
+    plain, mixed = (
+        batches(only(folder, batch=8, lanes=2, perturbation=Perturbation(cutmix_p=p)), needs, 4, views=("clean",))
+        for p in (0, 1)
+    )
+    offsets = []
+    for number, (without, with_mix) in enumerate(zip(plain, mixed, strict=True)):
+        epoch, offset = divmod(4 * number, 8)  # two batches to a pass: each lane has 8 samples, 4 of a batch
+        for i in range(8):
+            lane, own = divmod(i, 4)
+            partner = cutmix_partner(own, 4, 5, "labelled", epoch, 8 * lane + offset + own)
+            offsets.append((partner - own) % 4)
+            pasted = with_mix.region_BHW[i] == 2
+            assert pasted.any()
+            expected = torch.where(pasted, without.views["clean"][4 * lane + partner], without.views["clean"][i])
+            assert torch.equal(with_mix.views["clean"][i], expected), (number, i)
+    assert len({tuple(offsets[start : start + 8]) for start in range(0, 32, 8)}) == 4
 
 
 def test_views_and_targets_only_as_asked(student_data, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +42,17 @@ def test_help_of_every_verb_has_an_example(verb: tuple[str, ...]) -> None:
     assert done.exit_code == 0, done.output
     example = done.output.partition("Example")[2]
     assert f"fathom {' '.join(verb)}" in example, done.output
+
+
+def test_every_recipe_that_an_example_names_exists() -> None:
+    root, named = typer.main.get_command(build_app()), []
+    for verb in VERBS:
+        command: Any = root
+        for word in verb:
+            command = command.commands[word]
+        named += [(" ".join(verb), name) for name in re.findall(r"fathom recipes show (\S+)", command.help)]
+    assert {verb for verb, _ in named} >= {"train", "recipes show"}
+    assert [(verb, name) for verb, name in named if name not in recipes.names()] == []
 
 
 def test_verbs_are_listed_in_the_order_of_use() -> None:

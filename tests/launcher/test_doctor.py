@@ -26,9 +26,7 @@ def test_python_range() -> None:
 def test_versions_against_the_tested_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("# tested\ntorch==2.0.0\nRay==9.9.9\nprometheus-client==1.0\n")
-    monkeypatch.setattr(
-        doctor, "installed", {"torch": "2.0.0+cpu", "ray": "1.0", "prometheus_client": "1.0"}.get
-    )
+    monkeypatch.setattr(doctor, "installed", {"torch": "2.0.0+cpu", "ray": "1.0", "prometheus_client": "1.0"}.get)
     found = {finding.subject: finding for finding in doctor.check_packages(doctor.tested_versions(constraints))}
     assert found["torch"].level == "ok"
     assert found["prometheus_client"].level == "ok"

@@ -107,6 +107,28 @@ def test_the_manifest_is_written_last_and_the_rename_follows(tmp_path: Path, mon
     ]
 
 
+def test_every_file_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[str, int]] = []  # what was synced, and its size then
+    fsync, rename = os.fsync, os.rename
+
+    def recorded_fsync(handle: int) -> None:
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))
+        events.append((name[1:].rsplit(".", 2)[0] if name.endswith(".tmp") else name, os.fstat(handle).st_size))
+        fsync(handle)
+
+    def recorded_rename(source: str, target: str) -> None:
+        events.append(("rename", 0))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    path = Path(save(tmp_path, 1))
+    renamed = events.index(("rename", 0))
+    assert {(name, (path / name).stat().st_size) for name in os.listdir(path)} <= set(events[:renamed])
+    assert f"{path.name}.partial" == events[renamed - 1][0]  # the names of its files
+    assert tmp_path.name in [name for name, _ in events[renamed:]]  # its own name
+
+
 def flip_a_byte(path: Path) -> None:
     data = bytearray((path / "optimizer.safetensors").read_bytes())
     data[-5] ^= 1

@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from cluster.storage import StorageError
+from dataio.dataset import Dataset
 from dataio.spec import DataError
+from model.presets import get_preset
 from tests.dataio.fakes import jpeg, png, smooth, unlabelled, write_dataset
 from trainer.config import EvaluateConfig, parse_config
-from trainer.evaluate import DatasetResult, evaluate
+from trainer.evaluate import DatasetResult, evaluate, predictions
 
 INPUT = 28
 SIZES = [(28, 42), (42, 28), (60, 90), (28, 28)]
@@ -29,7 +31,8 @@ class Known:
     metric = False
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, preset: str = "v2-vits") -> None:
+        self.preset = get_preset(preset)
         self.batches: list[tuple[int, ...]] = []
 
     @property
@@ -52,6 +55,14 @@ class Metres(Known):
 
     def value(self, grey_BHW: Tensor) -> Tensor:
         return torch.full_like(grey_BHW, 2.0)
+
+
+class Ramp(Known):
+    """Every pixel tells where it is: 100 * row + column."""
+
+    def value(self, grey_BHW: Tensor) -> Tensor:
+        height, width = grey_BHW.shape[1:]
+        return (100.0 * torch.arange(height)[:, None] + torch.arange(width)).expand_as(grey_BHW)
 
 
 class Broken(Known):
@@ -168,6 +179,24 @@ def test_a_right_prediction_is_nearly_perfect_also_with_npy_holes_and_sky(tmp_pa
         assert result.means["depth"]["abs_rel"] < 0.05, kind
         assert result.means["depth"]["delta1"] > 0.97, kind
         assert result.means["constant"]["delta1"] < 0.9, kind
+
+
+@pytest.mark.parametrize(("preset", "aligned"), [("v1-vits", False), ("v2-vits", True), ("tiny", True)])
+def test_a_prediction_is_resized_as_its_network_s_authors_do(tmp_path: Path, preset: str, aligned: bool) -> None:
+    """infer_image: V1 resizes with align_corners=False, V2 with True. They differ most at the border."""
+
+    def places(small: int, large: int) -> np.ndarray:
+        if aligned:
+            return np.linspace(0, small - 1, large)
+        return np.clip((np.arange(large) + 0.5) * small / large - 0.5, 0, small - 1)
+
+    dataset = Dataset.open(write_dataset(tmp_path / "d", [{"k": sample(0, 60, 90)}]))
+    values = {"weights": "/w", "datasets": [dataset.path], "input_size": INPUT, "threads": 1}
+    predictor: Any = Ramp(preset)
+    ((_, value_HW),) = predictions(dataset, parse_config(EvaluateConfig, values), predictor)
+    assert predictor.batches == [(1, 3, 28, 42)]
+    assert value_HW is not None
+    assert np.allclose(value_HW, 100 * places(28, 60)[:, None] + places(42, 90), atol=1e-2)
 
 
 def test_every_bad_sample_is_counted_by_its_reason(tmp_path: Path) -> None:

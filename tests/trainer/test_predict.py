@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,14 @@ def test_a_folder_is_predicted_with_what_is_damaged_left_out(weights: str, tmp_p
     outcome = predict(
         [str(photos)], weights, str(tmp_path / "out"), input_size=INPUT, on_progress=lambda *now: seen.append(now)
     )
-    assert files_below(tmp_path / "out") == ["a.depth.png", "a.png", "b.depth.png", "b.png"]
+    assert files_below(tmp_path / "out") == [
+        "a.depth.json",
+        "a.depth.png",
+        "a.png",
+        "b.depth.json",
+        "b.depth.png",
+        "b.png",
+    ]
     assert outcome.written == [str(tmp_path / "out" / "a.png"), str(tmp_path / "out" / "b.png")]
     assert list(outcome.skipped) == [str(photos / "cut.jpg")]
     assert "cannot be read" in outcome.skipped[str(photos / "cut.jpg")]
@@ -69,6 +77,10 @@ def test_the_pictures_show_the_image_and_the_network_s_prediction(weights: str, 
     assert code_HW.shape == (40, 60) and code_HW.min() == 16 and code_HW.max() == 65520
     stretched_HW = (value_HW - value_HW.min()) / np.ptp(value_HW)
     assert np.abs((code_HW - 16) / 65504 - stretched_HW).max() < 1 / 4000
+    code = json.loads((tmp_path / "out" / "a.depth.json").read_text())
+    assert code.pop("quantity") == "disparity"
+    read_HW = code["scale"] * (code_HW - code["zero"]) + code["shift"]
+    assert np.abs(read_HW - value_HW).max() <= np.ptp(value_HW) / 8000
     nearest = np.unravel_index(value_HW.argmax(), value_HW.shape)
     farthest = np.unravel_index(value_HW.argmin(), value_HW.shape)
     right = picture[:, 60:].astype(int)
@@ -119,8 +131,10 @@ def test_equal_names_do_not_collide(weights: str, tmp_path: Path) -> None:
     names = ["one/a.jpg", "two/a.jpg", "two/a.png", "one/a.depth.jpg"]
     files = [photograph(tmp_path / name, seed) for seed, name in enumerate(names)]
     found = output_names(files)
-    targets = [target for name in found.values() for target in (f"{name}.png", f"{name}.depth.png")]
-    assert len(set(targets)) == 8
+    targets = [
+        target for name in found.values() for target in (f"{name}.png", f"{name}.depth.png", f"{name}.depth.json")
+    ]
+    assert len(set(targets)) == 12
     assert found[files[0]] == "a" and found[files[1]] == "two_a"
     predict(files, weights, str(tmp_path / "out"), input_size=INPUT)
     assert sorted(targets) == files_below(tmp_path / "out")
@@ -143,7 +157,7 @@ def test_a_second_run_does_not_predict_its_own_pictures(weights: str, tmp_path: 
     for _ in range(2):
         outcome = predict([str(tmp_path)], weights, str(tmp_path / "predicted"), input_size=INPUT)
         assert len(outcome.written) == 1
-    assert files_below(tmp_path) == ["a.jpg", "predicted/a.depth.png", "predicted/a.png"]
+    assert files_below(tmp_path) == ["a.jpg", "predicted/a.depth.json", "predicted/a.depth.png", "predicted/a.png"]
 
 
 def test_an_output_folder_that_cannot_be(weights: str, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def parameter_groups(self, module: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Named trainable parameters per group; group names are keys of `group_lr` in the loop: encoder, decoder."""
+        """Named trainable parameters per group; group names are those of `Loop.learning_rates`."""
 
     @property
     @abc.abstractmethod

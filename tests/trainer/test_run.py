@@ -1,0 +1,200 @@
+"""What the driver refuses before it starts a worker, and what a resumed run may change. No Ray is started here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dataio.dataset import Dataset
+from dataio.labels import LabelStore
+from dataio.spec import DataError
+from tests.dataio.fakes import labelled, shards_of, unlabelled, write_dataset
+from trainer import run
+from trainer.config import ConfigError, TrainConfig, dump_config, parse_config, read_config
+from trainer.run import check_inputs, first_difference, prepare_folder, refuse_changes, train
+
+
+def write_labels(folder: Path, dataset: Dataset, made_of: Mapping[str, Any] | None) -> str:
+    """Complete labels of a dataset, which say that they were made of `made_of`."""
+    description: dict[str, Any] = {"teacher": "test"} if made_of is None else {"dataset": dict(made_of)}
+    store = LabelStore.create(str(folder), description)
+    disparity_HW = np.linspace(0, 1, 28 * 42, dtype=np.float32).reshape(28, 42)
+    for shard in dataset.shards:
+        store.write_shard(shard.stem, [(entry.key, disparity_HW, {}, None) for entry in shard.index.samples])
+    return str(folder)
+
+
+def facts(dataset: Dataset) -> dict[str, Any]:
+    return {"name": dataset.info.name, "fingerprint": dataset.fingerprint, "samples": dataset.info.samples}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Photographs in two datasets with the same shards and keys, and labels of either."""
+    root = tmp_path_factory.mktemp("inputs")
+    paths = {"truth": write_dataset(root / "truth", shards_of([4], labelled))}
+    for name, first in (("mine", 0), ("other", 50)):
+        shards = shards_of([5, 4], lambda seed, first=first: unlabelled(seed + first))
+        paths[name] = write_dataset(root / name, shards, with_depth=False)
+        dataset = Dataset.open(paths[name])
+        paths[f"{name}_labels"] = write_labels(root / f"{name}_labels", dataset, facts(dataset))
+    paths["unsigned_labels"] = write_labels(root / "unsigned_labels", Dataset.open(paths["mine"]), None)
+    return paths
+
+
+def student(places: Mapping[str, str], labels: str, runs: Path, **changes: Any) -> TrainConfig:
+    roles = {
+        "labelled": {"datasets": [places["truth"]], "batch": 2, "lanes": 1},
+        "unlabelled": {"datasets": [places["mine"]], "labels": [labels], "batch": 4, "lanes": 1},
+    }
+    values: dict[str, Any] = {
+        "name": "student",
+        "runs": str(runs),
+        "steps": 2,
+        "task": {"kind": "student", "feature_weight": 0},
+        "model": {"preset": "tiny"},
+        "data": {"input_size": 28, "roles": roles},
+    }
+    return parse_config(TrainConfig, values | changes)
+
+
+def test_labels_of_this_dataset_are_accepted(places: dict[str, str], tmp_path: Path) -> None:
+    check_inputs(student(places, places["mine_labels"], tmp_path))
+    check_inputs(student(places, places["unsigned_labels"], tmp_path))  # they do not say what they were made of
+
+
+def test_labels_of_another_dataset_are_refused_before_anything_starts(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = Dataset.open(places["mine"]), Dataset.open(places["other"])
+    assert [(s.stem, s.samples) for s in mine.shards] == [(s.stem, s.samples) for s in other.shards]
+    LabelStore.open(places["other_labels"]).complete_for(mine)  # so counting them says nothing
+    monkeypatch.setattr(run, "run_ranks", lambda *_: pytest.fail("started"))
+    config = student(places, places["other_labels"], tmp_path)
+    for refused in (check_inputs, train):
+        with pytest.raises(ConfigError, match="labels another dataset") as caught:
+            refused(config)
+        message = str(caught.value)
+        assert message.startswith(f"data.roles.unlabelled.labels: {places['other_labels']} ")
+        assert "(other, 9 samples)" in message and f"not {mine.path} (mine, 9 samples)" in message
+        assert "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_inputs_are_refused_by_name(places: dict[str, str], tmp_path: Path) -> None:
+    config = student(places, places["mine_labels"], tmp_path)
+    swapped = config.model_dump(mode="json")
+    swapped["data"]["roles"]["labelled"]["datasets"] = [places["mine"]]
+    with pytest.raises(ConfigError, match=r"data\.roles\.labelled\.datasets: .*mine has no depth; .* as unlabelled"):
+        check_inputs(parse_config(TrainConfig, swapped))
+    encoder = {"preset": "tiny", "encoder_weights": "/no/such/file"}
+    with pytest.raises(ConfigError, match=r"model\.encoder_weights: /no/such/file: no such file or folder"):
+        check_inputs(student(places, places["mine_labels"], tmp_path, model=encoder))
+    LabelStore.create(str(tmp_path / "empty"), {"dataset": facts(Dataset.open(places["mine"]))})
+    with pytest.raises(DataError, match=r"2 of 2 shards .* have no labels"):
+        check_inputs(student(places, str(tmp_path / "empty"), tmp_path))
+
+
+def teacher(runs: Path, **changes: Any) -> TrainConfig:
+    """A configuration whose data are never opened; changes at dotted paths (dots as __)."""
+    values: dict[str, Any] = {
+        "name": "run",
+        "runs": str(runs),
+        "steps": 4,
+        "task": {"kind": "teacher"},
+        "model": {"preset": "tiny"},
+        "data": {"input_size": 28, "roles": {"labelled": {"datasets": ["/d"], "batch": 8, "lanes": 4}}},
+    }
+    for key, value in changes.items():
+        node = values
+        *parents, leaf = key.split("__")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return parse_config(TrainConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seed": 7}, "seed: is 7, but the run to resume has 0;"),
+        ({"task__kind": "pretext"}, "task.kind: is 'pretext', but the run to resume has 'teacher';"),
+        ({"model__preset": "v2-vits"}, "model.preset: is 'v2-vits', but the run to resume has 'tiny';"),
+        ({"data__input_size": 56}, "data.input_size: is 56, but the run to resume has 28;"),
+        ({"data__shuffle_window": 9}, "data.shuffle_window: is 9, but the run to resume has 512;"),
+        ({"data__roles__labelled__lanes": 2}, "data.roles.labelled.lanes: is 2, but the run to resume has 4;"),
+        (
+            {"data__roles__labelled__datasets": ["/e"]},
+            "data.roles.labelled.datasets: is ['/e'], but the run to resume has ['/d'];",
+        ),
+        (
+            {"data__roles__labelled__perturbation": {"jitter_p": 0.8}},
+            "data.roles.labelled.perturbation.jitter_p: is 0.8, but the run to resume has 0.0;",
+        ),
+    ],
+)
+def test_what_decides_the_order_and_the_lesson_is_fixed(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        refuse_changes(teacher(tmp_path), teacher(tmp_path, **change))
+    assert str(caught.value) == f"{says} use that or start under another name"
+
+
+FREE: dict[str, Any] = {
+    "steps": 9,
+    "optim__encoder_lr": 1e-4,
+    "engine__micro_batch": 2,
+    "cluster__workers": 2,
+    "checkpoint__keep": 1,
+    "data__threads": 3,
+    "data__prefetch": 1,
+    "data__max_bad_fraction": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_does_not_may_change(tmp_path: Path, name: str) -> None:
+    refuse_changes(teacher(tmp_path), teacher(tmp_path, **{name: FREE[name]}))
+
+
+def test_the_first_difference_is_found_however_deep() -> None:
+    assert first_difference("data", {"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}}) == ("data.b.c", 2, 3)
+    assert first_difference("data", {"b": 1, "a": 1}, {"b": 2, "a": 2}) == ("data.a", 1, 2)
+    assert first_difference("task", {}, {"alpha": 0.5}) == ("task.alpha", None, 0.5)
+    assert first_difference("task", {"alpha": 0.5}, {}) == ("task.alpha", 0.5, None)
+    assert first_difference("x", {"y": [1, 2]}, {"y": [1, 3]}) == ("x.y", [1, 2], [1, 3])
+    assert first_difference("x", {"y": {"z": 1}}, {"y": None}) == ("x.y", {"z": 1}, None)
+    assert first_difference("seed", 0, 1) == ("seed", 0, 1)
+
+
+def test_a_run_s_folder_is_made_once_and_says_what_made_it(tmp_path: Path) -> None:
+    config, folder = teacher(tmp_path), tmp_path / "run"
+    assert prepare_folder(config, False) is None
+    assert read_config(TrainConfig, folder / "config.yaml") == config
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["workers"] == 1
+    assert "torch" in environment["packages"]
+    with pytest.raises(ConfigError, match=r"run: this run exists; go on with --resume or choose another name"):
+        prepare_folder(config, False)
+
+
+def test_a_refused_resume_changes_nothing_and_an_accepted_one_is_written_down(tmp_path: Path) -> None:
+    saved = tmp_path / "run" / "config.yaml"
+    prepare_folder(teacher(tmp_path), False)
+    before = saved.read_text()
+    with pytest.raises(ConfigError, match="seed: is 1"):
+        prepare_folder(teacher(tmp_path, seed=1, steps=9), True)
+    assert saved.read_text() == before
+    longer = teacher(tmp_path, steps=9)
+    assert prepare_folder(longer, True) is None  # it had no checkpoint yet
+    assert saved.read_text() == dump_config(longer) != before
+
+
+def test_there_must_be_a_run_to_resume(places: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="student: no run to resume; start it without --resume"):
+        train(student(places, places["mine_labels"], tmp_path), resume=True)
+    assert list(tmp_path.iterdir()) == []
