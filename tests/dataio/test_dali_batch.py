@@ -260,7 +260,7 @@ def test_cutmix_pastes_into_everything():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_gpu_agrees_with_cpu():
     """The same definition with GPU operators: another JPEG decoder and another order of roundings, nothing more."""
     self_test("cuda")
