@@ -7,7 +7,6 @@ says is done. Labels are disparities at the resolution of the network's output.
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -191,9 +190,3 @@ def in_order(numbered: Iterator[tuple[int, LabelSample]]) -> Iterator[LabelSampl
             yield waiting.pop(next_index)
             next_index += 1
     assert not waiting, f"sample {next_index} was never labelled"
-
-
-def find_labels(dataset: str) -> list[str]:
-    """Sidecar folders inside a dataset, for `fathom label status`."""
-    root = os.path.join(dataset, "labels")
-    return [storage.join(root, name) for name in storage.listdir(root)] if storage.exists(root) else []

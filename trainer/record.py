@@ -106,8 +106,8 @@ class Recorder:
 
     @torch.no_grad()
     def preview(self, module: torch.nn.Module, step: int, batch: Batch) -> None:
-        """previews/step_NNNNNNNN.png: image | target | prediction, four rows of the batch."""
-        rows = slice(0, 4)
+        """previews/step_NNNNNNNN.png: image | target | prediction, of two rows from either end: every role shows."""
+        rows = sorted({row % len(batch) for row in (0, 1, -2, -1)})
         image_BCHW = batch.views["student"][rows]
         was_training = module.training
         module.eval()
@@ -116,11 +116,11 @@ class Recorder:
         target = batch.targets.get("disparity")
         valid_BHW = (batch.region_BHW[rows] > 0).cpu().numpy()
         strips = []
-        for row, image_CHW in enumerate(image_BCHW.float().cpu().numpy()):
+        for at, (row, image_CHW) in enumerate(zip(rows, image_BCHW.float().cpu().numpy(), strict=True)):
             panels = [denormalise(image_CHW)]
             if target is not None:
-                panels.append(colorize(target.value_BHW[row].float().cpu().numpy(), valid_BHW[row]))
-            panels.append(colorize(predicted_BHW[row], np.ones_like(predicted_BHW[row], bool)))
+                panels.append(colorize(target.value_BHW[row].float().cpu().numpy(), valid_BHW[at]))
+            panels.append(colorize(predicted_BHW[at], np.ones_like(predicted_BHW[at], bool)))
             strips.append(np.concatenate(panels, 1))
         folder = os.path.join(self.config.folder, "previews")
         os.makedirs(folder, exist_ok=True)

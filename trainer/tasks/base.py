@@ -116,3 +116,12 @@ def make_task(config: TrainConfig) -> Task:
 def weight_of(batch: Batch, role: str) -> Tensor:
     """Number of images with weight among the rows of `role`: a scalar on the device."""
     return batch.weight_B[batch.rows(role)].sum()
+
+
+def encoder_decoder_groups(module: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Trainable parameters by the originals' two learning rates; every network calls its encoder `pretrained`."""
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    return {
+        "encoder": [(name, p) for name, p in trainable if name.startswith("pretrained.")],
+        "decoder": [(name, p) for name, p in trainable if not name.startswith("pretrained.")],
+    }

@@ -27,7 +27,7 @@ from model import DepthAnything
 from model.vit import Encoder
 from model.weights import save_encoder
 from trainer.config import ModelSection, Section
-from trainer.tasks.base import Forward, Task, weight_of
+from trainer.tasks.base import Forward, Task, encoder_decoder_groups, weight_of
 
 PATCH = 14
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -73,11 +73,7 @@ class TrainingTask(Task):
         return MaskedPrediction(network.pretrained, network.preset.width)
 
     def parameter_groups(self, module: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        return {
-            "encoder": [(name, p) for name, p in trainable if name.startswith("pretrained.")],
-            "decoder": [(name, p) for name, p in trainable if not name.startswith("pretrained.")],
-        }
+        return encoder_decoder_groups(module)
 
     @property
     def term_weights(self) -> dict[str, float]:

@@ -20,8 +20,8 @@ from model import DepthAnything
 from trainer.checkpoint import fingerprint
 from trainer.config import ConfigError, ModelSection, Section
 from trainer.losses import feature_alignment_loss, regional_affine_invariant_loss
-from trainer.tasks.base import Forward, Task, weight_of
-from trainer.tasks.teacher import build_depth_network, encoder_decoder_groups
+from trainer.tasks.base import Forward, Task, encoder_decoder_groups, weight_of
+from trainer.tasks.teacher import build_depth_network
 
 
 class StudentOptions(Section):

@@ -11,7 +11,7 @@ from dataio.spec import RoleNeeds
 from dataio.types import Batch
 from model import DepthAnything
 from trainer.losses import regional_affine_invariant_loss
-from trainer.tasks.base import Forward, Task, weight_of
+from trainer.tasks.base import Forward, Task, encoder_decoder_groups, weight_of
 
 
 class TrainingTask(Task):
@@ -52,12 +52,3 @@ def build_depth_network(task: Task) -> DepthAnything:
     if task.model.weights:
         return DepthAnything.from_pretrained(task.model.weights, preset=task.model.preset)
     return DepthAnything.from_preset(task.model.preset, encoder_weights=task.model.encoder_weights)
-
-
-def encoder_decoder_groups(module: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Trainable parameters of a depth network by the two learning rates of the originals."""
-    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    return {
-        "encoder": [(name, p) for name, p in trainable if name.startswith("pretrained.")],
-        "decoder": [(name, p) for name, p in trainable if not name.startswith("pretrained.")],
-    }
