@@ -21,7 +21,7 @@ from dataio.labels import LabelStore, LedgerEntry, plan_digest
 from tests.dataio.fakes import jpeg, smooth, unlabelled, write_dataset
 from trainer.config import ConfigError, LabelConfig, parse_config
 from trainer.inference import Predictor
-from trainer.labelling import Labeller, describe, find_labels, in_order, pad_batch
+from trainer.labelling import Labeller, describe, in_order, pad_batch
 
 SIZES = [(48, 56), (70, 90), (48, 56), (56, 48), (70, 90), (48, 56), (90, 40)]
 INPUT = 28
@@ -256,12 +256,6 @@ def test_order_is_restored_as_soon_as_possible() -> None:
     given = numbered([0, 2, 1])
     assert next(in_order(given))[0] == "k0"
     assert len(list(given)) == 2
-
-
-def test_sidecars_are_found_inside_a_dataset(tmp_path: Path) -> None:
-    assert find_labels(str(tmp_path)) == []
-    (tmp_path / "labels" / "0123").mkdir(parents=True)
-    assert find_labels(str(tmp_path)) == [str(tmp_path / "labels" / "0123")]
 
 
 def test_a_png_is_labelled_like_a_jpeg(weights: str, tmp_path: Path) -> None:
