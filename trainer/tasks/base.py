@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dataio.spec import RoleNeeds
 from dataio.types import Batch
+from model import DepthAnything
 from trainer.config import ConfigError, ModelSection, Section, TrainConfig, parse_config
 
 Forward = Callable[..., Any]  # the trainable network as the engine wraps it
@@ -84,6 +85,26 @@ class Task(abc.ABC):
     def frozen_fingerprint(self) -> str | None:
         """Fingerprint of frozen networks, for the checkpoint manifest."""
         return None
+
+
+class DepthTask(Task):
+    """A task whose network is a DepthAnything with the relative head; it starts from the files of `model:`."""
+
+    def build(self) -> nn.Module:
+        if self.model.weights:
+            return DepthAnything.from_pretrained(self.model.weights, preset=self.model.preset)
+        return DepthAnything.from_preset(self.model.preset, encoder_weights=self.model.encoder_weights)
+
+    def parameter_groups(self, module: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        return encoder_decoder_groups(module)
+
+    def export(self, module: nn.Module, folder: str) -> None:
+        assert isinstance(module, DepthAnything)
+        module.save_pretrained(folder)
+
+    def preview(self, module: nn.Module, image_BCHW: Tensor) -> Tensor:
+        disparity_BHW: Tensor = module(image_BCHW).disparity_BHW
+        return disparity_BHW
 
 
 def task_names() -> list[str]:

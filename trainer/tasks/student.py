@@ -20,8 +20,7 @@ from model import DepthAnything
 from trainer.checkpoint import fingerprint
 from trainer.config import ConfigError, ModelSection, Section
 from trainer.losses import feature_alignment_loss, regional_affine_invariant_loss
-from trainer.tasks.base import Forward, Task, encoder_decoder_groups, weight_of
-from trainer.tasks.teacher import build_depth_network
+from trainer.tasks.base import DepthTask, Forward, weight_of
 
 
 class StudentOptions(Section):
@@ -35,7 +34,7 @@ class StudentOptions(Section):
     frozen_view: Literal["student", "clean"] = "student"
 
 
-class TrainingTask(Task):
+class TrainingTask(DepthTask):
     """Terms `labelled`, `unlabelled` (per CutMix region) and `feature` (unlabelled images only, paper table 13)."""
 
     Options: ClassVar[type[Section]] = StudentOptions
@@ -68,17 +67,11 @@ class TrainingTask(Task):
     def _frozen_file(self) -> str | None:
         return self.opt.frozen_encoder or self.model.encoder_weights
 
-    def build(self) -> nn.Module:
-        return build_depth_network(self)
-
     def prepare(self, device: torch.device) -> None:
         if self.opt.feature_weight > 0:
             network = DepthAnything.from_preset(self.model.preset, encoder_weights=self._frozen_file)
             self.frozen = network.pretrained.to(device).eval().requires_grad_(False)
             self._fingerprint = fingerprint(self.frozen.state_dict())
-
-    def parameter_groups(self, module: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        return encoder_decoder_groups(module)
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -116,14 +109,6 @@ class TrainingTask(Task):
             _, frozen_BND = self.frozen(batch.views[self.opt.frozen_view][rows])
         loss_B = feature_alignment_loss(features_BND.float(), frozen_BND.float(), self.opt.alpha)
         return (loss_B * batch.weight_B[rows]).sum()
-
-    def export(self, module: nn.Module, folder: str) -> None:
-        assert isinstance(module, DepthAnything)
-        module.save_pretrained(folder)
-
-    def preview(self, module: nn.Module, image_BCHW: Tensor) -> Tensor:
-        disparity_BHW: Tensor = module(image_BCHW).disparity_BHW
-        return disparity_BHW
 
     def frozen_fingerprint(self) -> str | None:
         return self._fingerprint
