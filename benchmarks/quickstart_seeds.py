@@ -1,6 +1,6 @@
 """The quickstart's rows for several seeds, on evaluation scenes that no choice in this repository was made on.
 
-    .venv/bin/python benchmarks/quickstart_seeds.py --out seeds            about 15 minutes a seed on 2 CPU cores
+    .venv/bin/python benchmarks/quickstart_seeds.py --out seeds [--no-ladder]
 
 Every seed makes its own scenes, stand-in encoder, teacher, labels, students and controls, and its own evaluation set.
 Prints mean and standard deviation per row, and each row's difference from the teacher seed by seed; the same goes into

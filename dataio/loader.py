@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -58,7 +57,6 @@ class Loader:
         self._seed, self._device = seed, torch.device(device)
         self._cursor = _start(self._streams, cursor or {})
         self.quarantine = quarantine or Quarantine(None, data.max_bad_fraction)
-        self.waited_s = 0.0  # how long the consumer has waited for batches
         self._builder = BatchBuilder(
             self._streams, data, views=views, seed=seed, device=self._device, quarantine=self.quarantine
         )
@@ -87,9 +85,7 @@ class Loader:
         if self._thread is None:
             self._thread = threading.Thread(target=self._produce, name="fathom-loader", daemon=True)
             self._thread.start()
-        began = time.perf_counter()
         item = self._take()
-        self.waited_s += time.perf_counter() - began
         if isinstance(item, BaseException):
             self._failure = item
             raise item

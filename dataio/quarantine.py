@@ -1,4 +1,4 @@
-"""Samples that cannot be used: counted by reason, named once in `quarantine.jsonl`, and a limit to how many may be.
+"""Samples that cannot be used: counted by reason, named once in a file, and a limit to how many may be.
 
 One rule everywhere: a bad sample keeps its slot in the batch with zeros, region 0 and weight 0.
 """

@@ -126,7 +126,7 @@ def predict(
 def quickstart(
     out: Annotated[str, typer.Option(help="Folder of everything the quickstart makes.")] = "quickstart",
     seed: Annotated[int, typer.Option(min=0, help="Scenes, initial weights and order.")] = 1,
-    ladder: Annotated[bool, typer.Option("--ladder", help="Train the control rows too (three times as long).")] = False,
+    ladder: Annotated[bool, typer.Option("--ladder", help="Train the four control rows too.")] = False,
     encoder: Annotated[str | None, typer.Option(help="A DINOv2 file to start from and align to.")] = None,
     preset: Annotated[str, typer.Option(help="The network; with --encoder the one that fits it.")] = "tiny",
     scale: Annotated[
@@ -135,7 +135,7 @@ def quickstart(
 ) -> int:
     """The whole chain on this machine: scenes, teacher, pseudo-labels, student, evaluation, report.html.
 
-    About 8 minutes on 2 CPU cores. An interrupted quickstart goes on where it stopped when called again.
+    Five minutes on 2 quiet CPU cores. An interrupted quickstart goes on where it stopped when called again.
 
     \b
     Example:
