@@ -45,7 +45,11 @@ REQUIRES = [
     DALI[f"cuda{CUDA}"],
 ]
 
+# Exporting to ONNX; `torch.export` needs nothing more.
+EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
+
 TEST = [
+    *EXPORT,
     "pytest>=8.2",
     "pytest-xdist>=3.6",
     "pytest-randomly>=3.15",
@@ -53,6 +57,7 @@ TEST = [
     "hypothesis>=6.100",
     "scipy>=1.11",
     "transformers>=5.0",
+    "opencv-python-headless>=4.10",  # the originals' own resize, to compare with
 ]
 DEV = [*TEST, "ruff>=0.12", "mypy>=1.13", "types-PyYAML"]
 
@@ -70,6 +75,6 @@ setup(
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
     package_data={"launcher": ["recipes/*.yaml"]},
     install_requires=REQUIRES,
-    extras_require={**DALI, "test": TEST, "dev": DEV},
+    extras_require={**DALI, "export": EXPORT, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["fathom = launcher.cli:main"]},
 )

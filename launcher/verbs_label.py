@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from launcher import options
+from launcher.options import PositionOption, PresetOption
+
 
 def register(app: typer.Typer) -> None:
     """Adds the group."""
@@ -20,7 +23,8 @@ def run(
     dataset: Annotated[str, typer.Argument(help="Folder or URL of the dataset to label.")],
     weights: Annotated[str, typer.Option(help="The teacher: file or folder of a trained network.")],
     out: Annotated[str | None, typer.Option(help="Folder of sidecars; default: labels/ inside the dataset.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Needed where the file cannot tell, e.g. v1-vitl.")] = None,
+    preset: PresetOption = None,
+    position_mode: PositionOption = None,
     input_size: Annotated[int, typer.Option(help="Shorter side the teacher sees, a multiple of 14.")] = 518,
     flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Average with the mirror image's prediction.")] = True,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
@@ -45,7 +49,8 @@ def run(
     from trainer.labelling import run_labelling
 
     values = {
-        "dataset": dataset, "weights": weights, "preset": preset, "out": out, "input_size": input_size, "flip": flip,
+        "dataset": dataset, "weights": weights, "preset": preset, "position_mode": options.position_mode(position_mode),
+        "out": out, "input_size": input_size, "flip": flip,
         "precision": precision, "batch": batch,
         "cluster": {"workers": workers, "threads": threads, "use_gpu": gpu, "address": address},
     }  # fmt: skip

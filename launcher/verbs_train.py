@@ -8,6 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher import options
+from launcher.options import PositionOption, PresetOption
+
 OverridesOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. optim.encoder_lr=1e-5; repeatable."),
@@ -92,7 +95,8 @@ def predict(
     inputs: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", help="Photographs, or folders of them.")],
     weights: Annotated[str, typer.Option(help="File or folder of a trained network.")],
     out: Annotated[str, typer.Option(help="Where the pictures go.")],
-    preset: Annotated[str | None, typer.Option(help="Needed where the file cannot tell, e.g. v2-vits.")] = None,
+    preset: PresetOption = None,
+    position_mode: PositionOption = None,
     input_size: Annotated[int, typer.Option(help="Shorter side the network sees, a multiple of 14.")] = 518,
     gpu: Annotated[bool, typer.Option("--gpu/--cpu", help="Run on the first GPU.")] = False,
 ) -> int:
@@ -107,12 +111,14 @@ def predict(
     from cluster.progress import Progress
     from trainer.predict import predict as run
 
+    mode = options.position_mode(position_mode)
     with Progress("predict", None, "images") as bar:
         outcome = run(
             inputs,
             weights,
             out,
             preset=preset,
+            position_mode=mode,
             input_size=input_size,
             device="cuda" if gpu else "cpu",
             on_progress=lambda done, total: bar.update(done, of=total),

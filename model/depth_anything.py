@@ -7,6 +7,7 @@ Shape suffixes: B batch, C channel, H W pixels, N patch tokens (row-major), D wi
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -14,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import weights
+from model import save, weights
 from model.dpt import DPT
 from model.preprocess import IMAGENET_MEAN, IMAGENET_STD, PATCH, lower_bound_size
-from model.presets import Preset, get_preset
-from model.types import DepthPrediction, WeightsError
+from model.presets import PositionMode, Preset, get_preset
+from model.types import UNUSED, DepthPrediction, LoadReport, WeightsError
 from model.vit import Encoder
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -26,6 +27,8 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 
 class DepthAnything(nn.Module):
     """Encoder `pretrained` and decoder `depth_head`; make one with `from_preset` or `from_pretrained`."""
+
+    loaded: LoadReport | None = None  # of from_pretrained
 
     def __init__(self, preset: Preset) -> None:
         super().__init__()
@@ -61,22 +64,43 @@ class DepthAnything(nn.Module):
         return net
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], preset: str | Preset | None = None) -> Self:
-        """A trained network, on the CPU, float32.
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        preset: str | Preset | None = None,
+        *,
+        position_mode: PositionMode | None = None,
+        ema: bool = False,
+        allow_missing: Sequence[str] = (),
+        allow_unexpected: Sequence[str] = (),
+    ) -> Self:
+        """A trained network, on the CPU, float32; `loaded` says what came of the file.
 
         Args:
-            path: a folder made by `save_pretrained`, or a .pth or .safetensors file with the official names.
+            path: the authors' .pth, a safetensors file, a folder of ours or of Hugging Face's, a training checkpoint
+                (step_*), or a file with Distill-Any-Depth's or muggled_dpt's names; told apart by what is in it.
             preset: needed where the file cannot tell (V1's and V2's files have the same keys; so have metric ones).
+            position_mode: how position embeddings are resized; default: as recorded, else as the file's layout does
+                ("exact" for Hugging Face's and muggled_dpt's, "official" for the others).
+            ema: the averaged weights of a training checkpoint.
+            allow_missing, allow_unexpected: shell patterns of official names; what is missing keeps its initial values.
 
         Raises:
             WeightsError: a missing, broken or ambiguous file, or one of another network; nothing is half-loaded.
         """
-        source = weights.open_weights(path)
-        net = cls._empty(weights.choose_preset(source, preset))
-        weights.load_network(net, source)
+        source = weights.open_weights(path, ema)
+        net = cls._empty(weights.choose_preset(source, preset, position_mode))
+        if allow_missing:
+            net.pretrained.initialise()
+            net.depth_head.initialise()
+        net.loaded = weights.load_network(
+            net, source, allow_missing=allow_missing, allow_unexpected=allow_unexpected
+        )
         weights.require_finite(net, source.path)
-        if source.fingerprint is not None and source.fingerprint != net.fingerprint():
-            raise WeightsError(f"{path}: the weights do not match the fingerprint in config.json; copy it again")
+        if source.fingerprint is not None and source.preset is not None and not net.loaded.missing:
+            tensors = weights.official_state(net)
+            if weights.fingerprint(tensors, source.preset) != source.fingerprint:
+                raise WeightsError(f"{path}: the weights do not match the fingerprint that was saved with them; copy it again")
         return net
 
     def forward(self, image_BCHW: Tensor, features: bool = False) -> DepthPrediction:
@@ -89,9 +113,9 @@ class DepthAnything(nn.Module):
         Raises:
             ValueError: another shape or dtype.
         """
-        taps, last_BND = self.pretrained(image_BCHW)
-        map_BHW = self.depth_head(taps, image_BCHW.shape[2] // PATCH, image_BCHW.shape[3] // PATCH)
-        features_BND = last_BND if features else None
+        tokens = self.pretrained(image_BCHW)
+        map_BHW = self.depth_head(tokens, image_BCHW.shape[2] // PATCH, image_BCHW.shape[3] // PATCH)
+        features_BND = tokens.last_BND if features else None
         if self.preset.head == "metric":
             return DepthPrediction(depth_m_BHW=map_BHW, features_BND=features_BND)
         return DepthPrediction(disparity_BHW=map_BHW, features_BND=features_BND)
@@ -111,7 +135,7 @@ class DepthAnything(nn.Module):
             ValueError: not a uint8 array [H, W, 3].
         """
         height, width = check_photograph(image_HWC)
-        image_1CHW = normalise_photograph(image_HWC, lower_bound_size(height, width, input_size))
+        image_1CHW = normalise_photograph(image_HWC, lower_bound_size(height, width, input_size, self.preset.multiple))
         reference = self.pretrained.pos_embed
         prediction = self(image_1CHW.to(reference.device, reference.dtype))
         map_BHW = prediction.disparity_BHW if prediction.depth_m_BHW is None else prediction.depth_m_BHW
@@ -122,19 +146,37 @@ class DepthAnything(nn.Module):
 
     def encoder_parameters(self) -> NamedParameters:
         """(name, parameter) of the encoder, without the never-used `mask_token`."""
-        return [(n, p) for n, p in self.named_parameters() if n.startswith("pretrained.") and n not in weights.UNUSED]
+        return [(n, p) for n, p in self.named_parameters() if n.startswith("pretrained.") and n not in UNUSED]
 
     def decoder_parameters(self) -> NamedParameters:
         """(name, parameter) of the decoder, without the four never-used tensors of refinenet4."""
-        return [(n, p) for n, p in self.named_parameters() if n.startswith("depth_head.") and n not in weights.UNUSED]
+        return [(n, p) for n, p in self.named_parameters() if n.startswith("depth_head.") and n not in UNUSED]
 
-    def save_pretrained(self, folder: str) -> None:
-        """Write model.safetensors (official names) and config.json (preset, taps, head, ...) to `folder`."""
-        weights.save_network(self, folder)
+    def set_activation_checkpointing(self, on: bool) -> None:
+        """Recompute each block of the encoder in the backward pass instead of keeping its activations."""
+        self.pretrained.activation_checkpointing = on
+
+    def save_pretrained(self, folder: str | os.PathLike[str], layout: str = "official") -> None:
+        """Write a folder that `from_pretrained` reads back, bit for bit.
+
+        Args:
+            folder: made if absent.
+            layout: "official": model.safetensors (the authors' names) and config.json (preset, taps, head, ...);
+                "huggingface": what transformers' `DepthAnythingForDepthEstimation.from_pretrained` loads.
+
+        Raises:
+            WeightsError: another layout, or a network that transformers has not.
+        """
+        if layout == "official":
+            save.save_network(self, folder)
+        elif layout == "huggingface":
+            save.save_huggingface(self, folder)
+        else:
+            raise WeightsError(f"layout is {layout!r}; a folder is official or huggingface")
 
     def fingerprint(self) -> str:
         """sha256 (hex) of what the network computes: see `weights.fingerprint`."""
-        return weights.fingerprint(self)
+        return weights.fingerprint(weights.official_state(self), self.preset)
 
 
 def check_photograph(image_HWC: np.ndarray) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.preprocess import PATCH
 from model.presets import Preset
+from model.types import EncoderOutput
 
 
 def _resize(x_BCHW: Tensor, height: int, width: int) -> Tensor:
@@ -40,11 +41,14 @@ class FusionBlock(nn.Module):
         self.resConfUnit1 = ResidualConvUnit(channels)
         self.resConfUnit2 = ResidualConvUnit(channels)
 
-    def forward(self, deep_BCHW: Tensor, skip_BCHW: Tensor | None, size: tuple[int, int]) -> Tensor:
-        """deep and skip [B, C, H, W] of one size (the deepest block has no skip) -> [B, C, *size]."""
+    def forward(self, deep_BCHW: Tensor, skip_BCHW: Tensor | None, size: tuple[int, int] | None) -> Tensor:
+        """deep and skip [B, C, H, W] of one size (the deepest block has no skip) -> [B, C, *size or 2 H, 2 W]."""
         if skip_BCHW is not None:
             deep_BCHW = deep_BCHW + self.resConfUnit1(skip_BCHW)
-        return self.out_conv(_resize(self.resConfUnit2(deep_BCHW), *size))
+        deep_BCHW = self.resConfUnit2(deep_BCHW)
+        if size is None:
+            return self.out_conv(F.interpolate(deep_BCHW, scale_factor=2, mode="bilinear", align_corners=True))
+        return self.out_conv(_resize(deep_BCHW, *size))
 
 
 class Scratch(nn.Module):
@@ -65,7 +69,7 @@ class Scratch(nn.Module):
         self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
         self.output_conv2 = nn.Sequential(
             nn.Conv2d(features // 2, preset.head_channels, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(preset.head_channels, 1, 1),
         )
 
@@ -90,6 +94,10 @@ class DPT(nn.Module):
                 nn.Conv2d(c4, c4, kernel_size=3, stride=2, padding=1),
             ]
         )
+        if preset.readout == "project":
+            self.readout_projects = nn.ModuleList(
+                nn.Sequential(nn.Linear(2 * preset.width, preset.width), nn.GELU()) for _ in preset.taps
+            )
         self.scratch = Scratch(preset)
         self.scratch.refinenet4.resConfUnit1.requires_grad_(False)
 
@@ -97,30 +105,38 @@ class DPT(nn.Module):
     def initialise(self) -> None:
         """PyTorch's defaults, as the originals; the last bias is the preset's where it has one (our choice)."""
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 module.reset_parameters()
         if self.preset.head_bias is not None:
             dict(self.named_parameters())["scratch.output_conv2.2.bias"].fill_(self.preset.head_bias)
 
-    def reassemble(self, taps: list[Tensor], h: int, w: int) -> list[Tensor]:
+    def reassemble(self, tokens: EncoderOutput, h: int, w: int) -> list[Tensor]:
         """Taps [B, N, D] -> maps [B, features, ., .] at 4, 2, 1 and 1/2 times the patch grid, shallow to deep."""
         maps = []
         scratch = self.scratch
         reduce = (scratch.layer1_rn, scratch.layer2_rn, scratch.layer3_rn, scratch.layer4_rn)
-        for tap_BND, project, resize, to_features in zip(taps, self.projects, self.resize_layers, reduce, strict=True):
+        for i, (project, resize, to_features) in enumerate(
+            zip(self.projects, self.resize_layers, reduce, strict=True)
+        ):
+            tap_BND = tokens.taps[i]
+            if self.preset.readout == "project":
+                class_BND = tokens.classes[i][:, None].expand_as(tap_BND)
+                tap_BND = self.readout_projects[i](torch.cat([tap_BND, class_BND], dim=2))
             # Tokens are channels-last memory already: a view, no copy, and the convolutions stay in that format.
             tap_BDhw = tap_BND.unflatten(1, (h, w)).permute(0, 3, 1, 2)
             maps.append(to_features(resize(project(tap_BDhw))))
         return maps
 
-    def forward(self, taps: list[Tensor], h: int, w: int) -> Tensor:
-        """Four taps [B, h * w, D] -> [B, 14 h, 14 w], float32."""
+    def forward(self, tokens: EncoderOutput, h: int, w: int) -> Tensor:
+        """The encoder's taps, four of [B, h * w, D] -> [B, 14 h, 14 w], float32."""
         scratch = self.scratch
-        l1, l2, l3, l4 = self.reassemble(taps, h, w)
-        path = scratch.refinenet4(l4, None, l3.shape[2:])
-        path = scratch.refinenet3(path, l3, l2.shape[2:])
-        path = scratch.refinenet2(path, l2, l1.shape[2:])
-        path = scratch.refinenet1(path, l1, (2 * l1.shape[2], 2 * l1.shape[3]))
+        l1, l2, l3, l4 = self.reassemble(tokens, h, w)
+        # On even grids doubling gives the same sizes; said as a factor, an exported graph needs no shape arithmetic.
+        even = self.preset.fusion == "even"
+        path = scratch.refinenet4(l4, None, None if even else l3.shape[2:])
+        path = scratch.refinenet3(path, l3, None if even else l2.shape[2:])
+        path = scratch.refinenet2(path, l2, None if even else l1.shape[2:])
+        path = scratch.refinenet1(path, l1, None)
         stride = self.preset.head_stride
         path = _resize(scratch.output_conv1(path), h * PATCH // stride, w * PATCH // stride)
         conv, relu, last = scratch.output_conv2

@@ -12,16 +12,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def lower_bound_size(height: int, width: int, input_size: int = 518) -> tuple[int, int]:
+def lower_bound_size(height: int, width: int, input_size: int = 518, multiple: int = PATCH) -> tuple[int, int]:
     """The size an image is resized to: aspect kept, the shorter side about `input_size`, both sides multiples of 14.
 
     Args:
         height, width: the image's size in pixels.
         input_size: lower bound of both sides in pixels.
+        multiple: of which both sides are multiples, in pixels.
 
     Returns:
         (height, width) in pixels: scale = max(input_size / h, input_size / w), each side rounded to the nearest
-        multiple of 14 (halves to even, as numpy rounds), upwards where that would fall below `input_size`.
+        multiple (halves to even, as numpy rounds), upwards where that would fall below `input_size`.
 
     Raises:
         ValueError: a size that is not positive.
@@ -31,8 +32,8 @@ def lower_bound_size(height: int, width: int, input_size: int = 518) -> tuple[in
     scale = max(input_size / height, input_size / width)
 
     def side(pixels: int) -> int:
-        exact = scale * pixels / PATCH
-        rounded = round(exact) * PATCH
-        return rounded if rounded >= input_size else math.ceil(exact) * PATCH
+        exact = scale * pixels / multiple
+        rounded = round(exact) * multiple
+        return rounded if rounded >= input_size else math.ceil(exact) * multiple
 
     return side(height), side(width)

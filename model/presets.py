@@ -1,4 +1,4 @@
-"""What a network is: every published Depth Anything as data, and a tiny one. No torch here.
+"""What a network is: every published Depth Anything as data, and tiny ones. No torch here.
 
 Sources: Depth-Anything `depth_anything/dpt.py`, Depth-Anything-V2 `depth_anything_v2/dpt.py` and `dinov2.py`,
 `metric_depth/depth_anything_v2/dpt.py`. V1's and V2's files have the same keys; only taps and output resize differ.
@@ -7,12 +7,14 @@ Sources: Depth-Anything `depth_anything/dpt.py`, Depth-Anything-V2 `depth_anythi
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, Literal, get_args
 
+from model.preprocess import PATCH
 from model.types import WeightsError
 
 Four = tuple[int, int, int, int]
+PositionMode = Literal["official", "exact"]
 
 # Our choice for the initial last bias of relative heads. With PyTorch's default, 5 of 16 seeds of v2-vits (and 11 of
 # 20 of tiny) begin with a map that is negative everywhere: the final ReLU makes it zero, without a gradient, for good.
@@ -35,7 +37,9 @@ class Preset:
 
     head: Literal["relative", "metric"] = "relative"
     max_depth_m: float | None = None  # metric only: the sigmoid's scale, metres
-    position_mode: Literal["official"] = "official"
+    position_mode: PositionMode = "official"  # how position embeddings are resized: model/positions.py
+    readout: Literal["ignore", "project"] = "ignore"  # the class token: dropped, or joined to every patch (DPT eq. 3)
+    fusion: Literal["interpolate", "even"] = "interpolate"  # even: every rise is x2, for grids of even sides only
     output_align_corners: bool = True  # infer_image's resize back to the photograph: False in V1, True in V2
     head_channels: int = 32  # of the head's last 3x3 convolution
     head_stride: int = 1  # the head's last convolutions run at 1/stride of the pixels, then bilinear; 1, 2, 7 or 14
@@ -43,6 +47,7 @@ class Preset:
     fused_attention: bool = True  # scaled_dot_product_attention's kernels; False: plain matrix products and softmax
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if self.width % self.heads:
             raise ValueError(f"preset {self.name}: width {self.width} is not a multiple of heads {self.heads}")
         if list(self.taps) != sorted(set(self.taps)) or len(self.taps) != 4 or not 0 <= self.taps[-1] < self.depth:
@@ -51,8 +56,29 @@ class Preset:
             raise ValueError(f"preset {self.name}: head {self.head!r} does not go with max_depth_m {self.max_depth_m}")
         if self.head_stride not in (1, 2, 7, 14):
             raise ValueError(f"preset {self.name}: head_stride {self.head_stride} must divide the patch size 14")
-        if self.position_mode != "official" or self.ffn not in ("mlp", "swiglu"):
-            raise ValueError(f"preset {self.name}: unknown position_mode {self.position_mode!r} or ffn {self.ffn!r}")
+        for field, allowed in _CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"preset {self.name}: {field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}"
+                )
+
+    def _check_numbers(self) -> None:
+        # config.json is written by anyone: before a comparison or a product fails in words of Python's.
+        if not isinstance(self.name, str) or not self.name.isprintable():
+            raise ValueError(f"preset is {self.name!r}; expected a name")
+        single = ("width", "depth", "heads", "features", "grid", "head_channels", "head_stride")
+        numbers = [(f, getattr(self, f), 1) for f in single]
+        for field, least in (("taps", 0), ("out_channels", 1)):
+            four = getattr(self, field)
+            if not isinstance(four, tuple) or len(four) != 4:
+                raise ValueError(f"preset {self.name}: {field} is {four!r}; expected four whole numbers")
+            numbers += [(field, number, least) for number in four]
+        for field, number, least in numbers:
+            if type(number) is not int or not least <= number <= 1 << 16:
+                raise ValueError(f"preset {self.name}: {field} is {number!r}; expected a whole number from {least}")
+        depth = self.max_depth_m
+        if depth is not None and (type(depth) not in (int, float) or not 0 < depth < float("inf")):
+            raise ValueError(f"preset {self.name}: max_depth_m is {depth!r}; expected metres above 0")
 
     def config(self) -> dict[str, Any]:
         """The fields as JSON values, the name under `preset`."""
@@ -61,15 +87,36 @@ class Preset:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Preset:
-        """Inverse of `config`. Raises ValueError naming unknown, missing or contradictory fields."""
+        """Inverse of `config`. Raises ValueError naming unknown, missing or contradictory fields.
+
+        Fields with a default may be missing: they came after the file was written, and the default is what it meant.
+        """
         values: dict[str, Any] = {
             "name" if k == "preset" else k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
         }
-        names = {f.name for f in fields(cls)}
-        if set(values) != names:
-            wrong = sorted(set(values) ^ names)
+        needed = {f.name for f in fields(cls) if f.default is MISSING}
+        wrong = sorted((needed - set(values)) | (set(values) - {f.name for f in fields(cls)}))
+        if wrong:
             raise ValueError(f"unknown or missing fields: {', '.join(wrong)}")
         return cls(**values)
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of an input must be multiples of, in pixels."""
+        return PATCH if self.fusion == "interpolate" else 2 * PATCH
+
+    def same_network(self, other: Preset) -> bool:
+        """Whether the same weights compute the same map, but for how position embeddings are resized."""
+        aside = ("name", "position_mode", "head_bias", "output_align_corners", "fused_attention")
+        return replace(self, **{field: getattr(other, field) for field in aside}) == other
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "ffn": ("mlp", "swiglu"),
+    "position_mode": get_args(PositionMode),
+    "readout": ("ignore", "project"),
+    "fusion": ("interpolate", "even"),
+}
 
 
 _SHAPES: dict[str, dict[str, Any]] = {
@@ -103,6 +150,11 @@ _TINY = Preset(
     name="tiny", width=96, depth=4, heads=3, grid=8, taps=(0, 1, 2, 3), features=32, out_channels=(24, 32, 48, 64),
     head_channels=16, head_stride=2, head_bias=ALIVE, fused_attention=False,
 )  # fmt: skip
+# The published architecture in small, with the giant's SwiGLU: what other tools' formats can hold, tiny cannot.
+_TINY_SWIGLU = Preset(
+    name="tiny-swiglu", width=64, depth=4, heads=2, grid=8, taps=(0, 1, 2, 3), features=16,
+    out_channels=(16, 16, 24, 32), ffn="swiglu", head_bias=ALIVE,
+)  # fmt: skip
 
 
 def _with_metric(presets: dict[str, Preset]) -> dict[str, Preset]:
@@ -118,7 +170,7 @@ def _with_metric(presets: dict[str, Preset]) -> dict[str, Preset]:
     return {**presets, **metric}
 
 
-PRESETS: dict[str, Preset] = _with_metric({**_PUBLISHED, "tiny": _TINY})
+PRESETS: dict[str, Preset] = _with_metric({**_PUBLISHED, "tiny": _TINY, "tiny-swiglu": _TINY_SWIGLU})
 
 
 def get_preset(preset: str | Preset) -> Preset:

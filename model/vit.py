@@ -8,27 +8,59 @@ first, D width.
 from __future__ import annotations
 
 import os
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model import weights
+from model.positions import position_embedding
 from model.preprocess import PATCH
 from model.presets import Preset, get_preset
+from model.types import EncoderOutput
 
-# DINOv2 resizes position embeddings by a scale factor that aims at (patches + 0.1), against rounding down: the result
-# differs from a resize to the exact size, and the published weights were trained with it.
-POSITION_OFFSET = 0.1
+
+class Attention(nn.Module):
+    """Multi-head self-attention under timm's and DINOv2's names; the heads' width sets the softmax' scale."""
+
+    def __init__(self, width: int, heads: int, fused: bool) -> None:
+        super().__init__()
+        self.heads, self.fused = heads, fused
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BTD: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Tokens [B, T, D] -> [B, T, D]. timm's block hands over masks that are None, under names of its version."""
+        q, k, v = self.qkv(x_BTD).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if not self.fused:
+            out = _plain_attention(q, k, v)
+        elif _plain_is_faster(q):  # one image at a time: the scores are the largest tensor of the network
+            out = torch.cat([_plain_attention(*one) for one in zip(q.split(1), k.split(1), v.split(1), strict=True)])
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def _plain_is_faster(q: Tensor) -> bool:
+    # PyTorch's fused CPU kernel takes as long in bfloat16 as in float32; two matrix products and a softmax take half
+    # (docs/log.md). Not where a gradient is wanted, which would keep the scores of every block.
+    slow_kernel = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return slow_kernel and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class Encoder(nn.Module):
-    """DINOv2 ViT/14 without registers; all tokens returned are through the shared final LayerNorm.
+    """DINOv2 ViT/14 without registers.
 
     The frozen `mask_token` takes no part in the forward pass; it is kept so that files interchange.
+    `activation_checkpointing`: recompute each block in the backward pass instead of keeping its activations.
     """
 
     def __init__(self, preset: Preset) -> None:
@@ -50,7 +82,8 @@ class Encoder(nn.Module):
             **(dict(mlp_ratio=packed / preset.width, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU) if swiglu else {}),
         )
         for block in vit.blocks:
-            block.attn.fused_attn = preset.fused_attention
+            block.attn = Attention(preset.width, preset.heads, preset.fused_attention)
+        self.activation_checkpointing = False
         self.cls_token = vit.cls_token
         self.pos_embed = vit.pos_embed
         self.mask_token = nn.Parameter(torch.zeros(1, preset.width), requires_grad=False)
@@ -91,56 +124,41 @@ class Encoder(nn.Module):
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.zeros_(self.mask_token)
 
-    def position_embedding(self, h: int, w: int) -> Tensor:
-        """Position embedding for a grid of h x w patches: [1, 1 + h * w, D], float32.
-
-        The stored one itself when the grid is the stored one; otherwise its patch part resized bicubically, without
-        antialiasing, by the scale factors (h + 0.1) / grid and (w + 0.1) / grid (Depth-Anything-V2 `dinov2.py`,
-        `interpolate_pos_encoding`).
-        """
-        grid = self.preset.grid
-        pos_1TD = self.pos_embed.float()
-        if (h, w) == (grid, grid):
-            return pos_1TD
-        pos_1Dhw = pos_1TD[:, 1:].reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
-        scale = ((h + POSITION_OFFSET) / grid, (w + POSITION_OFFSET) / grid)
-        pos_1Dhw = F.interpolate(pos_1Dhw, scale_factor=scale, mode="bicubic", antialias=False)
-        return torch.cat([pos_1TD[:, :1], pos_1Dhw.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
-
-    def forward(self, image_BCHW: Tensor) -> tuple[list[Tensor], Tensor]:
+    def forward(self, image_BCHW: Tensor) -> EncoderOutput:
         """Tokens of an ImageNet-normalised image whose sides are multiples of 14.
-
-        Returns:
-            the four taps [B, N, D], shallow to deep, and the last block's patch tokens [B, N, D]; all through the
-            final LayerNorm, class token dropped.
 
         Raises:
             ValueError: not a float [B, 3, H, W], or a side that is not a multiple of 14.
         """
-        check_image(image_BCHW)
-        patches_BhwD = self.patch_embed(image_BCHW)
+        check_image(image_BCHW, self.preset.multiple)
+        # Not through timm's own forward, whose assertions print the size and so tie a compiled graph to it.
+        patches_BhwD = self.patch_embed.proj(image_BCHW).permute(0, 2, 3, 1)
         _, h, w, _ = patches_BhwD.shape
-        pos_1TD = self.position_embedding(h, w)
+        pos_1TD = position_embedding(self.pos_embed, h, w, self.preset.position_mode)
         if not torch.is_autocast_enabled(image_BCHW.device.type):
             pos_1TD = pos_1TD.to(patches_BhwD.dtype)
         patches_BND = patches_BhwD.flatten(1, 2) + pos_1TD[:, 1:]
-        cls_B1D = (self.cls_token + pos_1TD[:, :1]).to(patches_BND.dtype).expand(len(patches_BND), -1, -1)
+        cls_B1D = (self.cls_token + pos_1TD[:, :1]).to(patches_BND.dtype).expand(patches_BND.shape[0], -1, -1)
         x_BTD = torch.cat([cls_B1D, patches_BND], dim=1)
-        taps = []
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        taps: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD)
+            if recompute:  # nothing in a block is random
+                x_BTD = checkpoint(block, x_BTD, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD = block(x_BTD)
             if i in self.preset.taps:
-                taps.append(self.norm(x_BTD[:, 1:]))
-        last = taps[-1] if self.preset.taps[-1] == self.preset.depth - 1 else self.norm(x_BTD[:, 1:])
-        return taps, last
+                taps.append(self.norm(x_BTD))
+        last_BTD = taps[-1] if self.preset.taps[-1] == self.preset.depth - 1 else self.norm(x_BTD)
+        return EncoderOutput([t[:, 1:] for t in taps], [t[:, 0] for t in taps], last_BTD[:, 1:])
 
 
-def check_image(image_BCHW: Tensor) -> None:
-    """Raises ValueError, naming what was found and expected, unless a float [B, 3, H, W] with sides multiples of 14."""
-    shape = tuple(image_BCHW.shape)
+def check_image(image_BCHW: Tensor, multiple: int = PATCH) -> None:
+    """Raises ValueError, naming what was found and expected, unless a float [B, 3, H, W] with fitting sides."""
+    shape = image_BCHW.shape
     if len(shape) != 4 or shape[1] != 3:
         raise ValueError(f"expected images [B, 3, H, W], found shape {list(shape)}")
     if not image_BCHW.is_floating_point():
         raise ValueError(f"expected ImageNet-normalised float images, found {image_BCHW.dtype}; see infer_image")
-    if shape[2] % PATCH or shape[3] % PATCH or not shape[2] or not shape[3]:
-        raise ValueError(f"expected sides that are multiples of {PATCH}, found {shape[2]} x {shape[3]}")
+    if shape[2] % multiple or shape[3] % multiple or not shape[2] or not shape[3]:
+        raise ValueError(f"expected sides that are multiples of {multiple}, found {shape[2]} x {shape[3]}")

@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # The only reasons for which a test may be skipped where FATHOM_CI=1 says that everything else must run.
 ALLOWED_SKIPS = (
     r"no (NVIDIA )?GPU", r"no \.\./shared/real", r"no network namespaces", r"mounting a small tmpfs needs root",
+    r"no real weights",
 )  # fmt: skip
 # Python's own helper processes: they end with the interpreter.
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")

@@ -69,6 +69,7 @@ def save_checkpoint(
     *,
     keep: int,
     frozen: str | None = None,
+    network: Mapping[str, Any] | None = None,
 ) -> str:
     """Write one checkpoint under `root` and drop all but the newest `keep`. Returns its folder.
 
@@ -93,6 +94,7 @@ def save_checkpoint(
             "files": files,
             "weights": fingerprint(weights),
             "frozen": frozen,
+            "network": network,  # what the tensors cannot say: model/files.py reads it
         }
         storage.atomic_write(os.path.join(partial, "manifest.json"), json.dumps(manifest, indent=1))
         if os.path.isdir(final):  # a run that walked back writes the same step again

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dataio.spec import DataSpec
+from model.presets import PositionMode
 from trainer.schedule import Decay
 
 # Keys whose values are paths, wherever they stand; a task's own option that names a file belongs here too.
@@ -55,6 +56,12 @@ class ModelSection(Section):
         default=None, description="file of a pre-trained encoder, DINOv2's for instance"
     )
     weights: str | None = Field(default=None, description="file or folder of a whole network to start from")
+    position_mode: PositionMode | None = Field(
+        default=None, description="how position embeddings are resized; null: as the weights' file says, else official"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute the encoder's blocks in the backward pass: less memory, more time"
+    )
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -159,6 +166,7 @@ class LabelConfig(Section):
     dataset: str
     weights: str
     preset: str | None = None
+    position_mode: PositionMode | None = None
     out: str | None = Field(default=None, description="folder of sidecars; default: labels/ inside the dataset")
     input_size: int = Field(default=518, multiple_of=14, gt=0)
     flip: bool = Field(default=True, description="average the predictions of the image and its mirror image")
@@ -172,6 +180,7 @@ class EvaluateConfig(Section):
 
     weights: str
     preset: str | None = None
+    position_mode: PositionMode | None = None
     datasets: tuple[str, ...] = Field(min_length=1)
     input_size: int = Field(default=518, multiple_of=14, gt=0)
     max_depth: float | None = Field(default=None, gt=0, description="metres; farther pixels are left out")

@@ -58,7 +58,7 @@ def evaluate(
     for dataset in datasets:
         if dataset.info.quantity is None:
             raise DataError(f"{dataset.path}: has no depth to compare with; evaluate needs a labelled dataset")
-    predictor = predictor or Predictor(config.weights, preset=config.preset, device="cuda" if config.use_gpu else "cpu")
+    predictor = predictor or _predictor(config)
     total = sum(min(d.info.samples, config.limit or d.info.samples) for d in datasets)
     results: list[DatasetResult] = []
     sheet: list[np.ndarray] = []
@@ -96,9 +96,14 @@ def evaluated(config: EvaluateConfig) -> list[DatasetResult] | None:
         return None
     content = json.loads(storage.read_bytes(path))
     same = content.get("settings") == settings(config)
-    if not same or content["fingerprint"] != Predictor(config.weights, preset=config.preset).network.fingerprint():
+    if not same or content["fingerprint"] != _predictor(config).network.fingerprint():
         return None
     return [from_plain(result) for result in content["datasets"]]
+
+
+def _predictor(config: EvaluateConfig) -> Predictor:
+    device = "cuda" if config.use_gpu else "cpu"
+    return Predictor(config.weights, preset=config.preset, position_mode=config.position_mode, device=device)
 
 
 def settings(config: EvaluateConfig) -> dict[str, Any]:
@@ -112,7 +117,8 @@ def predictions(
     """Every sample with its prediction at the image's own resolution, or None when it has a problem."""
     pipeline = FramePipeline(config.batch, config.threads, str(predictor.device))
     aligned = predictor.network.preset.output_align_corners  # V1's and V2's own inference differ here
-    for group in batches_by_shape(_first(dataset, config), config.batch):
+    frames = _first(dataset, config, predictor.network.preset.multiple)
+    for group in batches_by_shape(frames, config.batch):
         if group[0].problem:
             yield group[0], None
             continue
@@ -126,10 +132,10 @@ def predictions(
             yield frame, value_HW[0, 0].cpu().numpy()
 
 
-def _first(dataset: Dataset, config: EvaluateConfig) -> Iterator[Frame]:
+def _first(dataset: Dataset, config: EvaluateConfig, multiple: int) -> Iterator[Frame]:
     left = config.limit or dataset.info.samples
     for shard in dataset.shards:
-        for frame in read_frames(shard, dataset.info, sizer(config.input_size)):
+        for frame in read_frames(shard, dataset.info, sizer(config.input_size, multiple)):
             if not left:
                 return
             left -= 1

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from dataio.frames import Sizer
 from model import DepthAnything
-from model.preprocess import lower_bound_size
+from model.preprocess import PATCH, lower_bound_size
+from model.presets import PositionMode
 
 
-def sizer(input_size: int) -> Sizer:
+def sizer(input_size: int, multiple: int = PATCH) -> Sizer:
     """(h, w) -> the network's input size by the originals' lower-bound rule (shorter side at least `input_size`)."""
-    return functools.partial(_lower_bound, input_size=input_size)
+    return functools.partial(_lower_bound, input_size=input_size, multiple=multiple)
 
 
-def _lower_bound(height: int, width: int, *, input_size: int) -> tuple[int, int]:
-    return lower_bound_size(height, width, input_size)
+def _lower_bound(height: int, width: int, *, input_size: int, multiple: int) -> tuple[int, int]:
+    return lower_bound_size(height, width, input_size, multiple)
 
 
 class Predictor:
@@ -32,14 +33,14 @@ class Predictor:
         weights: str,
         *,
         preset: str | None = None,
+        position_mode: PositionMode | None = None,
         device: str = "cpu",
         precision: str = "fp32",
         flip: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        self.network = (
-            DepthAnything.from_pretrained(weights, preset=preset).to(self.device).eval().requires_grad_(False)
-        )
+        network = DepthAnything.from_pretrained(weights, preset=preset, position_mode=position_mode)
+        self.network = network.to(self.device).eval().requires_grad_(False)
         self.precision, self.flip = precision, flip
         self.metric = self.network.preset.head == "metric"
 

@@ -100,7 +100,9 @@ def describe(config: LabelConfig, dataset: Dataset) -> dict[str, Any]:
     """
     from model import DepthAnything
 
-    teacher = DepthAnything.from_pretrained(config.weights, preset=config.preset)
+    teacher = DepthAnything.from_pretrained(
+        config.weights, preset=config.preset, position_mode=config.position_mode
+    )
     if teacher.preset.head == "metric":
         raise ConfigError(
             f"weights: {config.weights} predicts metres; pseudo-labels are disparities, name a relative network"
@@ -137,15 +139,16 @@ class Labeller:
         torch.set_num_threads(cluster.threads)
         self.dataset = Dataset.open(self.config.dataset)
         self.store = LabelStore.open(store)
-        self.sizer = sizer(self.config.input_size)
         self.pipeline = FramePipeline(self.config.batch, cluster.threads, device)
         self.predictor = Predictor(
             self.config.weights,
             preset=self.config.preset,
+            position_mode=self.config.position_mode,
             device=device,
             precision=self.config.precision,
             flip=self.config.flip,
         )
+        self.sizer = sizer(self.config.input_size, self.predictor.network.preset.multiple)
 
     def process(self, stem: str) -> LedgerEntry:
         """Label one shard; order and keys are the source's. Raises StorageError or DataError for the whole shard."""

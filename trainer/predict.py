@@ -15,6 +15,7 @@ from dataio.codec import encode_label
 from dataio.show import colorize
 from dataio.spec import DataError
 from model import DepthAnything
+from model.presets import PositionMode
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -33,6 +34,7 @@ def predict(
     out: str,
     *,
     preset: str | None = None,
+    position_mode: PositionMode | None = None,
     input_size: int = 518,
     device: str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
@@ -49,7 +51,7 @@ def predict(
     names = output_names(files)
     refuse_overwriting(files, names, out)
     storage.make_folder(out)
-    network = DepthAnything.from_pretrained(weights, preset=preset).to(device).eval()
+    network = DepthAnything.from_pretrained(weights, preset=preset, position_mode=position_mode).to(device).eval()
     outcome = PredictOutcome()
     for done, file in enumerate(files):
         if on_progress:

@@ -167,8 +167,11 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             )
             root = os.path.join(self.config.folder, "checkpoints")
             path = save_checkpoint(
-                root, state, weights, moments, keep=self.config.checkpoint.keep, frozen=self.task.frozen_fingerprint()
-            )
+                root, state, weights, moments,
+                keep=self.config.checkpoint.keep,
+                frozen=self.task.frozen_fingerprint(),
+                network=self.task.network_record(self.engine.module),
+            )  # fmt: skip
             self.recorder.journal.write("checkpoint", step=state.step, path=os.path.basename(path))
             self.exporter.metric("fathom_checkpoint_last_success_timestamp_seconds").set_to_current_time()
         self.exporter.metric("fathom_checkpoint_duration_seconds").labels(op="save").observe(

@@ -1,23 +1,25 @@
-"""The networks: sizes, taps, position embeddings, and the decoder against a second, plain implementation.
+"""The networks: parameters and names, the decoder against a second, plain implementation, sizes, photographs.
 
-Shape suffixes: B batch, C channel, H W pixels, h w patches, N patch tokens, T tokens with the class token, D width.
+Shape suffixes: B batch, C channel, H W pixels, h w patches, N patch tokens, D width.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from model import PRESETS, DepthAnything, Encoder, WeightsError, get_preset, lower_bound_size
-from model.weights import UNUSED, materialise, require_finite
+from model import PRESETS, DepthAnything, WeightsError, lower_bound_size
+from model.types import UNUSED, EncoderOutput
+from tests.model.plain import loud, plain_decoder, plain_encoder
 
 # recipes: encoder and decoder parameters, and names in the state dict, of the published files
 COUNTS = {
@@ -26,19 +28,6 @@ COUNTS = {
     "vitl": (304_368_640, 30_947_009, 407),
     "vitg": (1_136_480_768, 121_651_457, 631),
 }
-
-
-def loud(preset: str = "tiny", seed: int = 0, **changes: object) -> DepthAnything:
-    """A network whose LayerScale, position embedding and biases are large, so that no part can hide."""
-    torch.manual_seed(seed)
-    net = DepthAnything.from_preset(replace(get_preset(preset), **changes))
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if name.endswith(("gamma", "pos_embed", "cls_token")):
-                parameter.normal_(0, 1)
-            elif name.endswith("norm.bias") or "norm1" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return net
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if not n.startswith("tiny")])
@@ -78,120 +67,10 @@ def test_exactly_five_tensors_are_frozen_and_all_others_get_a_gradient() -> None
     assert sorted(split) == sorted(n for n, _ in net.named_parameters() if n not in UNUSED)
 
 
-def plain_encoder(net: DepthAnything, image_BCHW: Tensor) -> list[Tensor]:
-    """Every block's tokens through the final norm, class token dropped; written out from DINOv2's definition."""
-    w = {k.removeprefix("pretrained."): v for k, v in net.state_dict().items()}
-    p = net.preset
-    size_B, _, height, width = image_BCHW.shape
-    x = F.conv2d(image_BCHW, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=14)
-    x = x.flatten(2).transpose(1, 2)
-    x = torch.cat([w["cls_token"].expand(size_B, -1, -1), x], 1)
-    x = x + plain_position(w["pos_embed"], height // 14, width // 14, p.grid)
-    out = []
-    for i in range(p.depth):
-        b = f"blocks.{i}."
-
-        def linear(x: Tensor, name: str, b: str = b) -> Tensor:
-            return x @ w[f"{b}{name}.weight"].T + w[f"{b}{name}.bias"]
-
-        y = F.layer_norm(x, (p.width,), w[b + "norm1.weight"], w[b + "norm1.bias"], 1e-6)
-        q, k, v = linear(y, "attn.qkv").reshape(size_B, -1, 3, p.heads, p.width // p.heads).permute(2, 0, 3, 1, 4)
-        attention = (q @ k.transpose(-1, -2) / (p.width // p.heads) ** 0.5).softmax(-1)
-        y = linear((attention @ v).transpose(1, 2).flatten(2), "attn.proj")
-        x = x + w[b + "ls1.gamma"] * y
-        y = F.layer_norm(x, (p.width,), w[b + "norm2.weight"], w[b + "norm2.bias"], 1e-6)
-        if p.ffn == "swiglu":
-            gate, value = linear(y, "mlp.fc1").chunk(2, -1)
-            y = linear(F.silu(gate) * value, "mlp.fc2")
-        else:
-            y = linear(F.gelu(linear(y, "mlp.fc1")), "mlp.fc2")
-        x = x + w[b + "ls2.gamma"] * y
-        out.append(F.layer_norm(x, (p.width,), w["norm.weight"], w["norm.bias"], 1e-6)[:, 1:])
-    return out
-
-
-def plain_position(pos_1TD: Tensor, h: int, w: int, grid: int) -> Tensor:
-    """The resize as a direct sum: cubic kernel a = -0.75 at source (i + 0.5) grid / (h + 0.1) - 0.5, edges repeated."""
-    if (h, w) == (grid, grid):
-        return pos_1TD
-
-    def matrix(n: int) -> Tensor:
-        m, a = torch.zeros(n, grid, dtype=torch.float64), -0.75
-        for i in range(n):
-            source = (i + 0.5) * grid / (n + 0.1) - 0.5
-            first = int(np.floor(source))
-            for j in range(first - 1, first + 3):
-                t = abs(source - j)
-                near = (a + 2) * t**3 - (a + 3) * t**2 + 1
-                far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
-                m[i, min(max(j, 0), grid - 1)] += near if t <= 1 else far
-        return m
-
-    patches = pos_1TD[0, 1:].double().reshape(grid, grid, -1)
-    patches = torch.einsum("ia,jb,abd->ijd", matrix(h), matrix(w), patches).float()
-    return torch.cat([pos_1TD[:, :1], patches.reshape(1, h * w, -1)], 1)
-
-
-@pytest.mark.parametrize(("h", "w"), [(8, 8), (4, 16), (9, 5), (13, 8), (1, 1), (37, 20)])
-def test_position_embedding_is_the_direct_formula(h: int, w: int) -> None:
-    encoder = loud().pretrained
-    got = encoder.position_embedding(h, w)
-    torch.testing.assert_close(got, plain_position(encoder.pos_embed, h, w, 8), rtol=0, atol=2e-5)
-    if (h, w) == (8, 8):
-        assert got is encoder.pos_embed or torch.equal(got, encoder.pos_embed)
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"taps": (0, 1, 3, 4), "depth": 6}, {"ffn": "swiglu"}, {"fused_attention": True}]
-)
-def test_taps_are_the_named_blocks_in_order(changes: dict) -> None:
-    net = loud(**changes)
-    image_BCHW = torch.randn(2, 3, 70, 98)
-    with torch.no_grad():
-        taps, last = net.pretrained(image_BCHW)
-        blocks = plain_encoder(net, image_BCHW)
-    assert len(taps) == 4
-    for tap, i in zip(taps, net.preset.taps, strict=True):
-        torch.testing.assert_close(tap, blocks[i], rtol=0, atol=1e-4)
-    torch.testing.assert_close(last, blocks[-1], rtol=0, atol=1e-4)
-
-
-def plain_decoder(net: DepthAnything, taps: list[Tensor], h: int, w: int) -> Tensor:
-    """DPT written out level by level from the recipe, on the raw tensors."""
-    s = {k.removeprefix("depth_head."): v for k, v in net.state_dict().items()}
-
-    def conv(x: Tensor, name: str, **kw: int) -> Tensor:
-        return F.conv2d(x, s[f"{name}.weight"], s.get(f"{name}.bias"), **kw)
-
-    def unit(x: Tensor, name: str) -> Tensor:
-        return conv(conv(x.relu(), f"{name}.conv1", padding=1).relu(), f"{name}.conv2", padding=1) + x
-
-    def up(x: Tensor, size: tuple[int, int]) -> Tensor:
-        return F.interpolate(x, size, mode="bilinear", align_corners=True)
-
-    maps = []
-    for i, tap in enumerate(taps):
-        x = conv(tap.transpose(1, 2).reshape(len(tap), -1, h, w).contiguous(), f"projects.{i}")
-        if i < 2:
-            x = F.conv_transpose2d(
-                x, s[f"resize_layers.{i}.weight"], s[f"resize_layers.{i}.bias"], stride=4 if i == 0 else 2
-            )
-        if i == 3:
-            x = conv(x, "resize_layers.3", stride=2, padding=1)
-        maps.append(conv(x, f"scratch.layer{i + 1}_rn", padding=1))
-    path = maps[3]
-    for k in (4, 3, 2, 1):
-        name = f"scratch.refinenet{k}"
-        if k < 4:
-            path = path + unit(maps[k - 1], f"{name}.resConfUnit1")
-        path = unit(path, f"{name}.resConfUnit2")
-        size = maps[k - 2].shape[2:] if k > 1 else (path.shape[2] * 2, path.shape[3] * 2)
-        path = conv(up(path, size), f"{name}.out_conv")
-    stride = net.preset.head_stride
-    path = up(conv(path, "scratch.output_conv1", padding=1), (14 * h // stride, 14 * w // stride))
-    path = conv(conv(path, "scratch.output_conv2.0", padding=1).relu(), "scratch.output_conv2.2")
-    path = path.relu() if net.preset.head == "relative" else path.sigmoid() * net.preset.max_depth_m
-    return (up(path, (14 * h, 14 * w)) if stride > 1 else path)[:, 0]
+def random_tokens(net: DepthAnything, h: int, w: int, batch: int = 2) -> EncoderOutput:
+    """What an encoder might hand to this network's decoder."""
+    taps = [torch.randn(batch, h * w, net.preset.width) for _ in range(4)]
+    return EncoderOutput(taps, [torch.randn(batch, net.preset.width) for _ in range(4)], taps[-1])
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-metric-outdoor"])
@@ -199,9 +78,9 @@ def plain_decoder(net: DepthAnything, taps: list[Tensor], h: int, w: int) -> Ten
 @pytest.mark.parametrize(("h", "w"), [(8, 8), (5, 7), (1, 3)])
 def test_decoder_is_the_recipe(preset: str, stride: int, h: int, w: int) -> None:
     net = loud(preset, head_stride=stride)
-    taps = [torch.randn(2, h * w, net.preset.width) for _ in range(4)]
+    tokens = random_tokens(net, h, w)
     with torch.no_grad():
-        got, expected = net.depth_head(taps, h, w), plain_decoder(net, taps, h, w)
+        got, expected = net.depth_head(tokens, h, w), plain_decoder(net, tokens, h, w)
     assert got.shape == (2, 14 * h, 14 * w)
     assert expected.std() > 1e-3
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
@@ -213,11 +92,79 @@ def test_one_pass_gives_depth_and_final_tokens() -> None:
     with torch.no_grad():
         prediction = net(image_BCHW, features=True)
         blocks = plain_encoder(net, image_BCHW)
-        expected = plain_decoder(net, [blocks[i] for i in net.preset.taps], 8, 6)
+        tokens = EncoderOutput([blocks[i][:, 1:] for i in net.preset.taps], [], blocks[-1][:, 1:])
+        expected = plain_decoder(net, tokens, 8, 6)
     assert prediction.depth_m_BHW is None
     torch.testing.assert_close(prediction.disparity_BHW, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(prediction.features_BND, blocks[-1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(prediction.features_BND, tokens.last_BND, rtol=0, atol=1e-4)
     assert net(image_BCHW).features_BND is None
+
+
+def test_a_projected_readout_joins_the_class_token_to_every_patch() -> None:
+    net = loud(readout="project")
+    names = {k for k in net.state_dict() if "readout" in k}
+    assert names == {f"depth_head.readout_projects.{i}.0.{kind}" for i in range(4) for kind in ("weight", "bias")}
+    assert net.depth_head.readout_projects[0][0].weight.shape == (96, 192)
+    assert not any("readout" in k for k in DepthAnything.from_preset("tiny").state_dict())
+    tokens = random_tokens(net, 5, 7)
+    with torch.no_grad():
+        got_BHW, expected_BHW = net.depth_head(tokens, 5, 7), plain_decoder(net, tokens, 5, 7)
+        others = tokens._replace(classes=[torch.randn_like(c) for c in tokens.classes])
+        other_BHW = net.depth_head(others, 5, 7)
+    torch.testing.assert_close(got_BHW, expected_BHW, rtol=1e-5, atol=2e-5)
+    assert (got_BHW - other_BHW).abs().max() > 1e-2
+    net(torch.randn(1, 3, 56, 56)).disparity_BHW.sum().backward()
+    assert all(p.grad is not None for n, p in net.named_parameters() if "readout" in n)
+
+
+@pytest.mark.parametrize(("h", "w"), [(8, 8), (4, 10), (2, 2), (14, 6)])
+def test_even_fusion_is_the_interpolation_on_even_grids(h: int, w: int) -> None:
+    net, even = loud(), loud(fusion="even")
+    image_BCHW = torch.randn(2, 3, 14 * h, 14 * w)
+    with torch.no_grad():
+        got_BHW, expected_BHW = even(image_BCHW).disparity_BHW, net(image_BCHW).disparity_BHW
+    torch.testing.assert_close(got_BHW, expected_BHW, rtol=0, atol=1e-6)
+
+
+def test_even_fusion_refuses_odd_grids() -> None:
+    net = loud(fusion="even")
+    for size in ((112, 98), (42, 56)):
+        with pytest.raises(ValueError, match=rf"multiples of 28, found {size[0]} x {size[1]}"):
+            net(torch.zeros(1, 3, *size))
+    assert net.infer_image(np.zeros((90, 61, 3), np.uint8), input_size=112).shape == (90, 61)
+
+
+NETS = {name: loud(name).eval() for name in ("tiny", "tiny-swiglu-metric-indoor")}
+SIDES = st.integers(1, 50).map(lambda patches: 14 * patches)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(height=SIDES, width=SIDES, name=st.sampled_from(sorted(NETS)))
+def test_any_sides_that_are_multiples_of_14_give_a_map_of_the_same_size(height: int, width: int, name: str) -> None:
+    net = NETS[name]
+    with torch.no_grad():
+        prediction = net(torch.ones(1, 3, height, width), features=True)
+    map_BHW = prediction.disparity_BHW if net.preset.head == "relative" else prediction.depth_m_BHW
+    assert map_BHW.shape == (1, height, width) and map_BHW.dtype == torch.float32
+    assert map_BHW.isfinite().all() and (map_BHW >= 0).all()
+    assert prediction.features_BND.shape == (1, height * width // 196, net.preset.width)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    order=st.integers(1, 5).flatmap(lambda n: st.permutations(range(n))),
+    h=st.integers(1, 9),
+    w=st.integers(1, 9),
+    name=st.sampled_from(sorted(NETS)),
+)
+def test_the_order_of_a_batch_does_not_matter(order: list[int], h: int, w: int, name: str) -> None:
+    image_BCHW = torch.randn(len(order), 3, 14 * h, 14 * w, generator=torch.Generator().manual_seed(h))
+    with torch.no_grad():
+        straight, mixed = (NETS[name](x, features=True) for x in (image_BCHW, image_BCHW[order]))
+    for field in ("disparity_BHW", "depth_m_BHW", "features_BND"):
+        expected, got = getattr(straight, field), getattr(mixed, field)
+        if expected is not None:  # a row of a matrix product may be summed in another order elsewhere in the batch
+            torch.testing.assert_close(got, expected[order], rtol=1e-6, atol=1e-6 * expected.abs().max().item())
 
 
 def test_metric_head_stays_below_its_depth() -> None:
@@ -233,47 +180,6 @@ def test_a_fresh_network_is_alive_and_seeded(seed: int) -> None:
     assert (net(torch.randn(1, 3, 112, 112)).disparity_BHW > 0).float().mean() > 0.9
     torch.manual_seed(seed)
     assert DepthAnything.from_preset("tiny").fingerprint() == net.fingerprint()
-
-
-def test_a_weight_nobody_sets_is_noticed() -> None:
-    with torch.device("meta"):
-        encoder = Encoder(PRESETS["tiny"])
-    materialise(encoder)
-    encoder.initialise()
-    require_finite(encoder, "x")
-    encoder.norm.bias.data.fill_(float("nan"))
-    with pytest.raises(WeightsError, match=r"not finite .* norm\.bias"):
-        require_finite(encoder, "x")
-
-
-def test_bfloat16_autocast_is_close_and_returns_float32() -> None:
-    net = loud()
-    image_BCHW = torch.randn(2, 3, 112, 112)
-    exact = net(image_BCHW).disparity_BHW
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = net(image_BCHW).disparity_BHW
-    rough.mean().backward()
-    assert rough.dtype == torch.float32
-    assert (rough - exact).abs().mean() < 0.02 * exact.abs().mean() + 0.05 * exact.std()
-
-
-def test_a_whole_network_in_bfloat16_runs() -> None:
-    net = loud().bfloat16()
-    assert net(torch.randn(1, 3, 70, 56).bfloat16()).disparity_BHW.isfinite().all()
-
-
-@pytest.mark.parametrize("preset", ["tiny", "tiny-metric-indoor"])
-@pytest.mark.parametrize("size", [(112, 112), (70, 98)])
-def test_compiles_without_a_graph_break(preset: str, size: tuple[int, int]) -> None:
-    net = loud(preset)
-    image_BCHW = torch.randn(1, 3, *size)
-    compiled = torch.compile(lambda x: net(x, features=True), backend="eager", fullgraph=True)
-    with torch.no_grad():
-        got, expected = compiled(image_BCHW), net(image_BCHW, features=True)
-    for field in ("disparity_BHW", "depth_m_BHW", "features_BND"):
-        assert (getattr(got, field) is None) == (getattr(expected, field) is None)
-        if getattr(got, field) is not None:
-            torch.testing.assert_close(getattr(got, field), getattr(expected, field))
 
 
 @pytest.mark.parametrize(

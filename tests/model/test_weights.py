@@ -12,7 +12,9 @@ import safetensors.torch
 import torch
 
 from model import PRESETS, DepthAnything, Encoder, Preset, WeightsError
-from model.weights import save_encoder, to_official, write_tensors
+from model.files import write_safetensors
+from model.save import save_encoder
+from model.weights import official_state
 
 SWIGLU = replace(PRESETS["tiny"], name="tiny-swiglu", ffn="swiglu")
 
@@ -27,7 +29,7 @@ def fresh(preset: str | Preset = "tiny", seed: int = 0) -> DepthAnything:
 
 
 def official(net: DepthAnything) -> dict[str, torch.Tensor]:
-    return to_official(net.state_dict(), net.preset)
+    return official_state(net)
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -55,7 +57,7 @@ def test_a_saved_folder_comes_back_bit_identical(tmp_path: Path, preset: str | P
     assert again.fingerprint() == net.fingerprint()
     assert sorted(os.listdir(tmp_path / "w")) == ["config.json", "model.safetensors"]
     image_BCHW = torch.randn(1, 3, 56, 70)
-    assert all(torch.equal(*pair) for pair in [[n.pretrained(image_BCHW)[1] for n in (net, again)]])
+    assert all(torch.equal(*pair) for pair in [[n.pretrained(image_BCHW).last_BND for n in (net, again)]])
 
 
 def test_the_saved_files_say_what_tensors_cannot(tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def test_official_pth_files(tmp_path: Path, wrap: str) -> None:
 
 def test_a_lone_safetensors_file(tmp_path: Path) -> None:
     net = fresh(SWIGLU)
-    write_tensors(official(net), str(tmp_path / "w.safetensors"))
+    write_safetensors(str(tmp_path / "w.safetensors"), official(net))
     assert same(DepthAnything.from_pretrained(tmp_path / "w.safetensors", preset=SWIGLU), net)
 
 
@@ -106,7 +108,7 @@ def test_encoder_files(tmp_path: Path, preset: Preset, source: str) -> None:
     net = fresh(preset)
     path = tmp_path / "encoder"
     if source == "hub":
-        torch.save(to_official(net.pretrained.state_dict(), preset), path)
+        torch.save(official_state(net.pretrained), path)
     elif source == "timm":
         torch.save({k: v for k, v in net.pretrained.state_dict().items() if k != "mask_token"}, path)
         net.pretrained.mask_token.data.zero_()
@@ -154,7 +156,8 @@ def test_missing_empty_and_foreign_files(tmp_path: Path) -> None:
     torch.save([1, 2, 3], path)
     assert "no table of tensors" in refusal(path)
     torch.save({"a": torch.zeros(2), "b": torch.zeros(3)}, path)
-    assert "a, b" in refusal(path, None) and "expected pretrained.*" in refusal(path)
+    assert "(a, b); expected the authors' (pretrained.*, depth_head.*)" in refusal(path, None)
+    assert refusal(path) == refusal(path, None)
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "pth", "legacy"])
@@ -162,7 +165,7 @@ def test_missing_empty_and_foreign_files(tmp_path: Path) -> None:
 def test_truncated_files(tmp_path: Path, layout: str, part: float) -> None:
     path = tmp_path / "w"
     if layout == "safetensors":
-        write_tensors(official(fresh()), str(path))
+        write_safetensors(str(path), official(fresh()))
     else:
         torch.save(official(fresh()), path, _use_new_zipfile_serialization=layout == "pth")
     content = path.read_bytes()
@@ -215,7 +218,7 @@ def test_an_encoder_is_no_network_and_registers_are_refused(tmp_path: Path) -> N
         assert "only an encoder" in refusal(path, preset)
     with pytest.raises(WeightsError, match="fits preset tiny"):
         DepthAnything.from_preset("v2-vits", encoder_weights=path)
-    write_tensors({**encoder.state_dict(), "register_tokens": torch.zeros(1, 4, 96)}, str(path))
+    write_safetensors(str(path), {**encoder.state_dict(), "register_tokens": torch.zeros(1, 4, 96)})
     with pytest.raises(WeightsError, match="register_tokens"):
         DepthAnything.from_preset("tiny", encoder_weights=path)
     with pytest.raises(WeightsError, match="No such file"):
@@ -223,7 +226,7 @@ def test_an_encoder_is_no_network_and_registers_are_refused(tmp_path: Path) -> N
 
 
 def test_broken_folders(tmp_path: Path) -> None:
-    assert "config.json: cannot be read" in refusal(tmp_path, None)
+    assert "no config.json in this folder" in refusal(tmp_path, None)
     fresh().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert "was saved as tiny, not v2-vits" in refusal(tmp_path, "v2-vits")
@@ -257,7 +260,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(WeightsError, match=r"model\.safetensors: cannot be written \(disk full\)"):
             fresh(seed=3).save_pretrained(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
     assert same(DepthAnything.from_pretrained(tmp_path), net)

@@ -50,7 +50,7 @@ def double(batch: Batch) -> Batch:
 
 def encoder_file(folder: Path) -> str:
     from model import DepthAnything
-    from model.weights import save_encoder
+    from model.save import save_encoder
 
     torch.manual_seed(3)
     path = folder / "encoder.safetensors"

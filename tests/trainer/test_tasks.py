@@ -26,7 +26,7 @@ KINDS = ("teacher", "student", "pretext")
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     from model import DepthAnything
-    from model.weights import save_encoder
+    from model.save import save_encoder
 
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
@@ -143,7 +143,7 @@ def test_the_student_normalises_every_region_of_a_mixed_image_by_itself(encoder:
 
 def features_of(task: Any, batch: Batch, view: str = "student") -> Tensor:
     """What the frozen encoder says of every row."""
-    features_BND: Tensor = task.frozen(batch.views[view])[1]
+    features_BND: Tensor = task.frozen(batch.views[view]).last_BND
     return features_BND.detach().clone()
 
 

@@ -11,6 +11,7 @@ import abc
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from dataio.spec import RoleNeeds
 from dataio.types import Batch
-from model import DepthAnything
+from model import DepthAnything, get_preset
+from model.save import record_of
 from trainer.config import ConfigError, ModelSection, Section, TrainConfig, parse_config
 
 Forward = Callable[..., Any]  # the trainable network as the engine wraps it
@@ -82,6 +84,10 @@ class Task(abc.ABC):
     def preview(self, module: nn.Module, image_BCHW: Tensor) -> Tensor:
         """A picture of what the network says: [B, H, W], larger is nearer (or brighter)."""
 
+    def network_record(self, module: nn.Module) -> dict[str, Any] | None:
+        """What a checkpoint's tensors cannot say about the network (preset, taps, head), for its manifest."""
+        return None
+
     def frozen_fingerprint(self) -> str | None:
         """Fingerprint of frozen networks, for the checkpoint manifest."""
         return None
@@ -91,9 +97,24 @@ class DepthTask(Task):
     """A task whose network is a DepthAnything with the relative head; it starts from the files of `model:`."""
 
     def build(self) -> nn.Module:
+        mode = self.model.position_mode
         if self.model.weights:
-            return DepthAnything.from_pretrained(self.model.weights, preset=self.model.preset)
-        return DepthAnything.from_preset(self.model.preset, encoder_weights=self.model.encoder_weights)
+            network = DepthAnything.from_pretrained(self.model.weights, preset=self.model.preset, position_mode=mode)
+        else:
+            network = self.fresh(self.model.encoder_weights)
+        network.set_activation_checkpointing(self.model.activation_checkpointing)
+        return network
+
+    def fresh(self, encoder_weights: str | None) -> DepthAnything:
+        """A network of the configuration's preset whose encoder is a file's, or random."""
+        preset = get_preset(self.model.preset)
+        if self.model.position_mode is not None:
+            preset = replace(preset, position_mode=self.model.position_mode)
+        return DepthAnything.from_preset(preset, encoder_weights=encoder_weights)
+
+    def network_record(self, module: nn.Module) -> dict[str, Any] | None:
+        assert isinstance(module, DepthAnything)
+        return record_of(module.preset)
 
     def parameter_groups(self, module: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
         return encoder_decoder_groups(module)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from dataio.spec import RoleNeeds
 from dataio.types import Batch
 from model import DepthAnything
+from model.save import save_encoder
 from model.vit import Encoder
-from model.weights import save_encoder
 from trainer.config import ModelSection, Section
 from trainer.tasks.base import Forward, Task, encoder_decoder_groups, weight_of
 
@@ -49,7 +49,7 @@ class MaskedPrediction(nn.Module):
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] -> predicted normalised patches [B, N, P]."""
-        _, features_BND = self.pretrained(image_BCHW)
+        features_BND = self.pretrained(image_BCHW).last_BND
         patches_BNP: Tensor = self.head(features_BND)
         return patches_BNP
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dataio.spec import RoleNeeds
 from dataio.types import Batch
-from model import DepthAnything
 from trainer.checkpoint import fingerprint
 from trainer.config import ConfigError, ModelSection, Section
 from trainer.losses import feature_alignment_loss, regional_affine_invariant_loss
@@ -69,8 +68,7 @@ class TrainingTask(DepthTask):
 
     def prepare(self, device: torch.device) -> None:
         if self.opt.feature_weight > 0:
-            network = DepthAnything.from_preset(self.model.preset, encoder_weights=self._frozen_file)
-            self.frozen = network.pretrained.to(device).eval().requires_grad_(False)
+            self.frozen = self.fresh(self._frozen_file).pretrained.to(device).eval().requires_grad_(False)
             self._fingerprint = fingerprint(self.frozen.state_dict())
 
     @property
@@ -106,7 +104,7 @@ class TrainingTask(DepthTask):
             return features_BND.float().sum()
         assert self.frozen is not None
         with torch.no_grad():
-            _, frozen_BND = self.frozen(batch.views[self.opt.frozen_view][rows])
+            frozen_BND = self.frozen(batch.views[self.opt.frozen_view][rows]).last_BND
         loss_B = feature_alignment_loss(features_BND.float(), frozen_BND.float(), self.opt.alpha)
         return (loss_B * batch.weight_B[rows]).sum()
 

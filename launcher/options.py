@@ -1,0 +1,23 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from model.presets import PositionMode
+
+PresetOption = Annotated[str | None, typer.Option("--preset", help="Needed where the file cannot tell, e.g. v2-vits.")]
+PositionOption = Annotated[
+    str | None,
+    typer.Option("--position-mode", help="official or exact; default: as recorded, else as the format does."),
+]
+
+
+def position_mode(value: str | None) -> PositionMode | None:
+    """Refuses anything but the two ways of resizing position embeddings."""
+    if value not in (None, "official", "exact"):
+        raise typer.BadParameter(f"{value!r}; official or exact", param_hint="--position-mode")
+    return cast("PositionMode | None", value)
