@@ -100,7 +100,7 @@ class DepthAnything(nn.Module):
         if source.fingerprint is not None and source.preset is not None and not net.loaded.missing:
             tensors = weights.official_state(net)
             if weights.fingerprint(tensors, source.preset) != source.fingerprint:
-                raise WeightsError(f"{path}: the weights do not match the fingerprint that was saved with them; copy it again")
+                raise WeightsError(f"{path}: the weights do not match the fingerprint saved with them; copy it again")
         return net
 
     def forward(self, image_BCHW: Tensor, features: bool = False) -> DepthPrediction:

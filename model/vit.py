@@ -23,6 +23,8 @@ from model.preprocess import PATCH
 from model.presets import Preset, get_preset
 from model.types import EncoderOutput
 
+PIECE = 2**21  # attention scores at a time, 4 MiB in bfloat16
+
 
 class Attention(nn.Module):
     """Multi-head self-attention under timm's and DINOv2's names; the heads' width sets the softmax' scale."""
@@ -38,8 +40,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x_BTD).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if not self.fused:
             out = _plain_attention(q, k, v)
-        elif _plain_is_faster(q):  # one image at a time: the scores are the largest tensor of the network
-            out = torch.cat([_plain_attention(*one) for one in zip(q.split(1), k.split(1), v.split(1), strict=True)])
+        elif _plain_is_faster(q):
+            out = _attention_in_pieces(q, k, v)
         else:
             out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -47,6 +49,16 @@ class Attention(nn.Module):
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def _attention_in_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # So many heads and rows at a time that the scores stay in the cache, and in memory that the allocator keeps: whole,
+    # they are mapped and given back in every block, and the page faults cost as much as the rest of the network.
+    tokens = k.shape[2]
+    heads, rows = max(1, PIECE // tokens**2), max(1, PIECE // tokens)
+    some_heads = zip(*(x.flatten(0, 1).split(heads) for x in (q, k, v)), strict=True)
+    out = [torch.cat([_plain_attention(part, k_, v_) for part in q_.split(rows, 1)], 1) for q_, k_, v_ in some_heads]
+    return torch.cat(out).unflatten(0, q.shape[:2])
 
 
 def _plain_is_faster(q: Tensor) -> bool:
