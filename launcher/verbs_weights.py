@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from typing import Annotated, Any
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -70,7 +74,8 @@ def import_(
         path, preset, position_mode=options.position_mode(position_mode), ema=ema, allow_missing=allow_missing or (),
         allow_unexpected=allow_unexpected or (),
     )  # fmt: skip
-    net.save_pretrained(out)
+    with _cleaning_up():
+        net.save_pretrained(out)
     report = net.loaded
     assert report is not None
     typer.echo(f"{report.container}; names: {report.layout}; {report.matched} tensors matched")
@@ -92,6 +97,9 @@ def export(
     layout: Annotated[str, typer.Option(help=f"One of: {', '.join((*FOLDERS, *SUFFIXES))}.")] = "official",
     preset: PresetOption = None,
     position_mode: PositionOption = None,
+    fusion: Annotated[
+        str | None, typer.Option(help="interpolate or even (every rise x2, sides multiples of 28); for exporters.")
+    ] = None,
     ema: EmaOption = False,
     dtype: Annotated[str, typer.Option(help=f"One of: {', '.join(DTYPES)} (onnx: float32).")] = "float32",
 ) -> int:
@@ -107,28 +115,31 @@ def export(
     """
     if layout not in (*FOLDERS, *SUFFIXES):
         raise typer.BadParameter(f"{layout!r}; one of {', '.join((*FOLDERS, *SUFFIXES))}", param_hint="--layout")
+    if fusion not in (None, "interpolate", "even"):
+        raise typer.BadParameter(f"{fusion!r}; interpolate or even", param_hint="--fusion")
     if dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r}; one of {', '.join(DTYPES)}", param_hint="--dtype")
+    _check_free(out)
     if layout in SUFFIXES and not out.endswith(SUFFIXES[layout]):
         raise typer.BadParameter(f"{out}: must end with {' or '.join(SUFFIXES[layout])}", param_hint="--out")
     if dtype != "float32" and layout in ("onnx", "torch-export"):
         raise typer.BadParameter(f"{dtype}: {layout} is written in float32", param_hint="--dtype")
-    _check_free(out)
     import torch
 
     from model import DepthAnything
     from model.save import export_file, save_huggingface
 
     mode = options.position_mode(position_mode)
-    net = DepthAnything.from_pretrained(path, preset, position_mode=mode, ema=ema).eval()
-    if layout == "huggingface":
-        save_huggingface(net, out, getattr(torch, dtype))
-    elif layout in ("onnx", "torch-export"):
-        from model.export import export_onnx, export_program
+    net = DepthAnything.from_pretrained(path, preset, position_mode=mode, fusion=cast(Any, fusion), ema=ema).eval()
+    with _cleaning_up():
+        if layout == "huggingface":
+            save_huggingface(net, out, getattr(torch, dtype))
+        elif layout in ("onnx", "torch-export"):
+            from model.export import export_onnx, export_program
 
-        (export_onnx if layout == "onnx" else export_program)(net, out)
-    else:
-        export_file(net, out, layout, getattr(torch, dtype))
+            (export_onnx if layout == "onnx" else export_program)(net, out)
+        else:
+            export_file(net, out, layout, getattr(torch, dtype))
     typer.echo(out)
     return 0
 
@@ -194,5 +205,17 @@ def _rows(told: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _check_free(out: str) -> None:
     """An export never writes over another's work."""
+    if not os.path.basename(out.rstrip(os.sep)):
+        raise typer.BadParameter(f"{out!r}: name a file or folder", param_hint="--out")
     if (os.path.isdir(out) and os.listdir(out)) or os.path.isfile(out):
         raise typer.BadParameter(f"{out}: is there already; name another, or remove it", param_hint="--out")
+
+
+@contextlib.contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """SIGTERM unwinds, so that a half-written file goes."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from model import save, weights
 from model.dpt import DPT
 from model.preprocess import IMAGENET_MEAN, IMAGENET_STD, PATCH, lower_bound_size
-from model.presets import PositionMode, Preset, get_preset
+from model.presets import Fusion, PositionMode, Preset, get_preset
 from model.types import UNUSED, DepthPrediction, LoadReport, WeightsError
 from model.vit import Encoder
 
@@ -70,6 +71,7 @@ class DepthAnything(nn.Module):
         preset: str | Preset | None = None,
         *,
         position_mode: PositionMode | None = None,
+        fusion: Fusion | None = None,
         ema: bool = False,
         allow_missing: Sequence[str] = (),
         allow_unexpected: Sequence[str] = (),
@@ -82,6 +84,7 @@ class DepthAnything(nn.Module):
             preset: needed where the file cannot tell (V1's and V2's files have the same keys; so have metric ones).
             position_mode: how position embeddings are resized; default: as recorded, else as the file's layout does
                 ("exact" for Hugging Face's and muggled_dpt's, "official" for the others).
+            fusion: how the decoder's maps rise; default: as recorded, else "interpolate".
             ema: the averaged weights of a training checkpoint.
             allow_missing, allow_unexpected: shell patterns of official names; what is missing keeps its initial values.
 
@@ -89,7 +92,8 @@ class DepthAnything(nn.Module):
             WeightsError: a missing, broken or ambiguous file, or one of another network; nothing is half-loaded.
         """
         source = weights.open_weights(path, ema)
-        net = cls._empty(weights.choose_preset(source, preset, position_mode))
+        chosen = weights.choose_preset(source, preset, position_mode)
+        net = cls._empty(chosen if fusion is None else replace(chosen, fusion=fusion))
         if allow_missing:
             net.pretrained.initialise()
             net.depth_head.initialise()
@@ -97,10 +101,8 @@ class DepthAnything(nn.Module):
             net, source, allow_missing=allow_missing, allow_unexpected=allow_unexpected
         )
         weights.require_finite(net, source.path)
-        if source.fingerprint is not None and source.preset is not None and not net.loaded.missing:
-            tensors = weights.official_state(net)
-            if weights.fingerprint(tensors, source.preset) != source.fingerprint:
-                raise WeightsError(f"{path}: the weights do not match the fingerprint saved with them; copy it again")
+        if not net.loaded.missing:
+            weights.check_fingerprint(source, weights.official_state(net))
         return net
 
     def forward(self, image_BCHW: Tensor, features: bool = False) -> DepthPrediction:
@@ -157,7 +159,7 @@ class DepthAnything(nn.Module):
         self.pretrained.activation_checkpointing = on
 
     def save_pretrained(self, folder: str | os.PathLike[str], layout: str = "official") -> None:
-        """Write a folder that `from_pretrained` reads back, bit for bit.
+        """Write a folder in float32 that `from_pretrained` reads back, bit for bit.
 
         Args:
             folder: made if absent.
@@ -165,7 +167,7 @@ class DepthAnything(nn.Module):
                 "huggingface": what transformers' `DepthAnythingForDepthEstimation.from_pretrained` loads.
 
         Raises:
-            WeightsError: another layout, or a network that transformers has not.
+            WeightsError: another layout, a network that transformers has not, or one that holds NaN or infinities.
         """
         if layout == "official":
             save.save_network(self, folder)
@@ -193,7 +195,7 @@ def normalise_photograph(image_HWC: np.ndarray, size: tuple[int, int]) -> Tensor
 
     Cubic (a = -0.75, as OpenCV) without antialiasing, which may leave 0..1; in float64, as the originals do.
     """
-    image_1CHW = torch.from_numpy(np.ascontiguousarray(image_HWC)).permute(2, 0, 1)[None].double() / 255.0
+    image_1CHW = torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)[None].double() / 255.0
     image_1CHW = F.interpolate(image_1CHW, size, mode="bicubic", align_corners=False, antialias=False)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((image_1CHW - mean) / std).float()

@@ -69,6 +69,7 @@ def _as(source: weights.Source, preset: Preset) -> dict[str, Any]:
         net = DepthAnything(preset)
     try:
         report, tensors = weights.match(source, weights.official_state(net), preset)
+        weights.check_fingerprint(source, tensors)
     except WeightsError as error:
         return told | {"problem": str(error)}
     return told | {

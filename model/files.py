@@ -73,6 +73,8 @@ def read(path: str | os.PathLike[str], ema: bool = False) -> Contents:
 
 def _read_file(path: str) -> Contents:
     """A .safetensors or .pth file, told apart by its first bytes."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for without end
+        raise WeightsError(f"{path}: is no regular file; give a weights file or folder")
     try:
         with open(path, "rb") as file:
             head = file.read(9)

@@ -27,6 +27,8 @@ def lower_bound_size(height: int, width: int, input_size: int = 518, multiple: i
     Raises:
         ValueError: a size that is not positive.
     """
+    if not isinstance(input_size, int):
+        raise ValueError(f"input_size must be a whole number of pixels, got {input_size!r}")
     if height < 1 or width < 1 or input_size < 1:
         raise ValueError(f"sizes must be positive, got image {height} x {width} and input_size {input_size}")
     scale = max(input_size / height, input_size / width)

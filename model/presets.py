@@ -15,6 +15,7 @@ from model.types import WeightsError
 
 Four = tuple[int, int, int, int]
 PositionMode = Literal["official", "exact"]
+Fusion = Literal["interpolate", "even"]
 
 # Our choice for the initial last bias of relative heads. With PyTorch's default, 5 of 16 seeds of v2-vits (and 11 of
 # 20 of tiny) begin with a map that is negative everywhere: the final ReLU makes it zero, without a gradient, for good.
@@ -39,7 +40,7 @@ class Preset:
     max_depth_m: float | None = None  # metric only: the sigmoid's scale, metres
     position_mode: PositionMode = "official"  # how position embeddings are resized: model/positions.py
     readout: Literal["ignore", "project"] = "ignore"  # the class token: dropped, or joined to every patch (DPT eq. 3)
-    fusion: Literal["interpolate", "even"] = "interpolate"  # even: every rise is x2, for grids of even sides only
+    fusion: Fusion = "interpolate"  # even: every rise is x2, for grids of even sides only
     output_align_corners: bool = True  # infer_image's resize back to the photograph: False in V1, True in V2
     head_channels: int = 32  # of the head's last 3x3 convolution
     head_stride: int = 1  # the head's last convolutions run at 1/stride of the pixels, then bilinear; 1, 2, 7 or 14
@@ -115,7 +116,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "ffn": ("mlp", "swiglu"),
     "position_mode": get_args(PositionMode),
     "readout": ("ignore", "project"),
-    "fusion": ("interpolate", "even"),
+    "fusion": get_args(Fusion),
 }
 
 
@@ -177,6 +178,8 @@ def get_preset(preset: str | Preset) -> Preset:
     """The preset of this name (a Preset passes through). Raises WeightsError with the nearest names."""
     if isinstance(preset, Preset):
         return preset
+    if not isinstance(preset, str):
+        raise WeightsError(f"preset is {preset!r}; expected a name or a Preset")
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=3, cutoff=0.4)
         raise WeightsError(

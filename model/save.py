@@ -33,9 +33,9 @@ def save_network(net: DepthAnything, folder: str | os.PathLike[str]) -> None:
 
     config.json carries the fingerprint, so a crash between the two over an older folder is noticed when reading.
     """
+    tensors, record = _prepare(net, torch.float32)
     folder = _make_folder(folder)
-    record = record_of(net.preset, net.fingerprint())
-    files.write_safetensors(os.path.join(folder, "model.safetensors"), official_state(net), record)
+    files.write_safetensors(os.path.join(folder, "model.safetensors"), tensors, record)
     files.write_json(os.path.join(folder, "config.json"), record)
 
 
@@ -47,8 +47,8 @@ def save_huggingface(net: DepthAnything, folder: str | os.PathLike[str], dtype: 
     network.
     """
     config = config_of(net.preset)
-    folder = _make_folder(folder)
     tensors, record = _prepare(net, dtype)
+    folder = _make_folder(folder)
     names = layouts.LAYOUTS["huggingface"].from_official(tensors)
     files.write_safetensors(os.path.join(folder, "model.safetensors"), names, record)
     files.write_json(os.path.join(folder, "preprocessor_config.json"), processor_of(net.preset))

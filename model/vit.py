@@ -167,6 +167,8 @@ class Encoder(nn.Module):
 
 def check_image(image_BCHW: Tensor, multiple: int = PATCH) -> None:
     """Raises ValueError, naming what was found and expected, unless a float [B, 3, H, W] with fitting sides."""
+    if not isinstance(image_BCHW, Tensor):
+        raise ValueError(f"expected images [B, 3, H, W], found {type(image_BCHW).__name__}; see infer_image for arrays")
     shape = image_BCHW.shape
     if len(shape) != 4 or shape[1] != 3:
         raise ValueError(f"expected images [B, 3, H, W], found shape {list(shape)}")

@@ -166,7 +166,9 @@ def _choose(source: Source, preset: str | Preset | None) -> Preset:
     projects = any(k.startswith("depth_head.readout_projects.") for k in source.tensors)
     readout: Literal["project", "ignore"] = "project" if projects else "ignore"
     if preset is not None:
-        asked = replace(get_preset(preset), readout=readout)
+        asked = get_preset(preset)
+        if not isinstance(preset, Preset):
+            asked = replace(asked, readout=readout, fusion=source.preset.fusion if source.preset else asked.fusion)
         if source.preset is not None and not source.preset.same_network(asked):
             found, wanted = source.preset.config(), asked.config()
             unlike = [k for k in found if found[k] != wanted[k] and k != "position_mode"]
@@ -184,7 +186,8 @@ def _choose(source: Source, preset: str | Preset | None) -> Preset:
         return replace(get_preset(fitting[0]), readout=readout)
     if fitting:
         raise WeightsError(
-            f"{source.path}: the file cannot tell which network it is; pass preset=, one of {', '.join(fitting)}"
+            f"{source.path}: the file cannot tell which network it is; name the preset (--preset, preset=), one of "
+            + ", ".join(fitting)
         )
     raise WeightsError(f"{source.path}: no preset has these shapes; is the file complete?")
 
@@ -212,6 +215,14 @@ def fitting_presets(tensors: Mapping[str, Tensor]) -> list[str]:
         )
 
     return [name for name, preset in PRESETS.items() if fits(preset)]
+
+
+def check_fingerprint(source: Source, tensors: Mapping[str, Tensor]) -> None:
+    """Raises WeightsError when the tensors are not those that were saved."""
+    if source.fingerprint is None or source.preset is None:
+        return
+    if fingerprint(tensors, source.preset) != source.fingerprint:
+        raise WeightsError(f"{source.path}: the weights do not match the fingerprint saved with them; copy it again")
 
 
 def load_network(

@@ -59,6 +59,7 @@ class Checkpoint:
     optimizer: Mapping[str, Tensor]
     state: TrainState
     frozen: str | None = None  # fingerprint of the frozen networks it was trained with
+    network: Mapping[str, Any] | None = None  # what the tensors cannot say: preset, taps, head, position mode
 
 
 def save_checkpoint(
@@ -158,6 +159,7 @@ def load_checkpoint(path: str) -> Checkpoint:
             optimizer=load_file(os.path.join(path, "optimizer.safetensors")),
             state=TrainState(**state),
             frozen=manifest["frozen"],
+            network=manifest.get("network"),
         )
     except (SafetensorError, TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         raise CheckpointError(

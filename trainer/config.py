@@ -59,6 +59,12 @@ class ModelSection(Section):
     position_mode: PositionMode | None = Field(
         default=None, description="how position embeddings are resized; null: as the weights' file says, else official"
     )
+    readout: Literal["ignore", "project"] | None = Field(
+        default=None, description="the class token in the decoder (DPT eq. 3); null: as in the weights, else ignore"
+    )
+    fusion: Literal["interpolate", "even"] | None = Field(
+        default=None, description="even: every rise of the decoder is x2, for grids of even sides"
+    )
     activation_checkpointing: bool = Field(
         default=False, description="recompute the encoder's blocks in the backward pass: less memory, more time"
     )

@@ -108,7 +108,7 @@ def describe(config: LabelConfig, dataset: Dataset) -> dict[str, Any]:
             f"weights: {config.weights} predicts metres; pseudo-labels are disparities, name a relative network"
         )
     return {
-        "teacher": {"fingerprint": teacher.fingerprint(), "preset": teacher.preset.name},
+        "teacher": {"fingerprint": teacher.fingerprint(), "position_mode": teacher.preset.position_mode},
         "dataset": {"name": dataset.info.name, "fingerprint": dataset.fingerprint, "samples": dataset.info.samples},
         "preprocessing": {
             "resize": "shorter side to input_size (lower bound), multiples of 14, cubic (a = -0.75), no antialias",

@@ -38,6 +38,11 @@ PACKAGES = (
 TELEMETRY = "telemetry"  # folder of a run, while it runs: where its ranks can be scraped
 # What a resumed run must not change: the order of samples and what is learned from them hang on it.
 FIXED = ("seed", "task", "model", "data")
+# What changes no result in them.
+CHANGEABLE = {
+    "model": frozenset({"activation_checkpointing"}),
+    "data": frozenset({"threads", "prefetch", "max_bad_fraction"}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,10 +210,8 @@ def refuse_changes(before: TrainConfig, now: TrainConfig) -> None:
     """A resumed run keeps its data, task, network and seed. Raises ConfigError naming the first field that differs."""
     for section in FIXED:
         old, new = before.model_dump(mode="json")[section], now.model_dump(mode="json")[section]
-        if section == "data":
-            old, new = (
-                {k: v for k, v in d.items() if k not in {"threads", "prefetch", "max_bad_fraction"}} for d in (old, new)
-            )
+        free = CHANGEABLE.get(section, frozenset())
+        old, new = ({k: v for k, v in d.items() if k not in free} if free else d for d in (old, new))
         if old != new:
             field, was, found = first_difference(section, old, new)
             raise ConfigError(

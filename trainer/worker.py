@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from cluster import storage
 from cluster.telemetry import Exporter
@@ -27,7 +28,7 @@ from trainer.config import TrainConfig
 from trainer.engine import MOMENTS, Engine
 from trainer.loop import Loop, step_seed
 from trainer.record import Recorder
-from trainer.run import TELEMETRY
+from trainer.run import TELEMETRY, first_difference
 from trainer.tasks.base import Task, make_task
 
 
@@ -54,6 +55,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         self.task: Task = make_task(config)
         module = self.task.build()
         if checkpoint:
+            self._check_network(checkpoint, module)
             load_weights(module, checkpoint)
         self.task.prepare(device)
         if checkpoint and checkpoint.frozen != self.task.frozen_fingerprint():
@@ -135,6 +137,16 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
                 "start a new run from its weights with model.weights"
             )
         return loader
+
+    def _check_network(self, checkpoint: Checkpoint, module: nn.Module) -> None:
+        """The file that `model.weights` names may have changed since: same tensors, another function."""
+        saved, built = checkpoint.network, self.task.network_record(module)
+        if saved is not None and built is not None and dict(saved) != built:
+            field, was, found = first_difference("network", dict(saved), built)
+            raise CheckpointError(
+                f"{checkpoint.path}: {field} was {was!r}, but model.preset or model.weights now gives {found!r}; "
+                "restore what they were"
+            )
 
     def run(self) -> str | None:
         """Train to the end or to an agreed stop, then export. Returns the reason of a stop."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from launcher.cli import build_app
 from launcher.errors import run_main
 from model import DepthAnything
+from model.files import write_safetensors
 from model.save import record_of
 from model.weights import official_state
 from trainer.checkpoint import TrainState, save_checkpoint
@@ -100,6 +104,36 @@ def test_a_training_checkpoint_and_its_averaged_weights(fathom: Run, tmp_path: P
     assert status == 2 and "no averaged weights (EMA)" in err and not (tmp_path / "e").exists()
 
 
+def test_options_reach_the_file_that_is_written(fathom: Run, tmp_path: Path) -> None:
+    net, averaged = network(), network(seed=1)
+    state = TrainState(step=3, applied_steps=3, cursor={})
+    path = Path(
+        save_checkpoint(str(tmp_path), state, net.state_dict(), {}, keep=1, network=record_of(net.preset))
+    )  # fmt: skip
+    write_safetensors(str(path / "ema.safetensors"), averaged.state_dict())
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["ema.safetensors"] = hashlib.sha256((path / "ema.safetensors").read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    options = ("--position-mode", "exact", "--ema", "--dtype", "bfloat16", "--fusion", "even")
+    for layout, out in (("official", "w.safetensors"), ("huggingface", "hf")):
+        assert fathom("export", str(path), "--layout", layout, "--out", out, *options)[0] == 0
+        told = json.loads(fathom("show", out, "--json")[1])
+        assert (told["position_mode"], told["fusion"], told["dtypes"]) == ("exact", "even", ["bfloat16"])
+        again = DepthAnything.from_pretrained(tmp_path / out)
+        expected = {k: v.bfloat16().float() for k, v in averaged.state_dict().items()}
+        assert all(torch.equal(v, expected[k]) for k, v in again.state_dict().items())
+
+
+def test_show_does_not_vouch_for_changed_weights(fathom: Run, tmp_path: Path) -> None:
+    network().save_pretrained(tmp_path / "w")
+    tensors = load_file(tmp_path / "w" / "model.safetensors")
+    tensors["pretrained.norm.bias"] += 1
+    write_safetensors(str(tmp_path / "w" / "model.safetensors"), tensors)
+    for verb in (("show", "w"), ("import", "w", "--out", "x")):
+        status, _, err = fathom(*verb)
+        assert status == 2 and "do not match the fingerprint" in err and "fingerprint " not in fathom("show", "w")[1]
+
+
 def test_exceptions_are_named_one_by_one(fathom: Run, tmp_path: Path) -> None:
     state = official_state(network("tiny"))
     del state["depth_head.scratch.output_conv1.bias"]
@@ -119,6 +153,9 @@ def test_exceptions_are_named_one_by_one(fathom: Run, tmp_path: Path) -> None:
         (("show", "t", "--position-mode", "nearest"), "official or exact"),
         (("export", "t", "--layout", "caffe", "--out", "x"), "one of huggingface, official"),
         (("export", "t", "--layout", "onnx", "--out", "x.pth"), "must end with .onnx"),
+        (("export", "t", "--fusion", "odd", "--out", "x.pth"), "interpolate or even"),
+        (("export", "t", "--out", ""), "name a file or folder"),
+        (("show", "pipe"), "no regular file"),
         (("export", "t", "--dtype", "int8", "--out", "x.pth"), "one of float32, float16, bfloat16"),
         (("export", "t", "--layout", "onnx", "--dtype", "float16", "--out", "x.onnx"), "written in float32"),
         (("export", "t", "--layout", "huggingface", "--out", "x"), "head_stride"),
@@ -134,6 +171,7 @@ def test_wrong_input_is_one_line_and_status_2(
 ) -> None:
     network("tiny").save_pretrained(tmp_path / "t")
     (tmp_path / "there.pth").write_bytes(b"mine")
+    os.mkfifo(tmp_path / "pipe")
     status, out, err = fathom(*arguments)
     assert (status, out) == (2, "") and says in err and len(err.splitlines()) == 1
     assert (tmp_path / "there.pth").read_bytes() == b"mine" and not (tmp_path / "x").exists()

@@ -267,3 +267,20 @@ def test_importing_the_room_imports_no_torch() -> None:
 def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(WeightsError, match=r"v2-vist.*v2-vits"):
         DepthAnything.from_preset("v2-vist")
+
+
+def test_the_decoder_runs_channels_last_and_its_head_in_float32() -> None:
+    """Where the time goes on a CPU, and what a bfloat16 map would lose: it has 256 levels between two powers of two."""
+    net = loud("tiny-swiglu").eval()
+    formats = []
+    for module in (net.depth_head.projects, net.depth_head.scratch):
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Conv2d) and layer.out_channels > 1:
+                layer.register_forward_hook(
+                    lambda _module, _inputs, out: formats.append(out.is_contiguous(memory_format=torch.channels_last))
+                )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        map_BHW = net(torch.randn(2, 3, 112, 140)).disparity_BHW
+    assert len(formats) >= 20 and all(formats)
+    assert map_BHW.dtype == torch.float32 and not torch.equal(map_BHW.bfloat16().float(), map_BHW)
+    assert (map_BHW.bfloat16().float() != map_BHW).float().mean() > 0.9

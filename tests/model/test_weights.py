@@ -14,7 +14,7 @@ import torch
 from model import PRESETS, DepthAnything, Encoder, Preset, WeightsError
 from model.files import write_safetensors
 from model.save import save_encoder
-from model.weights import official_state
+from model.weights import fingerprint, official_state
 
 SWIGLU = replace(PRESETS["tiny"], name="tiny-swiglu", ffn="swiglu")
 
@@ -138,6 +138,10 @@ def test_the_fingerprint_knows_tensors_and_what_they_cannot_say() -> None:
     net.depth_head.scratch.output_conv1.bias.data[0] += 1e-6
     prints.add(net.fingerprint())
     assert len(prints) == 5
+    tensors = official(net)
+    indoor, outdoor = (PRESETS[f"tiny-metric-{place}"] for place in ("indoor", "outdoor"))
+    variants = [indoor, outdoor, replace(indoor, position_mode="exact"), replace(indoor, fusion="even")]
+    assert len({fingerprint(tensors, preset) for preset in variants}) == 4
     before = net.fingerprint()
     net.pretrained.mask_token.data += 1  # nothing reads it, and some formats drop it
     assert net.fingerprint() == before and net.bfloat16().float().fingerprint() != before
@@ -207,7 +211,7 @@ def test_a_file_of_another_size_says_which(tmp_path: Path) -> None:
     torch.save({k: torch.zeros(1).expand(s) for k, s in shapes.items()}, tmp_path / "s.pth")
     message = refusal(tmp_path / "s.pth", "v2-vitb")
     assert "this file fits preset v1-vits, v2-vits" in message and "v2-vitb:" in message and "..." in message
-    assert "pass preset=, one of v1-vits, v2-vits, " in refusal(tmp_path / "s.pth", None)
+    assert "one of v1-vits, v2-vits, " in refusal(tmp_path / "s.pth", None)
 
 
 def test_an_encoder_is_no_network_and_registers_are_refused(tmp_path: Path) -> None:

@@ -97,20 +97,22 @@ class DepthTask(Task):
     """A task whose network is a DepthAnything with the relative head; it starts from the files of `model:`."""
 
     def build(self) -> nn.Module:
-        mode = self.model.position_mode
+        chosen = self.model.model_dump(include={"position_mode", "readout", "fusion"}, exclude_none=True)
+        preset = replace(get_preset(self.model.preset), **chosen)
         if self.model.weights:
-            network = DepthAnything.from_pretrained(self.model.weights, preset=self.model.preset, position_mode=mode)
+            network = DepthAnything.from_pretrained(
+                self.model.weights, self.model.preset, position_mode=self.model.position_mode, fusion=self.model.fusion
+            )
+            if self.model.readout not in (None, network.preset.readout):
+                raise ConfigError(
+                    f"model.readout: is {self.model.readout!r}, but {self.model.weights} has "
+                    f"{network.preset.readout!r}; leave it out"
+                )
         else:
-            network = self.fresh(self.model.encoder_weights)
+            network = DepthAnything.from_preset(preset, encoder_weights=self.model.encoder_weights)
         network.set_activation_checkpointing(self.model.activation_checkpointing)
+        self.preset = network.preset  # a frozen encoder beside it resizes its position embeddings in the same way
         return network
-
-    def fresh(self, encoder_weights: str | None) -> DepthAnything:
-        """A network of the configuration's preset whose encoder is a file's, or random."""
-        preset = get_preset(self.model.preset)
-        if self.model.position_mode is not None:
-            preset = replace(preset, position_mode=self.model.position_mode)
-        return DepthAnything.from_preset(preset, encoder_weights=encoder_weights)
 
     def network_record(self, module: nn.Module) -> dict[str, Any] | None:
         assert isinstance(module, DepthAnything)

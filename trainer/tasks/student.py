@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dataio.spec import RoleNeeds
 from dataio.types import Batch
+from model import Encoder
 from trainer.checkpoint import fingerprint
 from trainer.config import ConfigError, ModelSection, Section
 from trainer.losses import feature_alignment_loss, regional_affine_invariant_loss
@@ -68,8 +69,9 @@ class TrainingTask(DepthTask):
 
     def prepare(self, device: torch.device) -> None:
         if self.opt.feature_weight > 0:
-            self.frozen = self.fresh(self._frozen_file).pretrained.to(device).eval().requires_grad_(False)
-            self._fingerprint = fingerprint(self.frozen.state_dict())
+            frozen = Encoder.from_preset(self.preset, encoder_weights=self._frozen_file)
+            self.frozen = frozen.to(device).eval().requires_grad_(False)
+            self._fingerprint = f"{fingerprint(self.frozen.state_dict())}-{self.preset.position_mode}"
 
     @property
     def term_weights(self) -> dict[str, float]:
