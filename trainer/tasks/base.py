@@ -96,9 +96,13 @@ class Task(abc.ABC):
 class DepthTask(Task):
     """A task whose network is a DepthAnything with the relative head; it starts from the files of `model:`."""
 
+    def __init__(self, options: BaseModel, model: ModelSection) -> None:
+        super().__init__(options, model)
+        chosen = model.model_dump(include={"position_mode", "readout", "fusion"}, exclude_none=True)
+        # Of the network; `build` puts that of the weights here. A frozen encoder beside it is of the same.
+        self.preset = replace(get_preset(model.preset), **chosen)
+
     def build(self) -> nn.Module:
-        chosen = self.model.model_dump(include={"position_mode", "readout", "fusion"}, exclude_none=True)
-        preset = replace(get_preset(self.model.preset), **chosen)
         if self.model.weights:
             network = DepthAnything.from_pretrained(
                 self.model.weights, self.model.preset, position_mode=self.model.position_mode, fusion=self.model.fusion
@@ -109,9 +113,9 @@ class DepthTask(Task):
                     f"{network.preset.readout!r}; leave it out"
                 )
         else:
-            network = DepthAnything.from_preset(preset, encoder_weights=self.model.encoder_weights)
+            network = DepthAnything.from_preset(self.preset, encoder_weights=self.model.encoder_weights)
         network.set_activation_checkpointing(self.model.activation_checkpointing)
-        self.preset = network.preset  # a frozen encoder beside it resizes its position embeddings in the same way
+        self.preset = network.preset
         return network
 
     def network_record(self, module: nn.Module) -> dict[str, Any] | None:
