@@ -1,21 +1,27 @@
 """Public loss operators: arguments are checked here, then a backend computes.
 
-Only the backend "reference" (`kernels.reference`, the specification) is offered so far; "auto" chooses it.
+Backends: "triton" for CUDA, "cpu" (NumPy), and "reference" (`kernels.reference`, plain PyTorch, the specification).
+"auto" chooses by device: "triton" for CUDA, "cpu" elsewhere; "reference" for what the fused ones do not do: more than
+eight regions, and on CUDA float64 or a machine without Triton.
 
 Shape suffixes: B batch, H W pixels, G regions, N tokens, D width.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.codes import FUSED_REGIONS
 
-BACKENDS = ("reference",)
+BACKENDS = ("triton", "cpu", "reference")
 MAX_REGIONS = 255
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def affine_invariant_loss(
@@ -43,7 +49,7 @@ def affine_invariant_loss(
             residuals; t and s still see all pixels. Ties at the threshold share what is kept of them. The mean is over
             the kept pixels (MiDaS divides by all of them instead). Counted in millionths.
         target_stats: (t_BG, s_BG) of the target, as `region_median_mad` returns them; constants.
-        backend: "auto" or "reference".
+        backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         loss_BG, float32 (float64 if an input is). An empty region gives loss 0 and gradient 0; so does a degenerate one
@@ -51,17 +57,29 @@ def affine_invariant_loss(
         is not finite, whatever is trimmed. Pixels tied with the median share its gradient evenly.
 
     Raises:
-        ValueError: shapes, dtypes, devices, labels, trim or backend are not as above.
+        ValueError: shapes, dtypes, devices, labels, trim or backend are not as above. A label above num_regions is one
+            too, but on CUDA, where looking would mean waiting: there the sample's losses are NaN.
 
     Source: Depth Anything V1 (arXiv 2401.10891), eq. 1-3, regions eq. 5-8; trimming: V2 (arXiv 2406.09414), sec. 5.2.
     """
-    _check_backend(backend)
     _check_maps(region_BHW, num_regions, pred_BHW=pred_BHW, target_BHW=target_BHW)
     if not 0.0 <= trim < 1.0:
         raise ValueError(f"trim must be in [0, 1), got {trim}")
     if target_stats is not None:
         _check_target_stats(target_stats, (pred_BHW.shape[0], num_regions), pred_BHW.device)
-    return reference.affine_invariant_loss(pred_BHW, target_BHW, region_BHW, num_regions, trim, target_stats)
+    backend = _choose(backend, num_regions, pred_BHW, target_BHW)
+    if backend == "reference":
+        _check_labels(region_BHW, num_regions)
+        return reference.affine_invariant_loss(pred_BHW, target_BHW, region_BHW, num_regions, trim, target_stats)
+    from kernels import ops
+
+    dtype = reference.compute_dtype(pred_BHW, target_BHW)
+    median_BG, mad_BG = (None, None) if target_stats is None else (s.detach().to(dtype) for s in target_stats)
+    pred_BP, target_BP, label_BP = _rows(pred_BHW), _rows(target_BHW.detach()), _label_rows(region_BHW)
+    loss_BG: Tensor = ops.affine_invariant(
+        pred_BP, target_BP, label_BP, num_regions, float(trim), median_BG, mad_BG, backend
+    )[0]
+    return loss_BG
 
 
 def region_median_mad(
@@ -82,9 +100,15 @@ def region_median_mad(
 
     Source: Depth Anything V1 (arXiv 2401.10891), eq. 2.
     """
-    _check_backend(backend)
     _check_maps(region_BHW, num_regions, x_BHW=x_BHW)
-    return reference.region_median_mad(x_BHW, region_BHW, num_regions)
+    backend = _choose(backend, num_regions, x_BHW)
+    if backend == "reference":
+        _check_labels(region_BHW, num_regions)
+        return reference.region_median_mad(x_BHW, region_BHW, num_regions)
+    from kernels import ops
+
+    median_BG, mad_BG, _, _ = ops.region_stats(_rows(x_BHW), _label_rows(region_BHW), num_regions, backend)
+    return median_BG, mad_BG
 
 
 @overload
@@ -129,7 +153,7 @@ def cosine_margin_loss(
         token_mask_BN: bool, True for tokens to look at; the others have no influence, whatever they hold. None: all.
         reduction: "mean" is over all kept tokens of the call (0 if none is kept); "sum_count" leaves the division to
             the caller, who knows the other ranks.
-        backend: "auto" or "reference".
+        backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         "mean": a scalar. "sum_count": (sum_B, count_B), per sample. float32 (float64 if an input is). A token whose
@@ -140,7 +164,6 @@ def cosine_margin_loss(
 
     Source: Depth Anything V1 (arXiv 2401.10891), eq. 9, read as its author corrects it (repository, issue 80).
     """
-    _check_backend(backend)
     _check_floating(3, "[B, N, D]", student_BND=student_BND, frozen_BND=frozen_BND)
     if not -1.0 < alpha <= 1.0:
         raise ValueError(f"alpha must be in (-1, 1], got {alpha}")
@@ -149,17 +172,57 @@ def cosine_margin_loss(
     if token_mask_BN is not None:
         wanted = (torch.bool, student_BND.shape[:2], student_BND.device)
         _check_like("token_mask_BN", token_mask_BN, wanted)
-    sum_B, count_B = reference.cosine_margin_loss(student_BND, frozen_BND, alpha, token_mask_BN)
+    backend = _choose(backend, 1, student_BND, frozen_BND)
+    if backend == "reference":
+        sum_B, count_B = reference.cosine_margin_loss(student_BND, frozen_BND, alpha, token_mask_BN)
+    else:
+        from kernels import ops
+
+        pair = student_BND.contiguous(), frozen_BND.detach().contiguous()
+        sum_B, count_B, _ = ops.cosine_margin(*pair, float(alpha), token_mask_BN, backend)
     if reduction == "sum_count":
         return sum_B, count_B
     return sum_B.sum() / count_B.sum().clamp(min=1.0)
 
 
-def _check_backend(backend: str) -> None:
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(
-            f"backend {backend!r} is not available here; available: 'auto', {', '.join(map(repr, BACKENDS))}"
-        )
+def _choose(backend: str, num_regions: int, *tensors: Tensor) -> str:
+    """The backend to use. Raises ValueError for one that is unknown or cannot do this."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {backend!r}; there are 'auto', {', '.join(map(repr, BACKENDS))}")
+    device = tensors[0].device.type
+    problems = {
+        "triton": _triton_problem(device, num_regions, tensors),
+        "cpu": _fused_problem(num_regions) or (None if device in ("cpu", "meta") else f"the tensors are on {device}"),
+        "reference": None,
+    }
+    if backend == "auto":
+        return next(name for name in (("triton", "reference") if device == "cuda" else ("cpu", "reference"))
+                    if problems[name] is None)  # fmt: skip
+    if problems[backend] is not None:
+        raise ValueError(f"backend {backend!r} cannot do this: {problems[backend]}; use 'auto'")
+    return backend
+
+
+def _fused_problem(num_regions: int) -> str | None:
+    return None if num_regions <= FUSED_REGIONS else f"num_regions is {num_regions}, at most {FUSED_REGIONS} here"
+
+
+def _triton_problem(device: str, num_regions: int, tensors: tuple[Tensor, ...]) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if device not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device}, not on a GPU"
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "float64"
+    return _fused_problem(num_regions)
+
+
+def _rows(x_BHW: Tensor) -> Tensor:
+    return x_BHW.flatten(1).contiguous()
+
+
+def _label_rows(region_BHW: Tensor | None) -> Tensor | None:
+    return None if region_BHW is None else _rows(region_BHW.to(torch.uint8))
 
 
 def _check_maps(region_BHW: Tensor | None, num_regions: int, **maps: Tensor) -> None:
@@ -171,7 +234,11 @@ def _check_maps(region_BHW: Tensor | None, num_regions: int, **maps: Tensor) -> 
     first = next(iter(maps.values()))
     dtype = torch.bool if region_BHW.dtype == torch.bool else torch.uint8
     _check_like("region_BHW", region_BHW, (dtype, first.shape, first.device))
-    if region_BHW.numel() and int(region_BHW.max()) > num_regions:
+
+
+def _check_labels(region_BHW: Tensor | None, num_regions: int) -> None:
+    """The fused backends look at labels themselves: on a GPU without waiting for it."""
+    if region_BHW is not None and region_BHW.numel() and int(region_BHW.max()) > num_regions:
         raise ValueError(f"region_BHW holds label {int(region_BHW.max())}, but num_regions is {num_regions}")
 
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cosine_margin_loss
+from tests.kernels.backends import on_each_backend
+
+backend, run = on_each_backend()
+cosine_margin_loss = run("cosine_margin_loss")
 
 
 def features(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

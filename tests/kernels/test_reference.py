@@ -1,4 +1,4 @@
-"""The specification against formulas written down a second time, and against what they imply.
+"""The affine-invariant loss against formulas written down a second time, and what they imply, on each backend.
 
 Shape suffixes: B batch, H W pixels, G regions, N tokens, D width.
 """
@@ -14,10 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import affine_invariant_loss, cosine_margin_loss, region_median_mad
 from kernels.reference import trimmed_count
+from tests.kernels.backends import on_each_backend
 
 INF, NAN = math.inf, math.nan
+
+backend, run = on_each_backend()
+affine_invariant_loss, region_median_mad = run("affine_invariant_loss"), run("region_median_mad")
+cosine_margin_loss = run("cosine_margin_loss")
 
 
 def maps(seed: int, shape: tuple[int, int, int] = (3, 7, 9), regions: int = 2, dtype: torch.dtype = torch.float32):

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Every test and benchmark that needs an NVIDIA GPU, in less than nine minutes, from the root of the repository:
+#
+#   benchmarks/gpu.sh [WHAT PYTEST IS GIVEN, default: tests]
+#
+# PYTHON is the interpreter (default .venv/bin/python, else python3), RESULTS the folder for logs and the plot (default: a
+# new one). Exit status 3: there is no GPU; 1: a test failed or a benchmark broke. A benchmark that runs out of time is
+# cut off and says so, which is no failure.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 2
+
+LIMIT_S=525 # for everything
+TESTS_S=200
+MODEL_S=90
+
+[ -x .venv/bin/python ] && default=.venv/bin/python || default=python3
+PYTHON=${PYTHON:-$default}
+
+if ! hardware=$("$PYTHON" -c 'import torch; torch.cuda.init(); print(torch.cuda.get_device_name())' 2>/dev/null); then
+    echo "no NVIDIA GPU that torch can use here ($PYTHON): nothing was run"
+    exit 3
+fi
+RESULTS=${RESULTS:-$(mktemp -d -t gpu-XXXXXX)}
+mkdir -p "$RESULTS" || exit 2
+export PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
+"$PYTHON" -c 'import torch, triton; print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton.__version__}")'
+echo "$hardware; results in $RESULTS"
+
+rows=()
+failed=0
+
+step() { # NAME SECONDS COMMAND...: runs it for at most so long, and remembers how it went
+    local name=$1 limit=$2 begun=$SECONDS status result
+    shift 2
+    echo
+    echo "## $name"
+    timeout -k 10 "$limit" "$@" 2>&1 | tee "$RESULTS/$name.log"
+    status=${PIPESTATUS[0]}
+    case $status in
+        0) result=passed ;;
+        124 | 137) result="cut off after $limit s" ;;
+        *) result="FAILED with status $status" ;;
+    esac
+    # Tests that do not end are tests that failed.
+    if [ "$status" != 0 ] && { [ "$result" != "cut off after $limit s" ] || [ "$name" = tests ]; }; then failed=1; fi
+    rows+=("| $name | $result | $((SECONDS - begun)) |")
+}
+
+# By convention every test that is skipped without a GPU has the marker.
+step tests "$TESTS_S" "$PYTHON" -m pytest -m gpu -q --durations=10 -p no:cacheprovider "${@:-tests}"
+step bench_model "$MODEL_S" "$PYTHON" benchmarks/bench_model.py --device cuda --batch 8 --repeats 15
+left=$((LIMIT_S - SECONDS))
+# The last case that is begun must have time to end.
+step bench_kernels "$left" "$PYTHON" benchmarks/bench_kernels.py --device cuda --case-s 5 --limit-s $((left - 50)) \
+    --plot "$RESULTS/bench_kernels.png"
+
+echo
+echo "## $hardware"
+echo
+echo "| | result | s |"
+echo "|---|---|---|"
+printf '%s\n' "${rows[@]}"
+exit "$failed"

@@ -1,0 +1,185 @@
+"""The CPU backend at the sizes of training, and the operators as torch.compile, meta tensors and autograd see them.
+
+Shape suffixes: B batch, H W pixels, P pixels of one sample, G regions, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import affine_invariant_loss, cosine_margin_loss, cpu, ops, region_median_mad
+from kernels.codes import CODES, FUSED_REGIONS, STATES
+
+SHAPE = (3, 126, 154)
+
+
+def maps(seed: int = 0, regions: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """A prediction behind a ReLU, a target, labels 0..regions."""
+    g = torch.Generator().manual_seed(seed)
+    target_BHW = torch.rand(SHAPE, generator=g)
+    pred_BHW = (target_BHW + 0.3 * torch.randn(SHAPE, generator=g)).relu()
+    return pred_BHW, target_BHW, torch.randint(0, regions + 1, SHAPE, generator=g, dtype=torch.uint8)
+
+
+def features(seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    frozen_BND = torch.randn(3, 70, 96, generator=g)
+    noise_BN1 = torch.linspace(0.05, 2, 70).view(1, 70, 1)
+    return frozen_BND + noise_BN1 * torch.randn(3, 70, 96, generator=g), frozen_BND
+
+
+def test_codes_fit_a_byte() -> None:
+    assert CODES == 1 + STATES * FUSED_REGIONS <= 256
+
+
+@pytest.mark.parametrize("regions", [1, 2, FUSED_REGIONS])
+@pytest.mark.parametrize("trim", [0.0, 0.1, 0.5])
+def test_value_and_gradient_are_the_references_in_float64(regions: int, trim: float) -> None:
+    pred, target, labels = maps(regions, regions)
+    upstream_BG = torch.rand(len(pred), regions, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    results = []
+    for dtype, backend in ((torch.float32, "cpu"), (torch.float64, "reference")):
+        x = pred.detach().to(dtype).requires_grad_()
+        loss_BG = affine_invariant_loss(x, target.to(dtype), labels, regions, trim, backend=backend)
+        (loss_BG * upstream_BG).sum().backward()
+        results.append((loss_BG.detach().double(), x.grad.double()))
+    (loss, gradient), (exact_loss, exact_gradient) = results
+    torch.testing.assert_close(loss, exact_loss, rtol=1e-6, atol=0)
+    # Where |e| is rounding, its sign is too; and at the median or at the trimming threshold float32 has other ties.
+    off = (gradient - exact_gradient).abs() > 1e-4 * exact_gradient.abs().max()
+    assert off.double().mean() <= 2e-4
+    same = ~off
+    assert (gradient - exact_gradient)[same].abs().max() <= 2e-6 * exact_gradient.abs().max()
+
+
+def test_float64_is_exact_to_rounding() -> None:
+    pred, target, labels = (x.double() if x.is_floating_point() else x for x in maps())
+    found = []
+    for backend in ("cpu", "reference"):
+        x = pred.clone().requires_grad_()
+        affine_invariant_loss(x, target, labels, 2, 0.2, backend=backend).sum().backward()
+        found.append(x.grad)
+    assert found[0].dtype == torch.float64
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.45, 0.499, 0.55, 0.95, 1.0])
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_selection_is_exact_whatever_is_crowded(share: float, value: float) -> None:
+    x_P = np.random.default_rng(3).random(50_001, np.float32)
+    x_P[np.random.default_rng(4).random(x_P.size) < share] = value
+    scratch = cpu._Scratch(x_P.size, x_P.dtype)
+    for k in (0, 1, 25_000, 50_000):
+        assert cpu._kth(x_P, k, scratch) == np.sort(x_P)[k]
+
+
+def test_threads_and_repetition_do_not_change_a_bit() -> None:
+    pred, target, labels = maps()
+    student, frozen = features()
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3, 3):
+            torch.set_num_threads(threads)
+            x, s = pred.clone().requires_grad_(), student.clone().requires_grad_()
+            loss_BG = affine_invariant_loss(x, target, labels, 2, 0.1, backend="cpu")
+            (loss_BG.sum() + cosine_margin_loss(s, frozen, backend="cpu")).backward()
+            results.append((loss_BG.detach(), x.grad, s.grad))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_one_byte_per_pixel_is_kept() -> None:
+    pred, target, labels = maps()
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        affine_invariant_loss(pred.requires_grad_(), target, labels, 2, 0.1)
+    small = sum(t.numel() * t.element_size() for t in kept if t.dtype != torch.uint8)
+    assert sum(t.numel() * t.element_size() for t in kept) - small == pred.numel() and small <= 4 * 4 * 2 * len(pred)
+
+
+def test_dropped_tokens_get_no_gradient_and_hold_anything() -> None:
+    student, frozen = features()
+    mask = torch.ones(3, 70, dtype=torch.bool)
+    mask[:, ::2] = False
+    wild = student.clone()
+    wild[:, ::2] = float("nan")
+    gradients = []
+    for s in (student.clone().requires_grad_(), wild.requires_grad_()):
+        cosine_margin_loss(s, frozen, 0.85, mask, backend="cpu").backward()
+        gradients.append(s.grad)
+    assert torch.equal(gradients[0], gradients[1]) and not gradients[0][:, ::2].any()
+
+
+# --- as operators -------------------------------------------------------------------------------------------------
+
+
+PRED, TARGET, LABELS = maps()
+STUDENT, FROZEN = features()
+
+
+def affine(x: Tensor, s: Tensor) -> Tensor:
+    return affine_invariant_loss(x, TARGET.to(x.device), LABELS.to(x.device), 2, 0.1).sum()
+
+
+def stats(x: Tensor, s: Tensor) -> Tensor:
+    median_BG, mad_BG = region_median_mad(x, LABELS.to(x.device), 2)
+    return (median_BG * mad_BG).sum()
+
+
+def cosine(x: Tensor, s: Tensor) -> Tensor:
+    sum_B, count_B = cosine_margin_loss(s, FROZEN.to(s.device), reduction="sum_count")
+    return (sum_B / count_B.clamp(min=1)).sum()
+
+
+@pytest.mark.parametrize("operator", [affine, stats, cosine])
+def test_compiles_in_one_graph_with_the_same_gradient(operator: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch._dynamo.reset()
+    found = []
+    for run in (operator, torch.compile(operator, fullgraph=True, backend="aot_eager")):
+        x, s = (t.clone().requires_grad_() for t in (PRED, STUDENT))
+        value = run(x, s)
+        value.backward()
+        found.append((value.detach(), x.grad if x.grad is not None else s.grad))
+    torch._dynamo.reset()
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("operator", [affine, stats, cosine])
+def test_meta_tensors_have_shapes_and_gradients(operator: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x, s = (t.to("meta").requires_grad_() for t in (PRED, STUDENT))
+    value = operator(x, s)
+    value.backward()
+    assert value.device.type == "meta" and value.shape == ()
+    assert (s if operator is cosine else x).grad.shape == (s if operator is cosine else x).shape
+
+
+def test_the_registrations_are_sound() -> None:
+    pred, target, labels = (t.flatten(1) for t in maps())
+    student, frozen = features()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    x = pred.requires_grad_()
+    torch.library.opcheck(ops.affine_invariant, (x, target, labels, 2, 0.1, None, None, "cpu"), test_utils=checks)
+    torch.library.opcheck(ops.region_stats, (x, labels, 2, "cpu"), test_utils=checks)
+    torch.library.opcheck(
+        ops.cosine_margin, (student.requires_grad_(), frozen, 0.85, None, "cpu"), test_utils=checks
+    )  # fmt: skip
+
+
+def test_labels_too_large_are_refused_in_a_compiled_graph_too() -> None:
+    torch._dynamo.reset()
+    loss = torch.compile(affine_invariant_loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="label 2, but num_regions is 1"):
+        loss(PRED, TARGET, LABELS, 1)
+    torch._dynamo.reset()

@@ -1,0 +1,122 @@
+"""What the machine code of the affine-invariant loss must hold, for every GPU: see `tests.kernels.aot`."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from kernels import triton_common, triton_radix
+from tests.kernels.aot import CAPABILITIES, Build, Facts, compile_kernels
+
+REGISTERS = 128
+PASSES = (0, 1, 2)
+KERNELS = (*(f"median {p}" for p in PASSES), *(f"trim {p}" for p in PASSES), "loss", "trimmed loss", "sign", "backward")
+SOME = tuple(kernel for kernel in KERNELS if kernel not in ("sign", "backward"))
+# Type of the maps, regions, and how many neighbouring pixels are aligned: P = 518 * 518 is a multiple of 4, not of 8.
+CONFIGURATIONS = {
+    ("*fp32", 1, 4): KERNELS,
+    ("*fp32", 2, 4): SOME,
+    ("*fp32", 8, 4): ("median 0", "median 2", "trim 1", "loss", "trimmed loss"),
+    ("*fp32", 1, 1): ("median 2", "loss"),
+    ("*bf16", 1, 8): KERNELS,
+    ("*bf16", 2, 8): SOME,
+    ("*bf16", 1, 4): ("median 2", "loss"),
+}
+WARP, QUAD_BYTES, CTAS = 32, 16, 16
+INTEGERS = dict.fromkeys(triton_radix.INTEGERS, "i32")
+NORMS = {
+    **dict.fromkeys(("pred_median", "pred_mad", "target_median", "target_mad"), "*fp32"),
+    **dict.fromkeys(("pred_stride", "target_stride"), "i32"),
+}
+
+
+def select_build(capability: int, type_: str, regions: int, vector: int, kernel: str) -> Build:
+    """A pass of the median or of trimming, as it is launched."""
+    name, number = kernel.split()
+    constants = {"VECTOR": vector, "BLOCK": triton_radix.block(regions), "PASS": int(number)}
+    arguments = {"label": "*u8", "hist": "*i32", "ticket": "*i32", "state": "*i32", **INTEGERS}
+    if name == "median":
+        constants["CTAS"] = CTAS
+        arguments |= {"first": type_, "second": type_, "rest": "*fp32", "median": "*fp32", "mad": "*fp32"}
+    else:
+        arguments |= {"pred": type_, "target": type_, **NORMS, "cut": "*fp32", "units": "i32"}
+    module = "kernels.triton_select" if name == "median" else "kernels.triton_trim"
+    constants |= triton_radix.sizes(regions)
+    options = {} if name == "median" else triton_common.EXACT
+    warps = triton_radix.warps(regions)
+    return Build(module, f"_{name}_pass", arguments, constants, capability, warps, options=options)
+
+
+def pixel_build(capability: int, type_: str, regions: int, vector: int, kernel: str) -> Build:
+    """A kernel that runs over pixels once, as it is launched."""
+    tuning = triton_common.TUNING
+    constants = {"VECTOR": vector, "G": regions}
+    name, options = kernel, {}
+    constants["BLOCK"] = tuning.loss_block if regions <= 2 else tuning.region_loss_block
+    arguments = {"label": "*u8", "state": "*i32", "code": "*u8", **INTEGERS}
+    if kernel == "backward":
+        arguments = {"grad_loss": "*fp32", "code": "*u8", "terms": "*fp32", "grad": type_}
+        arguments |= {"blocks": "i32", "groups": "i32"}
+        constants["BLOCK"] = tuning.backward_block
+    elif kernel == "sign":
+        arguments |= {"x": type_, "ticket": "*i32"}
+        arguments |= dict.fromkeys(("median", "mad", "median_out", "mad_out", "shares"), "*fp32")
+    else:
+        name, options = "loss", triton_common.EXACT
+        arguments |= {"pred": type_, "target": type_, **NORMS, "state_stride": "i32"}
+        arguments |= {"partial": "*fp32", "ticket": "*i32", "loss": "*fp32", "terms": "*fp32"}
+        constants["CTAS"] = CTAS
+        if kernel == "loss":
+            constants["cut"] = None
+        else:
+            arguments["cut"] = "*fp32"
+    module = "kernels.triton_stats" if kernel == "sign" else "kernels.triton_affine"
+    return Build(module, f"_{name}_kernel", arguments, constants, capability, 8, options=options)
+
+
+def selects(kernel: str) -> bool:
+    return kernel.startswith(("median", "trim "))
+
+
+def build(capability: int, type_: str, regions: int, vector: int, kernel: str) -> Build:
+    make = select_build if selects(kernel) else pixel_build
+    return make(capability, type_, regions, vector, kernel)
+
+
+@cache
+def facts(capability: int) -> dict[tuple[str, int, int], dict[str, Facts]]:
+    """By type, regions and vector, of every kernel: all that is compiled for one GPU, in one process."""
+    keys = [(key, kernel) for key, kernels in CONFIGURATIONS.items() for kernel in kernels]
+    found = compile_kernels([build(capability, *key, kernel) for key, kernel in keys])
+    sorted_out: dict[tuple[str, int, int], dict[str, Facts]] = {key: {} for key in CONFIGURATIONS}
+    for (key, kernel), one in zip(keys, found, strict=True):
+        sorted_out[key][kernel] = one
+    return sorted_out
+
+
+def vector_loads(made: Build, type_: str) -> int:
+    """Loads of 16 bytes by a thread: of a step's pixels of one map (median, sign) or two, and of the counts' sums."""
+    threads = WARP * made.num_warps
+    steps = int(made.constants["BLOCK"] or 0) * (4 if type_ == "*fp32" else 2) // (threads * QUAD_BYTES)
+    if made.kernel not in ("_median_pass", "_sign_kernel"):
+        steps *= 2
+    bins = {None: 0, 2: 1024}.get(made.constants.get("PASS"), 2048)
+    return steps + bins * 4 // (threads * QUAD_BYTES)
+
+
+@pytest.mark.parametrize("key", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_gates(capability: int, key: tuple[str, int, int]) -> None:
+    type_, regions, vector = key
+    for kernel, found in facts(capability)[key].items():
+        assert found.spills == found.stack_bytes == 0, kernel
+        assert regions > 2 or found.registers <= REGISTERS, kernel
+        assert not selects(kernel) or found.aggregated_atomics > 0, kernel
+        if vector * (4 if type_ == "*fp32" else 2) < QUAD_BYTES:
+            continue  # rows are not aligned to 16 bytes
+        if kernel == "backward":
+            assert found.vector_stores > 0 and found.vector_stores == found.count("STG")
+        else:
+            made = build(capability, *key, kernel)
+            assert found.vector_loads >= vector_loads(made, type_) > 0, kernel
