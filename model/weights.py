@@ -167,8 +167,10 @@ def _choose(source: Source, preset: str | Preset | None) -> Preset:
     readout: Literal["project", "ignore"] = "project" if projects else "ignore"
     if preset is not None:
         asked = get_preset(preset)
-        if not isinstance(preset, Preset):
-            asked = replace(asked, readout=readout, fusion=source.preset.fusion if source.preset else asked.fusion)
+        if projects:
+            asked = replace(asked, readout="project")
+        if not isinstance(preset, Preset) and source.preset is not None:
+            asked = replace(asked, fusion=source.preset.fusion)
         if source.preset is not None and not source.preset.same_network(asked):
             found, wanted = source.preset.config(), asked.config()
             unlike = [k for k in found if found[k] != wanted[k] and k != "position_mode"]

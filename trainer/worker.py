@@ -144,8 +144,8 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         if saved is not None and built is not None and dict(saved) != built:
             field, was, found = first_difference("network", dict(saved), built)
             raise CheckpointError(
-                f"{checkpoint.path}: {field} was {was!r}, but model.preset or model.weights now gives {found!r}; "
-                "restore what they were"
+                f"{checkpoint.path}: is of another network: {field} was {was!r}, but model.preset or model.weights now "
+                f"gives {found!r}; restore what they were"
             )
 
     def run(self) -> str | None:

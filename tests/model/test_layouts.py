@@ -254,7 +254,7 @@ def test_what_a_file_can_be(tmp_path: Path, write: Callable[..., Any], expected:
     else:
         with pytest.raises(WeightsError) as caught:
             DepthAnything.from_pretrained(path)
-        message = "the file cannot tell which network it is; pass preset=, one of"
+        message = "the file cannot tell which network it is; name the preset (--preset, preset=), one of"
         assert str(caught.value) == f"{path}: {message} {', '.join(expected)}"
 
 
@@ -365,3 +365,16 @@ def test_timms_published_encoder_has_these_names(tmp_path: Path) -> None:
     state = encoder.state_dict()
     assert all(torch.equal(state[k], v) for k, v in theirs.state_dict().items())
     assert set(state) - set(theirs.state_dict()) == {"mask_token"} and not encoder.mask_token.any()
+
+
+def test_a_read_out_that_is_asked_for_may_be_missing(tmp_path: Path) -> None:
+    net = DepthAnything.from_preset("tiny-swiglu")
+    net.save_pretrained(tmp_path / "w")
+    (tmp_path / "w" / "config.json").unlink()
+    tensors = safetensors.torch.load_file(tmp_path / "w" / "model.safetensors")
+    safetensors.torch.save_file(tensors, tmp_path / "plain.safetensors")
+    asked = replace(PRESETS["tiny-swiglu"], readout="project")
+    again = DepthAnything.from_pretrained(
+        tmp_path / "plain.safetensors", asked, allow_missing=["depth_head.readout_projects.*"]
+    )
+    assert again.preset.readout == "project" and again.loaded is not None and len(again.loaded.missing) == 8
