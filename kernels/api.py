@@ -1,8 +1,8 @@
 """Public loss operators: arguments are checked here, then a backend computes.
 
 Backends: "triton" for CUDA, "cpu" (NumPy), and "reference" (`kernels.reference`, plain PyTorch, the specification).
-"auto" chooses by device: "triton" for CUDA, "cpu" elsewhere; "reference" for what the fused ones do not do: more than
-eight regions, and on CUDA float64 or a machine without Triton.
+"auto" chooses by device: "triton" for CUDA, "cpu" for the CPU; "reference" for what the fused ones do not do: other
+devices, more than eight regions, and on CUDA float64 or a machine without Triton.
 
 Shape suffixes: B batch, H W pixels, G regions, N tokens, D width.
 """

@@ -56,14 +56,7 @@ def affine_invariant(
 
 @affine_invariant.register_fake
 def _(
-    pred_BP: Tensor,
-    target_BP: Tensor,
-    label_BP: Tensor | None,
-    num_regions: int,
-    trim: float,
-    median_BG: Tensor | None,
-    mad_BG: Tensor | None,
-    backend: str,
+    pred_BP: Tensor, target_BP: Tensor, label_BP: Tensor | None, num_regions: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, dtype = pred_BP.shape[0], _compute_dtype(pred_BP, target_BP)
     loss_BG = pred_BP.new_empty((batch, num_regions), dtype=dtype)

@@ -134,7 +134,7 @@ def _loss_kernel(
     target_stride: tl.tensor,
     state: tl.tensor,  # [B, G, F] int32 of the prediction, each sample by the stride
     state_stride: tl.tensor,
-    cut: tl.tensor,  # [B, G, 3] of `triton_trimming.trim_cut`, or None
+    cut: tl.tensor,  # [B, G, 3] of `triton_trim.trim_cut`, or None
     partial: tl.tensor,  # [B, C, G, 3]
     ticket: tl.tensor,  # [B] int32, zeros
     loss: tl.tensor,  # [B, G]

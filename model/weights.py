@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,6 @@ def choose_preset(source: Source, preset: str | Preset | None, position_mode: Po
 def _choose(source: Source, preset: str | Preset | None) -> Preset:
     # The tensors say by themselves whether the class token is read out.
     projects = any(k.startswith("depth_head.readout_projects.") for k in source.tensors)
-    readout: Literal["project", "ignore"] = "project" if projects else "ignore"
     if preset is not None:
         asked = get_preset(preset)
         if projects:
@@ -185,7 +184,7 @@ def _choose(source: Source, preset: str | Preset | None) -> Preset:
         raise WeightsError(f"{source.path}: {_only_encoder(source)}")
     fitting = candidates(source)
     if len(fitting) == 1:
-        return replace(get_preset(fitting[0]), readout=readout)
+        return replace(get_preset(fitting[0]), readout="project" if projects else "ignore")
     if fitting:
         raise WeightsError(
             f"{source.path}: the file cannot tell which network it is; name the preset (--preset, preset=), one of "
@@ -301,9 +300,16 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+_REGISTERS = "a DINOv2 with register tokens; Depth Anything uses the one without"
+
+
+def _has_registers(source: Source) -> bool:
+    return any(k.endswith(("register_tokens", "reg_token")) for k in source.tensors)
+
+
 def _advice(source: Source, preset: Preset) -> str:
-    if any(k.endswith(("register_tokens", "reg_token")) for k in source.tensors):
-        return "a DINOv2 with register tokens; Depth Anything uses the one without"
+    if _has_registers(source):
+        return _REGISTERS
     fitting = fitting_presets(source.tensors)
     if preset.name in fitting:
         return "its sizes are this preset's: is the file complete, and a Depth Anything's?"
@@ -313,8 +319,8 @@ def _advice(source: Source, preset: Preset) -> str:
 
 
 def _only_encoder(source: Source) -> str:
-    if any(k.endswith(("register_tokens", "reg_token")) for k in source.tensors):
-        return "a DINOv2 with register tokens; Depth Anything uses the one without"
+    if _has_registers(source):
+        return _REGISTERS
     return "only an encoder, no depth_head; use from_preset(..., encoder_weights=...) with the preset of its size"
 
 

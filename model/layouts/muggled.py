@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -65,6 +66,14 @@ _POSITIONS = join(
 )
 
 
+_SHARED: dict[str, Any] = {
+    "names": pairs(_table()),
+    "joins": (_POSITIONS,),
+    "drops": UNUSED,
+    "position_mode": "exact",
+}
+
+
 def _recognise_v1(names: Collection[str]) -> bool:
     return any(n.startswith("imgencoder.blocks.") for n in names)
 
@@ -77,10 +86,7 @@ MUGGLED_V1 = Layout(
     name="muggled-v1",
     title="muggled_dpt's parts, V1",
     recognise=_recognise_v1,
-    names=pairs(_table()),
-    joins=(_POSITIONS,),
-    drops=UNUSED,
-    position_mode="exact",
+    **_SHARED,
     holds=lambda preset: preset.name.startswith("v1-"),
 )
 
@@ -116,9 +122,6 @@ MUGGLED_V2 = _Staged(
     name="muggled-v2",
     title="muggled_dpt's parts, V2",
     recognise=_recognise_v2,
-    names=pairs(_table()),
-    joins=(_POSITIONS,),
-    drops=UNUSED,
-    position_mode="exact",
+    **_SHARED,
     holds=lambda preset: not preset.name.startswith("v1-") and preset.depth % STAGES == 0,
 )
