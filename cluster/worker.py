@@ -58,7 +58,7 @@ class Link:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closed.set()
-        self._thread.join(timeout=10 * self._interval_s)
+        self._thread.join(timeout=max(5.0, 10 * self._interval_s))
 
     def _run(self) -> None:
         last, sent = False, None

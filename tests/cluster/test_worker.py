@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -19,29 +20,37 @@ def test_a_link_carries_the_latest_report_and_the_stop() -> None:
 
     def exchange(progress: dict[str, Any] | None) -> tuple[str | None, float | None]:
         seen.append(progress)
-        return ("SIGTERM", 12.5) if len(seen) > 2 else (None, None)
+        return ("SIGTERM", 12.5) if {"step": 1} in seen else (None, None)
 
     context = WorkerContext()
     with Link(context, exchange, interval_s=0.02):
         context.report({"step": 1})
-        ends = time.monotonic() + 5
+        ends = time.monotonic() + 60
         while context.stop_requested() is None and time.monotonic() < ends:
             time.sleep(0.01)
         assert context.stop_requested() == "SIGTERM"
         assert context.deadline == 12.5
         context.report({"step": 2})
         context.report({"step": 3})
-    assert [progress for progress in seen if progress] == [{"step": 1}, {"step": 3}]
+    told = [progress["step"] for progress in seen if progress]
+    assert told in ([1, 3], [1, 2, 3])  # an exchange may fall between the last two reports
 
 
 def test_reports_and_questions_cost_nothing_and_never_wait() -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def exchange(progress: dict[str, Any] | None) -> tuple[str | None, float | None]:
+        asked.set()
+        answer.wait(60)
+        return None, None
+
     context = WorkerContext()
-    with Link(context, lambda progress: time.sleep(0.3) or (None, None), interval_s=0.01):
-        began = time.perf_counter()
-        for step in range(1000):
+    with Link(context, exchange, interval_s=0.01):
+        assert asked.wait(60)
+        for step in range(1000):  # while an exchange hangs
             context.report({"step": step})
-            context.stop_requested()
-        assert time.perf_counter() - began < 0.2
+            assert context.stop_requested() is None
+        answer.set()
 
 
 def test_a_link_ends_when_the_other_side_is_gone() -> None:
