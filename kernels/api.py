@@ -178,8 +178,7 @@ def cosine_margin_loss(
     else:
         from kernels import ops
 
-        pair = student_BND.contiguous(), frozen_BND.detach().contiguous()
-        sum_B, count_B, _ = ops.cosine_margin(*pair, float(alpha), token_mask_BN, backend)
+        sum_B, count_B, _ = ops.cosine_margin(student_BND, frozen_BND.detach(), float(alpha), token_mask_BN, backend)
     if reduction == "sum_count":
         return sum_B, count_B
     return sum_B.sum() / count_B.sum().clamp(min=1.0)

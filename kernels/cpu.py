@@ -10,10 +10,12 @@ Shape suffixes: B batch, P pixels of one sample, K pixels of one region, G regio
 from __future__ import annotations
 
 import math
+import os
 import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +25,9 @@ from kernels.codes import CODES, SIGNS, STATES
 from kernels.reference import NORM_FLOOR, is_degenerate, trimmed_count
 
 Array = np.ndarray[Any, Any]
-T = TypeVar("T")
 
 TIES = 0.4  # above this share of equal values np.partition takes longer than np.sort
-VALUES = 2**19  # of a feature at a time: smaller chunks cost two threads more in handing over than they save
+VALUES = 2**20  # of a feature at a time, about: handing over smaller chunks costs threads more than the cache saves
 
 
 def affine_forward(
@@ -293,19 +294,22 @@ def cosine_backward(
     def chunk(b: int, rows: slice) -> None:
         kept_N, coef_N2 = kept_BN[b, rows], coef[b, rows]
         some = kept_N.nonzero()[0]
-        s_ND, f_ND = (x[b, rows] for x in (student_BND, frozen_BND))
         if 2 * len(some) > len(kept_N):  # picking rows would cost more than it saves
-            gradient_ND = _array(s_ND, compute) * coef_N2[:, :1]
-            gradient_ND -= _array(f_ND, compute) * coef_N2[:, 1:]
+            s_ND, f_ND = (_array(x[b, rows], compute) for x in (student_BND, frozen_BND))
+            gradient_ND = out_BND[b, rows].numpy() if dtype == compute else np.empty_like(s_ND)
+            np.multiply(s_ND, coef_N2[:, :1], out=gradient_ND)
+            gradient_ND -= f_ND * coef_N2[:, 1:]
             gradient_ND[~kept_N] = 0
-            out_BND[b, rows] = torch.from_numpy(gradient_ND)
+            if dtype != compute:
+                out_BND[b, rows] = torch.from_numpy(gradient_ND)
             return
         out_BND[b, rows] = 0
         if len(some):
             picked = torch.from_numpy(some)
-            gradient_ND = _array(s_ND[picked], compute) * coef_N2[some, :1]
-            gradient_ND -= _array(f_ND[picked], compute) * coef_N2[some, 1:]
-            out_BND[b, rows][picked] = torch.from_numpy(gradient_ND).to(dtype)
+            s_ND, f_ND = (_array(x[b, rows][picked], compute) for x in (student_BND, frozen_BND))
+            s_ND *= coef_N2[some, :1]
+            s_ND -= f_ND * coef_N2[some, 1:]
+            out_BND[b, rows][picked] = torch.from_numpy(s_ND).to(dtype)
 
     _in_chunks(chunk, *student_BND.shape)
     return out_BND
@@ -339,19 +343,53 @@ def _check_labels(label_BP: Tensor | None, num_regions: int) -> None:
 _quiet = np.errstate(invalid="ignore", divide="ignore", over="ignore")
 
 
-def _in_threads(work: Callable[[int], T], count: int) -> None:
-    """work(0 .. count - 1) on torch's number of threads. NumPy lets go of the interpreter's lock in its loops."""
+class _Pool:
+    """Threads that stay, and with them their scratch arrays."""
+
+    _lock = threading.Lock()
+    _threads: ThreadPoolExecutor | None = None
+    _size = 0
+
+    @classmethod
+    def of(cls, size: int) -> ThreadPoolExecutor:
+        """At least so many threads."""
+        with cls._lock:
+            if cls._threads is None or cls._size < size:
+                cls._threads, cls._size = ThreadPoolExecutor(size, thread_name_prefix="fathom-kernels"), size
+            return cls._threads
+
+    @classmethod
+    def forget(cls) -> None:
+        """After a fork: the threads stayed with the parent."""
+        cls._lock, cls._threads, cls._size = threading.Lock(), None, 0
+
+
+os.register_at_fork(after_in_child=_Pool.forget)
+
+
+def _in_threads(work: Callable[[int], None], count: int) -> None:
+    """work(0 .. count - 1) on torch's number of threads, this one among them. NumPy's loops let the others run."""
     workers = min(torch.get_num_threads(), count)
-    if workers <= 1:
-        for i in range(count):
+    todo = deque(range(count))
+
+    def work_off() -> None:
+        while True:
+            try:
+                i = todo.popleft()
+            except IndexError:
+                return
             work(i)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(work, range(count)):
-            pass
+
+    helpers = [_Pool.of(workers - 1).submit(work_off) for _ in range(workers - 1)]
+    try:
+        work_off()
+    finally:
+        wait(helpers)
+    for helper in helpers:
+        helper.result()
 
 
 def _in_chunks(work: Callable[[int, slice], None], batch: int, tokens: int, width: int) -> None:
-    step = max(1, VALUES // max(1, width))
+    step = max(1, -(-tokens // max(1, round(tokens * width / VALUES))))
     pieces = [(b, slice(i, min(i + step, tokens))) for b in range(batch) for i in range(0, tokens, step)]
     _in_threads(lambda i: work(*pieces[i]), len(pieces))

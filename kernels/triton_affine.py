@@ -7,7 +7,7 @@ are taken in a fixed order, so results are the same bits in every run. A label a
 could refuse, makes its sample's losses and statistics NaN.
 
 Shape suffixes: B batch, M maps, P pixels of a sample, G regions, C programs of a sample, 4 the terms of
-`kernels.codes`; in a kernel K the BLOCK pixels of a step, Q sums of four, V the values of a code.
+`kernels.codes`; in a kernel K the BLOCK pixels of a step, Q sums of FOLD, V the values of a code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kernels.triton_common import (
     load_label,
     load_map,
     load_norm,
-    max_quads,
+    max_folds,
     normalised,
     pick,
     push,
@@ -90,6 +90,7 @@ def forward(
             code_BP,
             terms_BG4,
             **work.arguments,
+            FOLD=common.fold(num_regions),
             G=num_regions,
             CTAS=triton.next_power_of_2(work.ctas),
             num_warps=8,
@@ -145,6 +146,7 @@ def _loss_kernel(
     groups: tl.tensor,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
+    FOLD: tl.constexpr,
     G: tl.constexpr,
     CTAS: tl.constexpr,
 ) -> None:
@@ -162,9 +164,9 @@ def _loss_kernel(
     if cut is not None:
         cuts = _load_cuts(cut + sample * (G * 3), G)
 
-    top_Q = tl.zeros((BLOCK // 4,), tl.int32)
+    top_Q = tl.zeros((BLOCK // FOLD,), tl.int32)
     # Of w * |e|, w * sgn e and w * sgn e * p, where w is the weight of a pixel, 1 without trimming.
-    errors, signs, scaled = zero_sums(BLOCK, G), zero_sums(BLOCK, G), zero_sums(BLOCK, G)
+    errors, signs, scaled = zero_sums(BLOCK, FOLD, G), zero_sums(BLOCK, FOLD, G), zero_sums(BLOCK, FOLD, G)
     for step in range(steps):
         k_K = (cta * steps + step) * BLOCK + tl.arange(0, BLOCK)
         label_K = load_label(label, sample, pixels, k_K)
@@ -182,11 +184,11 @@ def _loss_kernel(
         t_K = pick(pred_norm[0], label_K, G)
         code_K = encode(label_K, tied_K, sign(up_K, down_K, 3), sign(x_K > t_K, x_K < t_K, 1), G)
         tl.store(code + sample.to(tl.int64) * pixels + k_K, code_K, mask=k_K < pixels)
-        errors = add(errors, label_K, error_K, BLOCK, G)
-        signs = add(signs, label_K, sign_K, BLOCK, G)
-        scaled = add(scaled, label_K, sign_K * p_K, BLOCK, G)
+        errors = add(errors, label_K, error_K, BLOCK, FOLD, G)
+        signs = add(signs, label_K, sign_K, BLOCK, FOLD, G)
+        scaled = add(scaled, label_K, sign_K * p_K, BLOCK, FOLD, G)
         if label is not None:
-            top_Q = tl.maximum(top_Q, max_quads(label_K, BLOCK))
+            top_Q = tl.maximum(top_Q, max_folds(label_K, BLOCK, FOLD))
 
     # A label above G spoils the sums of all regions.
     spoil = tl.where(tl.max(top_Q, 0) > G, float("nan"), 0.0)

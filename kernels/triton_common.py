@@ -6,7 +6,8 @@ ever waits for another.
 
 Values of the G regions are tuples, which stay in registers.
 
-Shape suffixes: B batch, G regions, P pixels of a sample; in a kernel K the BLOCK pixels of a step, Q sums of four.
+Shape suffixes: B batch, G regions, P pixels of a sample; in a kernel K the BLOCK pixels of a step, Q sums
+of FOLD neighbours.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from kernels import codes, reference
 # For every kernel that computes residuals: a product must not be fused into a sum, here in one way and there in
 # another. Two equal maps then have residual 0, and a residual has the same bits in the select and in the loss.
 EXACT = {"enable_fp_fusion": False}
-QUAD = tl.constexpr(4)
 _STATES = tl.constexpr(codes.STATES)
 _SCALE_FLOOR = tl.constexpr(reference.SCALE_FLOOR)
 
@@ -42,7 +42,7 @@ class Tuning:
     select_block: int = 4096
     loss_block: int = 2048
     region_select_block: int = 2048
-    region_loss_block: int = 1024
+    region_loss_block: int = 512
     backward_block: int = 4096
 
 
@@ -86,6 +86,11 @@ def launch(rows: int, pixels: int, block: int, *maps: Tensor) -> Launch:
 def pixel_block(num_regions: int) -> int:
     """Pixels of a step of a kernel that runs over pixels once."""
     return TUNING.loss_block if num_regions <= 2 else TUNING.region_loss_block
+
+
+def fold(num_regions: int) -> int:
+    """How many neighbours, all of one thread, such a kernel adds up before it adds them to its running sums."""
+    return 4 if num_regions <= 2 else 2
 
 
 def dense(label_BP: Tensor | None) -> Tensor | None:
@@ -168,32 +173,39 @@ def normalised(x_K: tl.tensor, label_K: tl.tensor, norm: tl.tensor, G: tl.conste
 
 
 @triton.jit
-def sum_quads(x_K: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    """Sums of four neighbours, which one thread holds: so running sums take a quarter of the registers."""
-    return tl.sum(tl.reshape(x_K, (BLOCK // QUAD, QUAD)), 1)
+def sum_folds(x_K: tl.tensor, BLOCK: tl.constexpr, FOLD: tl.constexpr) -> tl.tensor:
+    """Sums of FOLD neighbours, which one thread holds: so running sums take so much fewer registers."""
+    return tl.sum(tl.reshape(x_K, (BLOCK // FOLD, FOLD)), 1)
 
 
 @triton.jit
-def max_quads(x_K: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    """The greatest of four neighbours."""
-    return tl.max(tl.reshape(x_K, (BLOCK // QUAD, QUAD)), 1)
+def max_folds(x_K: tl.tensor, BLOCK: tl.constexpr, FOLD: tl.constexpr) -> tl.tensor:
+    """The greatest of FOLD neighbours."""
+    return tl.max(tl.reshape(x_K, (BLOCK // FOLD, FOLD)), 1)
 
 
 @triton.jit
-def zero_sums(BLOCK: tl.constexpr, G: tl.constexpr) -> tl.tensor:
+def zero_sums(BLOCK: tl.constexpr, FOLD: tl.constexpr, G: tl.constexpr) -> tl.tensor:
     """A tuple of G running sums."""
     sums = ()
     for _ in tl.static_range(G):
-        sums = push(sums, tl.zeros((BLOCK // QUAD,), tl.float32))
+        sums = push(sums, tl.zeros((BLOCK // FOLD,), tl.float32))
     return sums
 
 
 @triton.jit
-def add(sums: tl.tensor, label_K: tl.tensor, x_K: tl.tensor, BLOCK: tl.constexpr, G: tl.constexpr) -> tl.tensor:
+def add(
+    sums: tl.tensor,
+    label_K: tl.tensor,
+    x_K: tl.tensor,
+    BLOCK: tl.constexpr,
+    FOLD: tl.constexpr,
+    G: tl.constexpr,
+) -> tl.tensor:
     """The running sums, each with the pixels of its region added."""
     more = ()
     for g in tl.static_range(G):
-        more = push(more, sums[g] + sum_quads(tl.where(label_K == g + 1, x_K, 0.0), BLOCK))
+        more = push(more, sums[g] + sum_folds(tl.where(label_K == g + 1, x_K, 0.0), BLOCK, FOLD))
     return more
 
 

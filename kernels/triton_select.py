@@ -166,7 +166,7 @@ def _median_pass(
     prefix = load_prefixes(state, PASS, G)
     buckets, sums = (), ()
     if PASS == 2:
-        buckets, sums = _buckets(prefix, G), zero_sums(BLOCK, G)
+        buckets, sums = _buckets(prefix, G), zero_sums(BLOCK, 4, G)
 
     counts_H = tl.zeros((N * REGIONS,), tl.int32)
     for step in range(steps):
@@ -176,7 +176,7 @@ def _median_pass(
         digit_K, wanted_K = digit(_ordered(x_K), label_K, prefix, PASS, G)
         counts_H = count_digits(counts_H, digit_K, wanted_K, label_K, N, REGIONS)
         if PASS == 2:
-            sums = add(sums, label_K, _away(x_K, label_K, buckets, G), BLOCK, G)
+            sums = add(sums, label_K, _away(x_K, label_K, buckets, G), BLOCK, 4, G)
     merge(hist, row, counts_H, N, REGIONS)
     rest += row.to(tl.int64) * (ctas * G)
     if PASS == 2:

@@ -1,7 +1,7 @@
 """Median and mean absolute deviation as an operator of their own: the values, and what their gradients need.
 
 Shape suffixes: B batch, P pixels of a sample, G regions, F fields of the state; in a kernel K the BLOCK pixels of a
-step, Q maxima of four.
+step, Q maxima of FOLD.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels import triton_common as common
 from kernels import triton_radix as radix
 from kernels import triton_select as select
-from kernels.triton_common import encode, is_last, load_label, load_map, load_norm, max_quads, pick, sign
+from kernels.triton_common import encode, is_last, load_label, load_map, load_norm, max_folds, pick, sign
 from kernels.triton_radix import BELOW, COUNT, EQUAL, FIELDS
 
 
@@ -48,6 +48,7 @@ def median_mad(x_BP: Tensor, label_BP: Tensor | None, num_regions: int) -> tuple
             shares_BG3,
             code_BP,
             **work.arguments,
+            FOLD=common.fold(num_regions),
             G=num_regions,
             num_warps=8,
         )
@@ -71,6 +72,7 @@ def _sign_kernel(
     groups: tl.tensor,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
+    FOLD: tl.constexpr,
     G: tl.constexpr,
 ) -> None:
     """The codes of x against its medians, with sgn e = 0; the last program of a sample writes the rest."""
@@ -78,14 +80,14 @@ def _sign_kernel(
     sample, cta = tl.program_id(0) // ctas, tl.program_id(0) % ctas
     shift = load_norm(median + sample * G, mad + sample * G, G)[0]
     zero_K = tl.zeros((BLOCK,), tl.int32)
-    top_Q = tl.zeros((BLOCK // 4,), tl.int32)
+    top_Q = tl.zeros((BLOCK // FOLD,), tl.int32)
     for step in range(steps):
         k_K = (cta * steps + step) * BLOCK + tl.arange(0, BLOCK)
         label_K = load_label(label, sample, pixels, k_K)
         x_K, t_K = load_map(x, sample, pixels, k_K), pick(shift, label_K, G)
         code_K = encode(label_K, zero_K, zero_K, sign(x_K > t_K, x_K < t_K, 1), G)
         tl.store(code + sample.to(tl.int64) * pixels + k_K, code_K, mask=k_K < pixels)
-        top_Q = tl.maximum(top_Q, max_quads(label_K, BLOCK))
+        top_Q = tl.maximum(top_Q, max_folds(label_K, BLOCK, FOLD))
     tl.atomic_max(ticket + sample * 2 + 1, tl.max(top_Q, 0), sem="relaxed")
 
     if is_last(ticket + sample * 2, ctas):

@@ -5,7 +5,10 @@ Shape suffixes: B batch, H W pixels, P pixels of one sample, G regions, N tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -78,21 +81,56 @@ def test_selection_is_exact_whatever_is_crowded(share: float, value: float) -> N
         assert cpu._kth(x_P, k, scratch) == np.sort(x_P)[k]
 
 
-def test_threads_and_repetition_do_not_change_a_bit() -> None:
+@pytest.fixture
+def torch_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_threads_and_repetition_do_not_change_a_bit(torch_threads: Callable[[int], None]) -> None:
     pred, target, labels = maps()
     student, frozen = features()
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3, 3):
-            torch.set_num_threads(threads)
-            x, s = pred.clone().requires_grad_(), student.clone().requires_grad_()
-            loss_BG = affine_invariant_loss(x, target, labels, 2, 0.1, backend="cpu")
-            (loss_BG.sum() + cosine_margin_loss(s, frozen, backend="cpu")).backward()
-            results.append((loss_BG.detach(), x.grad, s.grad))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 3, 3):
+        torch_threads(threads)
+        x, s = pred.clone().requires_grad_(), student.clone().requires_grad_()
+        loss_BG = affine_invariant_loss(x, target, labels, 2, 0.1, backend="cpu")
+        (loss_BG.sum() + cosine_margin_loss(s, frozen, backend="cpu")).backward()
+        results.append((loss_BG.detach(), x.grad, s.grad))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_work_in_threads_is_done_once_each_and_an_error_comes_out(torch_threads: Callable[[int], None]) -> None:
+    def fail(i: int) -> None:
+        if i == 3:
+            raise IndexError("of the work itself")
+
+    for threads in (1, 4, 2):
+        torch_threads(threads)
+        done: list[int] = []
+        cpu._in_threads(done.append, 50)
+        assert sorted(done) == list(range(50))
+
+        with pytest.raises(IndexError, match="of the work itself"):
+            cpu._in_threads(fail, 5)
+        cpu._in_threads(done.append, 0)
+
+
+def test_threads_work_again_after_a_fork(torch_threads: Callable[[int], None]) -> None:
+    """As a data loader's worker is forked; its copy of the pool has no threads."""
+    torch_threads(2)
+    cpu._in_threads(lambda i: None, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of forking with threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        done: list[int] = []
+        cpu._in_threads(done.append, 8)
+        os._exit(0 if sorted(done) == list(range(8)) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_one_byte_per_pixel_is_kept() -> None:

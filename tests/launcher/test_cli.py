@@ -141,7 +141,7 @@ def test_an_error_from_a_worker_shows_its_own_message(capsys: pytest.CaptureFixt
 
 
 def start(body: str) -> subprocess.Popen[bytes]:
-    """A process whose app has one verb, with `body` in it."""
+    """A process whose app has one verb, with `body` in it. It hears SIGINT even where tests run in the background."""
     lines = (
         "import time, typer",
         "from launcher.errors import run_main",
@@ -151,7 +151,13 @@ def start(body: str) -> subprocess.Popen[bytes]:
         "run_main(app, ['--'])",
     )
     command = [sys.executable, "-c", "\n".join(lines)]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has children ignore it
+    )
 
 
 def test_nobody_reads_the_output() -> None:
