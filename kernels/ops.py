@@ -14,15 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cpu
 
-
-def _affine(backend: str) -> Any:
-    return import_module("kernels.triton_affine") if backend == "triton" else None
-
-
-def _cosine(backend: str) -> Any:
-    return import_module("kernels.triton_cosine") if backend == "triton" else None
+def _fused(loss: str, backend: str) -> Any:
+    """The module that computes a loss, such as kernels.triton_affine: it has forward and backward."""
+    return import_module(f"kernels.{backend}_{loss}")
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -48,9 +43,8 @@ def affine_invariant(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss_BG, code_BP, terms_BG4): see `kernels.codes`."""
     stats = None if median_BG is None or mad_BG is None else (median_BG, mad_BG)
-    fused = _affine(backend)
-    forward = cpu.affine_forward if fused is None else fused.forward
-    loss_BG, code_BP, terms_BG4 = forward(pred_BP, target_BP, label_BP, num_regions, trim, stats)
+    fused = _fused("affine", backend)
+    loss_BG, code_BP, terms_BG4 = fused.forward(pred_BP, target_BP, label_BP, num_regions, trim, stats)
     return loss_BG, code_BP, terms_BG4
 
 
@@ -69,9 +63,7 @@ def affine_invariant_backward(
     grad_BG: Tensor, code_BP: Tensor, terms_BG4: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """Gradient to the prediction, [B, P] of `dtype`."""
-    fused = _affine(backend)
-    backward = cpu.affine_backward if fused is None else fused.backward
-    grad_BP: Tensor = backward(grad_BG.contiguous(), code_BP, terms_BG4, dtype)
+    grad_BP: Tensor = _fused("affine", backend).backward(grad_BG.contiguous(), code_BP, terms_BG4, dtype)
     return grad_BP
 
 
@@ -105,9 +97,7 @@ def region_stats(
     x_BP: Tensor, label_BP: Tensor | None, num_regions: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(median_BG, mad_BG, code_BP, shares_BG3): shares are what one pixel has of their gradients."""
-    fused = _affine(backend)
-    forward = cpu.stats_forward if fused is None else fused.median_mad
-    median_BG, mad_BG, code_BP, shares_BG3 = forward(x_BP, label_BP, num_regions)
+    median_BG, mad_BG, code_BP, shares_BG3 = _fused("affine", backend).median_mad(x_BP, label_BP, num_regions)
     return median_BG.clone(), mad_BG.clone(), code_BP, shares_BG3.clone()
 
 
@@ -146,9 +136,7 @@ def cosine_margin(
     student_BND: Tensor, frozen_BND: Tensor, alpha: float, token_mask_BN: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum_B, count_B, coef_BN2): coef is what the backward pass needs of every token, 0 of dropped ones."""
-    fused = _cosine(backend)
-    forward = cpu.cosine_forward if fused is None else fused.forward
-    sum_B, count_B, coef_BN2 = forward(student_BND, frozen_BND, alpha, token_mask_BN)
+    sum_B, count_B, coef_BN2 = _fused("cosine", backend).forward(student_BND, frozen_BND, alpha, token_mask_BN)
     return sum_B, count_B, coef_BN2
 
 
@@ -165,9 +153,8 @@ def cosine_margin_backward(
     grad_B: Tensor, student_BND: Tensor, frozen_BND: Tensor, coef_BN2: Tensor, backend: str
 ) -> Tensor:
     """Gradient to the student, of its shape and dtype."""
-    fused = _cosine(backend)
-    backward = cpu.cosine_backward if fused is None else fused.backward
-    grad_BND: Tensor = backward(grad_B.contiguous(), student_BND, frozen_BND, coef_BN2, student_BND.dtype)
+    fused, dtype = _fused("cosine", backend), student_BND.dtype
+    grad_BND: Tensor = fused.backward(grad_B.contiguous(), student_BND, frozen_BND, coef_BN2, dtype)
     return grad_BND
 
 

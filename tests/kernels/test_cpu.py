@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import affine_invariant_loss, cosine_margin_loss, cpu, ops, region_median_mad
+from kernels import affine_invariant_loss, cosine_margin_loss, cpu_affine, cpu_common, ops, region_median_mad
 from kernels.codes import CODES, FUSED_REGIONS, STATES
 
 SHAPE = (3, 126, 154)
@@ -76,9 +76,9 @@ def test_float64_is_exact_to_rounding() -> None:
 def test_selection_is_exact_whatever_is_crowded(share: float, value: float) -> None:
     x_P = np.random.default_rng(3).random(50_001, np.float32)
     x_P[np.random.default_rng(4).random(x_P.size) < share] = value
-    scratch = cpu._Scratch(x_P.size, x_P.dtype)
+    scratch = cpu_affine._Scratch(x_P.size, x_P.dtype)
     for k in (0, 1, 25_000, 50_000):
-        assert cpu._kth(x_P, k, scratch) == np.sort(x_P)[k]
+        assert cpu_affine._kth(x_P, k, scratch) == np.sort(x_P)[k]
 
 
 @pytest.fixture
@@ -110,25 +110,25 @@ def test_work_in_threads_is_done_once_each_and_an_error_comes_out(torch_threads:
     for threads in (1, 4, 2):
         torch_threads(threads)
         done: list[int] = []
-        cpu._in_threads(done.append, 50)
+        cpu_common.in_threads(done.append, 50)
         assert sorted(done) == list(range(50))
 
         with pytest.raises(IndexError, match="of the work itself"):
-            cpu._in_threads(fail, 5)
-        cpu._in_threads(done.append, 0)
+            cpu_common.in_threads(fail, 5)
+        cpu_common.in_threads(done.append, 0)
 
 
 def test_threads_work_again_after_a_fork(torch_threads: Callable[[int], None]) -> None:
     """As a data loader's worker is forked; its copy of the pool has no threads."""
     torch_threads(2)
-    cpu._in_threads(lambda i: None, 2)
+    cpu_common.in_threads(lambda i: None, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of forking with threads
         child = os.fork()
     if child == 0:
         signal.alarm(30)
         done: list[int] = []
-        cpu._in_threads(done.append, 8)
+        cpu_common.in_threads(done.append, 8)
         os._exit(0 if sorted(done) == list(range(8)) else 1)
     assert os.waitpid(child, 0)[1] == 0
 

@@ -1,20 +1,17 @@
-"""The loss operators on a CPU: NumPy per sample, so that a sample's arrays stay in the cache; samples run in threads.
+"""The affine-invariant loss on a CPU: NumPy per sample, so that a sample's arrays stay in the cache; samples run in
+threads.
 
 Selection is `np.partition`, about twelve times as fast as `torch.median` (docs/log.md), or a sort where many values are
-equal, which makes partitioning slow. What they compute is `kernels.reference`'s; codes and terms are those of
+equal, which makes partitioning slow. What is computed is `kernels.reference`'s; codes and terms are those of
 `kernels.codes`.
 
-Shape suffixes: B batch, P pixels of one sample, K pixels of one region, G regions, N tokens, D width.
+Shape suffixes: B batch, P pixels of one sample, K pixels of one region, G regions.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import threading
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -22,15 +19,13 @@ import torch
 from torch import Tensor
 
 from kernels.codes import CODES, SIGNS, STATES
-from kernels.reference import NORM_FLOOR, is_degenerate, trimmed_count
-
-Array = np.ndarray[Any, Any]
+from kernels.cpu_common import Array, as_array, in_threads, quiet
+from kernels.reference import is_degenerate, trimmed_count
 
 TIES = 0.4  # above this share of equal values np.partition takes longer than np.sort
-VALUES = 2**20  # of a feature at a time, about: handing over smaller chunks costs threads more than the cache saves
 
 
-def affine_forward(
+def forward(
     pred_BP: Tensor,
     target_BP: Tensor,
     label_BP: Tensor | None,
@@ -44,14 +39,14 @@ def affine_forward(
     """
     dtype = torch.promote_types(torch.promote_types(pred_BP.dtype, target_BP.dtype), torch.float32)
     _check_labels(label_BP, num_regions)
-    pred, target = _array(pred_BP, dtype), _array(target_BP, dtype)
+    pred, target = as_array(pred_BP, dtype), as_array(target_BP, dtype)
     label = None if label_BP is None else label_BP.numpy()
-    given = None if target_stats is None else [_array(t, dtype) for t in target_stats]
+    given = None if target_stats is None else [as_array(t, dtype) for t in target_stats]
     loss_BG = np.zeros((len(pred), num_regions), pred.dtype)
     terms_BG4 = np.zeros((len(pred), num_regions, 4), pred.dtype)
     code_BP = np.zeros(pred.shape, np.uint8)
 
-    @_quiet
+    @quiet
     def sample(b: int) -> None:
         scratch = _Scratch.of_thread(pred)
         for g in range(num_regions):
@@ -64,7 +59,7 @@ def affine_forward(
             code_K += np.uint8(1 + STATES * g)
             code_BP[b, slice(None) if pixels_K is None else pixels_K] = code_K
 
-    _in_threads(sample, len(pred))
+    in_threads(sample, len(pred))
     return torch.from_numpy(loss_BG), torch.from_numpy(code_BP), torch.from_numpy(terms_BG4)
 
 
@@ -193,7 +188,7 @@ class _Scratch:
         return x_P.take(pixels_K, out=self.floats[place][: pixels_K.size], mode="clip")
 
 
-def affine_backward(grad_BG: Tensor, code_BP: Tensor, terms_BG4: Tensor, dtype: torch.dtype) -> Tensor:
+def backward(grad_BG: Tensor, code_BP: Tensor, terms_BG4: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of the loss to the prediction, looked up by code: [B, P] of `dtype`."""
     batch, regions = terms_BG4.shape[:2]
     a_BG, s_BG, t_BG, share_BG = terms_BG4.unbind(-1)
@@ -207,22 +202,22 @@ def affine_backward(grad_BG: Tensor, code_BP: Tensor, terms_BG4: Tensor, dtype: 
     table_BC[:, 1 : 1 + STATES * regions] = states.reshape(batch, STATES * regions)
     out = np.empty(tuple(code_BP.shape), table_BC.numpy().dtype)
     code, table = code_BP.numpy(), table_BC.numpy()
-    _in_threads(lambda b: table[b].take(code[b], out=out[b], mode="clip"), batch)
+    in_threads(lambda b: table[b].take(code[b], out=out[b], mode="clip"), batch)
     return torch.from_numpy(out).to(dtype)
 
 
-def stats_forward(x_BP: Tensor, label_BP: Tensor | None, num_regions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def median_mad(x_BP: Tensor, label_BP: Tensor | None, num_regions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(median_BG, mad_BG, code_BP, shares_BG3), shares = (1 / n_eq, 1 / n, (n_lt - n_gt) / (n * n_eq)); sgn e is 0.
 
     Raises ValueError for a label above `num_regions`.
     """
     _check_labels(label_BP, num_regions)
-    x = _array(x_BP, torch.promote_types(x_BP.dtype, torch.float32))
+    x = as_array(x_BP, torch.promote_types(x_BP.dtype, torch.float32))
     label = None if label_BP is None else label_BP.numpy()
     stats_BG5 = np.zeros((len(x), num_regions, 5), x.dtype)
     code_BP = np.zeros(x.shape, np.uint8)
 
-    @_quiet
+    @quiet
     def sample(b: int) -> None:
         scratch = _Scratch.of_thread(x)
         for g in range(num_regions):
@@ -239,92 +234,9 @@ def stats_forward(x_BP: Tensor, label_BP: Tensor | None, num_regions: int) -> tu
             stats_BG5[b, g] = (median, mad, *shares)
             code_BP[b, slice(None) if pixels_K is None else pixels_K] = sides_K + np.uint8(4 + STATES * g)
 
-    _in_threads(sample, len(x))
+    in_threads(sample, len(x))
     stats = torch.from_numpy(stats_BG5)
     return stats[..., 0], stats[..., 1], torch.from_numpy(code_BP), stats[..., 2:]
-
-
-def cosine_forward(
-    student_BND: Tensor, frozen_BND: Tensor, alpha: float, token_mask_BN: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum_B, count_B, coef_BN2) of the cosine-margin loss.
-
-    coef is (cos / |s|^2, 1 / (|s| |f|)) of a kept token and (0, 0) of a dropped one: the gradient of 1 - cos is
-    s * coef_0 - f * coef_1.
-    """
-    dtype = torch.promote_types(torch.promote_types(student_BND.dtype, frozen_BND.dtype), torch.float32)
-    batch, tokens = student_BND.shape[:2]
-    loss_BN = np.zeros((batch, tokens), _array(torch.empty(0, dtype=dtype), dtype).dtype)
-    keep_BN = np.zeros((batch, tokens), bool)
-    coef_BN2 = np.zeros((batch, tokens, 2), loss_BN.dtype)
-
-    @_quiet
-    def chunk(b: int, rows: slice) -> None:
-        s_ND, f_ND = _array(student_BND[b, rows], dtype), _array(frozen_BND[b, rows], dtype)
-        dot_N, ss_N, ff_N = (_dot(*pair) for pair in ((s_ND, f_ND), (s_ND, s_ND), (f_ND, f_ND)))
-        student_N, frozen_N = np.sqrt(ss_N), np.sqrt(ff_N)
-        usable_N = ~((student_N < NORM_FLOOR) | (frozen_N < NORM_FLOOR))
-        if token_mask_BN is not None:
-            usable_N &= token_mask_BN[b, rows].numpy()
-        inverse_N = 1 / (student_N * frozen_N)
-        raw_N = dot_N * inverse_N
-        cos_N = np.minimum(raw_N, 1)
-        keep_N = usable_N & ~(cos_N > alpha)
-        keep_BN[b, rows] = keep_N
-        loss_BN[b, rows][keep_N] = (1 - cos_N)[keep_N]
-        sloped_N = keep_N & ~(raw_N > 1)  # the clamp has no slope above 1
-        coef_BN2[b, rows, 0][sloped_N] = (cos_N / ss_N)[sloped_N]
-        coef_BN2[b, rows, 1][sloped_N] = inverse_N[sloped_N]
-
-    _in_chunks(chunk, *student_BND.shape)
-    sum_B, count_B = loss_BN.sum(1), keep_BN.sum(1).astype(loss_BN.dtype)
-    return torch.from_numpy(sum_B), torch.from_numpy(count_B), torch.from_numpy(coef_BN2)
-
-
-def cosine_backward(
-    grad_B: Tensor, student_BND: Tensor, frozen_BND: Tensor, coef_BN2: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Gradient of sum_B to the student: [B, N, D] of `dtype`; dropped tokens are not computed."""
-    compute = coef_BN2.dtype
-    coef = (coef_BN2 * grad_B.to(compute)[:, None, None]).numpy()
-    kept_BN = (coef_BN2 != 0).any(-1).numpy()
-    out_BND = torch.empty(student_BND.shape, dtype=dtype)
-
-    @_quiet
-    def chunk(b: int, rows: slice) -> None:
-        kept_N, coef_N2 = kept_BN[b, rows], coef[b, rows]
-        some = kept_N.nonzero()[0]
-        if 2 * len(some) > len(kept_N):  # picking rows would cost more than it saves
-            s_ND, f_ND = (_array(x[b, rows], compute) for x in (student_BND, frozen_BND))
-            gradient_ND = out_BND[b, rows].numpy() if dtype == compute else np.empty_like(s_ND)
-            np.multiply(s_ND, coef_N2[:, :1], out=gradient_ND)
-            gradient_ND -= f_ND * coef_N2[:, 1:]
-            gradient_ND[~kept_N] = 0
-            if dtype != compute:
-                out_BND[b, rows] = torch.from_numpy(gradient_ND)
-            return
-        out_BND[b, rows] = 0
-        if len(some):
-            picked = torch.from_numpy(some)
-            s_ND, f_ND = (_array(x[b, rows][picked], compute) for x in (student_BND, frozen_BND))
-            s_ND *= coef_N2[some, :1]
-            s_ND -= f_ND * coef_N2[some, 1:]
-            out_BND[b, rows][picked] = torch.from_numpy(s_ND).to(dtype)
-
-    _in_chunks(chunk, *student_BND.shape)
-    return out_BND
-
-
-def _dot(x_ND: Array, y_ND: Array) -> Array:
-    return np.einsum("nd,nd->n", x_ND, y_ND)
-
-
-# --- arrays and threads -------------------------------------------------------------------------------------------
-
-
-def _array(x: Tensor, dtype: torch.dtype) -> Array:
-    array: Array = x.detach().to(dtype).contiguous().numpy()
-    return array
 
 
 def _pixels(label_P: Array | None, g: int) -> Array | None:
@@ -337,59 +249,3 @@ def _pixels(label_P: Array | None, g: int) -> Array | None:
 def _check_labels(label_BP: Tensor | None, num_regions: int) -> None:
     if label_BP is not None and label_BP.numel() and int(label_BP.max()) > num_regions:
         raise ValueError(f"region_BHW holds label {int(label_BP.max())}, but num_regions is {num_regions}")
-
-
-# NaN, infinities and masked tokens are part of the job. As a decorator, because the setting is each thread's own.
-_quiet = np.errstate(invalid="ignore", divide="ignore", over="ignore")
-
-
-class _Pool:
-    """Threads that stay, and with them their scratch arrays."""
-
-    _lock = threading.Lock()
-    _threads: ThreadPoolExecutor | None = None
-    _size = 0
-
-    @classmethod
-    def of(cls, size: int) -> ThreadPoolExecutor:
-        """At least so many threads."""
-        with cls._lock:
-            if cls._threads is None or cls._size < size:
-                cls._threads, cls._size = ThreadPoolExecutor(size, thread_name_prefix="fathom-kernels"), size
-            return cls._threads
-
-    @classmethod
-    def forget(cls) -> None:
-        """After a fork: the threads stayed with the parent."""
-        cls._lock, cls._threads, cls._size = threading.Lock(), None, 0
-
-
-os.register_at_fork(after_in_child=_Pool.forget)
-
-
-def _in_threads(work: Callable[[int], None], count: int) -> None:
-    """work(0 .. count - 1) on torch's number of threads, this one among them. NumPy's loops let the others run."""
-    workers = min(torch.get_num_threads(), count)
-    todo = deque(range(count))
-
-    def work_off() -> None:
-        while True:
-            try:
-                i = todo.popleft()
-            except IndexError:
-                return
-            work(i)
-
-    helpers = [_Pool.of(workers - 1).submit(work_off) for _ in range(workers - 1)]
-    try:
-        work_off()
-    finally:
-        wait(helpers)
-    for helper in helpers:
-        helper.result()
-
-
-def _in_chunks(work: Callable[[int, slice], None], batch: int, tokens: int, width: int) -> None:
-    step = max(1, -(-tokens // max(1, round(tokens * width / VALUES))))
-    pieces = [(b, slice(i, min(i + step, tokens))) for b in range(batch) for i in range(0, tokens, step)]
-    _in_threads(lambda i: work(*pieces[i]), len(pieces))
