@@ -11,7 +11,8 @@ cd "$(dirname "$0")/.." || exit 2
 
 LIMIT_S=525 # for everything
 TESTS_S=200
-MODEL_S=90
+MODEL_S=80
+STEP_S=60
 
 [ -x .venv/bin/python ] && default=.venv/bin/python || default=python3
 PYTHON=${PYTHON:-$default}
@@ -50,6 +51,7 @@ step() { # NAME SECONDS COMMAND...: runs it for at most so long, and remembers h
 # By convention every test that is skipped without a GPU has the marker.
 step tests "$TESTS_S" "$PYTHON" -m pytest -m gpu -q --durations=10 -p no:cacheprovider "${@:-tests}"
 step bench_model "$MODEL_S" "$PYTHON" benchmarks/bench_model.py --device cuda --batch 8 --repeats 15
+step bench_step "$STEP_S" "$PYTHON" benchmarks/bench_step.py --device cuda --preset v2-vitl --batch 16 --repeats 15
 left=$((LIMIT_S - SECONDS))
 # The last case that is begun must have time to end.
 step bench_kernels "$left" "$PYTHON" benchmarks/bench_kernels.py --device cuda --case-s 5 --limit-s $((left - 50)) \

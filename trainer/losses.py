@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import affine_invariant_loss, cosine_margin_loss
+from kernels import affine_invariant_loss, cosine_margin_loss, region_median_mad
+from kernels.reference import SCALE_FLOOR
+
+DEPTH_FLOOR = 1e-6  # metres, or whatever the unit: a sigmoid may say 0, whose logarithm no optimizer survives
 
 
 def regional_affine_invariant_loss(
@@ -31,3 +34,78 @@ def feature_alignment_loss(student_BND: Tensor, frozen_BND: Tensor, alpha: float
     """
     sum_B, count_B = cosine_margin_loss(student_BND, frozen_BND, alpha=alpha, reduction="sum_count")
     return sum_B / count_B.clamp(min=1)
+
+
+def gradient_matching_loss(
+    pred_BHW: Tensor, target_BHW: Tensor, region_BHW: Tensor, num_regions: int = 1, scales: int = 4
+) -> Tensor:
+    """How much the differences between neighbours differ, at several scales, of each image: [B].
+
+    With R the difference of the two maps, each less its median and divided by its mean absolute deviation in its
+    region, the sum over k < scales of  (sum |dR/dx| + |dR/dy|) / (number of valid pixels)  on every 2^k-th pixel of
+    every 2^k-th row. Neighbours count where both are valid and of one region. MiDaS's multi-scale gradient loss (arXiv
+    1907.01341, eq. 11; its code divides by the pixels left at each scale), as Depth Anything V2 uses it (arXiv
+    2406.09414, section 7.1). Of what V2 leaves open we choose the normalisation and the mean per image.
+
+    Args:
+        pred_BHW, target_BHW: disparity, any unit; the target is a constant.
+        region_BHW: uint8 labels, 0 invalid, 1..num_regions.
+
+    An image without valid pixels has loss 0, and a region without a scale takes no part (see `kernels.api`).
+    """
+    pred_BHW, known_BG = _normalised(pred_BHW, region_BHW, num_regions)
+    with torch.no_grad():
+        target_BHW, target_known_BG = _normalised(target_BHW, region_BHW, num_regions)
+    label_BHW = torch.zeros_like(region_BHW)
+    for g, usable_B in enumerate((known_BG & target_known_BG).unbind(1), start=1):
+        label_BHW = torch.where((region_BHW == g) & usable_B[:, None, None], region_BHW, label_BHW)
+    residual_BHW = torch.where(label_BHW > 0, pred_BHW - target_BHW, 0.0)
+    loss_B = residual_BHW.new_zeros(len(residual_BHW))
+    for k in range(scales):
+        r_BHW, l_BHW = (x_BHW[:, :: 2**k, :: 2**k] for x_BHW in (residual_BHW, label_BHW))
+        count_B = (l_BHW > 0).sum((1, 2)).clamp(min=1)
+        for dim in (1, 2):
+            size = r_BHW.shape[dim] - 1
+            step_BHW = (r_BHW.narrow(dim, 1, size) - r_BHW.narrow(dim, 0, size)).abs()
+            l0_BHW, l1_BHW = l_BHW.narrow(dim, 0, size), l_BHW.narrow(dim, 1, size)
+            inside_BHW = (l0_BHW == l1_BHW) & (l0_BHW > 0)
+            loss_B = loss_B + torch.where(inside_BHW, step_BHW, 0.0).sum((1, 2)) / count_B
+    return loss_B
+
+
+def silog_loss(pred_BHW: Tensor, target_BHW: Tensor, valid_BHW: Tensor, mean_weight: float = 0.5) -> Tensor:
+    """Scale-invariant logarithmic loss of each image: [B].
+
+    sqrt(mean d^2 - mean_weight * (mean d)^2), d = ln target - ln pred, over the valid pixels: Eigen et al. (arXiv
+    1406.2283, eq. 4), with the root that Depth Anything V2's metric training takes. There the mean is over the pixels
+    of a batch; here it is over those of an image, so that batches can be cut.
+
+    Args:
+        pred_BHW, target_BHW: depth in one unit, positive where valid; the target is a constant.
+        valid_BHW: bool.
+
+    An image without valid pixels, or one that is met exactly, has loss 0 and gradient 0.
+    """
+    pred_BHW = torch.where(valid_BHW, pred_BHW.float(), 1.0).clamp(min=DEPTH_FLOOR)
+    target_BHW = torch.where(valid_BHW, target_BHW.float(), 1.0)
+    d_BHW = target_BHW.log() - pred_BHW.log()
+    count_B = valid_BHW.sum((1, 2)).clamp(min=1)
+    mean_B = d_BHW.sum((1, 2)) / count_B
+    # By deviations from the mean: the difference of two nearly equal squares would be rounding.
+    spread_B = torch.where(valid_BHW, d_BHW - mean_B[:, None, None], 0.0).square().sum((1, 2)) / count_B
+    inside_B = spread_B + (1 - mean_weight) * mean_B.square()
+    met_B = inside_B == 0  # where the root has no slope
+    return torch.where(met_B, 0.0, torch.where(met_B, 1.0, inside_B).sqrt())
+
+
+def _normalised(x_BHW: Tensor, region_BHW: Tensor, num_regions: int) -> tuple[Tensor, Tensor]:
+    """(x - median) / deviation of each pixel's region, 0 where it has none; and which regions have a scale: [B, G]."""
+    x_BHW = torch.where(region_BHW > 0, x_BHW.float(), 0.0)
+    median_BG, mad_BG = region_median_mad(x_BHW, region_BHW, num_regions)
+    known_BG = ~(mad_BG < SCALE_FLOOR * median_BG.abs().clamp(min=1.0))  # NaN is known: it has to show
+    scale_BG = torch.where(known_BG, mad_BG, 1.0)
+    hat_BHW = torch.zeros_like(x_BHW)
+    for g in range(num_regions):
+        t_B11, s_B11 = median_BG[:, g, None, None], scale_BG[:, g, None, None]
+        hat_BHW = torch.where(region_BHW == g + 1, (x_BHW - t_B11) / s_B11, hat_BHW)
+    return hat_BHW, known_BG

@@ -1,0 +1,125 @@
+"""Losses against what one would write with loops, in float64. Shape suffixes: B batch, H W pixels, G regions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.losses import gradient_matching_loss, regional_affine_invariant_loss, silog_loss
+
+
+def maps(seed: int = 0, regions: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    target_BHW = torch.rand(3, 21, 18, generator=g) + 0.1
+    pred_BHW = 2 * target_BHW + 0.3 * torch.rand(3, 21, 18, generator=g) + 0.1
+    region_BHW = torch.ones(3, 21, 18, dtype=torch.uint8)
+    region_BHW[:, 5:15, 4:11] = regions
+    region_BHW[torch.rand(3, 21, 18, generator=g) < 0.2] = 0
+    return pred_BHW, target_BHW, region_BHW
+
+
+def normalised(x: Tensor) -> Tensor:
+    x = x.double()
+    return (x - x.median()) / (x - x.median()).abs().mean()
+
+
+def gradient_matching(pred: Tensor, target: Tensor, region: Tensor, regions: int, scales: int) -> float:
+    """Of one image, pixel by pixel."""
+    r = torch.zeros(pred.shape, dtype=torch.float64)
+    for g in range(1, regions + 1):
+        r[region == g] = normalised(pred[region == g]) - normalised(target[region == g])
+    total = 0.0
+    for k in range(scales):
+        d, label = r[:: 2**k, :: 2**k], region[:: 2**k, :: 2**k]
+        here = 0.0
+        for i in range(d.shape[0]):
+            for j in range(d.shape[1]):
+                for a, b in ((i + 1, j), (i, j + 1)):
+                    if a < d.shape[0] and b < d.shape[1] and label[i, j] == label[a, b] > 0:
+                        here += abs(d[a, b] - d[i, j]).item()
+        total += here / max(int((label > 0).sum()), 1)
+    return total
+
+
+@pytest.mark.parametrize("regions", [1, 2])
+def test_gradient_matching_is_what_the_loops_say(regions: int) -> None:
+    pred, target, region = maps(regions=regions)
+    loss_B = gradient_matching_loss(pred, target, region, regions, scales=4)
+    wanted = [gradient_matching(*one, regions, 4) for one in zip(pred, target, region, strict=True)]
+    torch.testing.assert_close(loss_B.double(), torch.tensor(wanted, dtype=torch.float64), rtol=2e-6, atol=0)
+
+
+def test_gradient_matching_ignores_scale_shift_and_holes() -> None:
+    pred, target, region = maps()
+    pred[region == 0], target[region == 0] = math.nan, math.inf
+    pred.requires_grad_()
+    loss_B = gradient_matching_loss(pred, target, region, 2)
+    moved_B = gradient_matching_loss(3 * pred.detach() + 5, 0.5 * target - 2, region, 2)
+    torch.testing.assert_close(loss_B, moved_B, rtol=1e-5, atol=0)
+    assert gradient_matching_loss(2 * target + 1, target, region, 2).max() < 1e-5
+    (grad,) = torch.autograd.grad(loss_B.sum(), pred)
+    assert torch.equal(grad[region == 0], torch.zeros_like(grad[region == 0])) and grad.isfinite().all()
+    # A shift or a scaling of the whole prediction changes nothing, so the gradient has no part along them.
+    valid = torch.where(region > 0, pred.detach(), 0.0)
+    assert grad.sum((1, 2)).abs().max() < 1e-6 and (grad * valid).sum((1, 2)).abs().max() < 1e-6
+
+
+def test_gradient_matching_differentiates_the_normalisation_too() -> None:
+    """Finite differences, away from ties and kinks."""
+    pred, target, region = maps()
+    pred.requires_grad_()
+    (grad,) = torch.autograd.grad(gradient_matching_loss(pred, target, region, 2)[1], pred)
+    direction = torch.randn(pred.shape, generator=torch.Generator().manual_seed(1))
+    moved = [(pred.detach() + h * direction)[1] for h in (1e-5, -1e-5)]
+    losses = [gradient_matching(one, target[1], region[1], 2, 4) for one in moved]
+    assert (losses[0] - losses[1]) / 2e-5 == pytest.approx((grad[1] * direction[1]).sum().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("loss", [gradient_matching_loss, regional_affine_invariant_loss])
+def test_images_and_regions_without_anything_to_learn(loss) -> None:
+    pred, target, region = maps()
+    region[0] = 0
+    pred[1][region[1] == 2] = 0.25  # flat: no scale
+    pred.requires_grad_()
+    loss_B = loss(pred, target, region, 2)
+    (grad,) = torch.autograd.grad(loss_B.sum(), pred)
+    assert loss_B[0] == 0 and (loss_B[1:] > 0).all() and grad.isfinite().all()
+    assert not grad[0].any() and not grad[1][region[1] == 2].any() and grad[1][region[1] == 1].any()
+
+
+def test_a_nan_shows() -> None:
+    pred, target, region = maps()
+    pred[2, 0, 0], region[2, 0, 0] = math.nan, 1
+    assert gradient_matching_loss(pred, target, region, 2)[2].isnan()
+    assert silog_loss(pred, target, region > 0)[2].isnan() and silog_loss(pred, target, region > 0)[:2].isfinite().all()
+
+
+@pytest.mark.parametrize("mean_weight", [0.5, 0.85, 1.0])
+def test_silog_is_the_formula(mean_weight: float) -> None:
+    pred, target, region = maps()
+    pred[region == 0], target[region == 0] = -1.0, math.nan
+    pred.requires_grad_()
+    loss_B = silog_loss(pred, target, region > 0, mean_weight)
+    wanted = []
+    for p, t, label in zip(pred.detach().double(), target.double(), region, strict=True):
+        d = t[label > 0].log() - p[label > 0].log()
+        wanted.append((d.square().mean() - mean_weight * d.mean() ** 2).sqrt())
+    torch.testing.assert_close(loss_B.double(), torch.stack(wanted), rtol=2e-6, atol=0)
+    (grad,) = torch.autograd.grad(loss_B.sum(), pred)
+    assert grad.isfinite().all() and not grad[region == 0].any() and grad[region > 0].all()
+
+
+def test_silog_of_nothing_of_a_perfect_depth_and_of_zero() -> None:
+    pred, target, region = maps()
+    valid = region > 0
+    valid[0] = False
+    pred[1] = target[1]
+    pred[2][valid[2]] = 0.0  # a saturated sigmoid
+    pred.requires_grad_()
+    loss_B = silog_loss(pred, target, valid)
+    (grad,) = torch.autograd.grad(loss_B.sum(), pred)
+    assert loss_B[0] == loss_B[1] == 0 and loss_B[2] > 1 and loss_B.isfinite().all()
+    assert grad.isfinite().all() and not grad[:2].any()
