@@ -48,8 +48,12 @@ REQUIRES = [
 # Exporting to ONNX; `torch.export` needs nothing more.
 EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 
+# Layouts of published datasets whose depth comes in such files.
+IMPORT = ["h5py>=3.10", "OpenEXR>=3.3"]
+
 TEST = [
     *EXPORT,
+    *IMPORT,
     "pytest>=8.2",
     "pytest-xdist>=3.6",
     "pytest-randomly>=3.15",
@@ -75,6 +79,6 @@ setup(
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
     package_data={"launcher": ["recipes/*.yaml"]},
     install_requires=REQUIRES,
-    extras_require={**DALI, "export": EXPORT, "test": TEST, "dev": DEV},
+    extras_require={**DALI, "export": EXPORT, "import": IMPORT, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["fathom = launcher.cli:main"]},
 )

@@ -23,6 +23,7 @@ DEPTH_MM = AffineCode(scale=0.001)  # what RGB-D cameras write; reaches 65.535 m
 LABEL_ZERO = 16  # the smallest valid code of a label: disparity `shift`, so that 0, the sky, is a value and no hole
 LABEL_STEP = 16  # the low 4 bits stay zero: 12 bits are below a teacher's noise and halve the file
 LABEL_SPAN = 65504  # 4094 steps: the largest multiple of 16 whose code, span + zero, fits into 16 bits
+HALF_PRECISION_RANGE = 64  # max / min up to which a linear 16-bit code is nowhere coarser than float16
 
 _MAX_CODE = 65535
 
@@ -43,6 +44,36 @@ def encode_png16(value_HW: npt.ArrayLike, code: AffineCode) -> tuple[bytes, int]
     code_HW = np.rint((np.where(valid_HW, value_HW, 0) - code.shift) / code.scale + code.zero)
     clipped = int(np.count_nonzero(valid_HW & (code_HW > _MAX_CODE)))
     return _write_png(np.where(valid_HW, np.clip(code_HW, 1, _MAX_CODE), 0)), clipped
+
+
+def encode_map(value_HW: npt.ArrayLike, quantity: Quantity) -> tuple[str, bytes, AffineCode | None]:
+    """Encode a map in the way that keeps it best: (extension of the member, its content, its code or None).
+
+    Holes are NaN and infinities, for depths also values <= 0. A depth map whose largest value is at most 64 times its
+    smallest becomes a 16-bit PNG (scale = max / 65535, error at most scale / 2): nowhere worse than half precision,
+    relative to the value. Any other becomes a `.npy` of float16 (error at most 2^-11 of the value), or of float32 where
+    float16 does not reach. A disparity becomes a 16-bit PNG over its own range, error at most (max - min) / 131068.
+    DataError when no pixel is valid, ValueError unless [H, W].
+    """
+    value_HW = np.asarray(value_HW, np.float64)
+    if value_HW.ndim != 2:
+        raise ValueError(f"needs a map [H, W], got shape {value_HW.shape}")
+    valid_HW = np.isfinite(value_HW) if quantity == "disparity" else np.isfinite(value_HW) & (value_HW > 0)
+    if not valid_HW.any():
+        raise DataError("the map has no valid value")
+    low, high = float(value_HW[valid_HW].min()), float(value_HW[valid_HW].max())
+    value_HW = np.where(valid_HW, value_HW, np.nan)
+    if quantity == "disparity":
+        code = AffineCode(scale=(high - low) / (_MAX_CODE - 1) or 1.0, shift=low, zero=1)
+        return "depth.png", encode_png16(value_HW, code)[0], code
+    if high <= HALF_PRECISION_RANGE * low:
+        code = AffineCode(scale=high / _MAX_CODE)
+        return "depth.png", encode_png16(value_HW, code)[0], code
+    half = np.finfo(np.float16)
+    out = io.BytesIO()
+    fits = high <= float(half.max) and low >= float(half.smallest_normal)
+    np.save(out, value_HW.astype(np.float16 if fits else np.float32))
+    return "depth.npy", out.getvalue(), None
 
 
 def encode_label(disparity_HW: npt.ArrayLike) -> tuple[bytes, AffineCode]:

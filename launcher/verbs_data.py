@@ -1,4 +1,4 @@
-"""`fathom data synth|pack|show`: make and look at datasets."""
+"""`fathom data synth|pack|layouts|show`: make and look at datasets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 def register(app: typer.Typer) -> None:
     """Adds the group."""
     group = typer.Typer(help="Make and look at datasets.", no_args_is_help=True, rich_markup_mode=None)
-    for verb in (synth, pack, show):
+    for verb in (synth, pack, layouts, show):
         group.command(verb.__name__)(verb)
     app.add_typer(group, name="data")
 
@@ -32,7 +32,7 @@ def synth(
       fathom data synth data/labelled --domain labelled --count 800
       fathom data synth data/wide --domain wide --count 4000 --no-labels
     """
-    from dataio.pack import pack_synth
+    from dataio.pack_synth import pack_synth
 
     with _bar("render") as (bar, stop):
         report = pack_synth(
@@ -44,21 +44,28 @@ def synth(
 
 
 def pack(
-    source: Annotated[str, typer.Argument(help="Folder of photographs (and depth maps beside them).")],
-    out: Annotated[str, typer.Argument(help="Folder of the new dataset.")],
-    role: Annotated[str, typer.Option(help="labelled (X.jpg beside X.depth.png) or unlabelled.")] = "unlabelled",
-    name: Annotated[str | None, typer.Option(help="Default: the source folder's name.")] = None,
-    depth_scale: Annotated[float, typer.Option(help="Metres per code of the 16-bit depth maps.")] = 0.001,
+    source: Annotated[str, typer.Argument(help="Folder (or file) that holds the data.")],
+    out: Annotated[str, typer.Argument(help="Folder or URL of the new dataset.")],
+    layout: Annotated[str, typer.Option(help="Whose layout it has; `fathom data layouts` lists them.")] = "folder",
+    role: Annotated[str | None, typer.Option(help="Of a folder: labelled, or unlabelled (the default).")] = None,
+    name: Annotated[str | None, typer.Option(help="Default: the source's name.")] = None,
+    depth_scale: Annotated[
+        float | None, typer.Option(help="Metres per code of the 16-bit depth maps, where the layout does not say.")
+    ] = None,
     depth_scale_of: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERN=SCALE", help="Another scale for matching files, e.g. 'tum_*=0.0002'; repeatable."
         ),
     ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Of the layout; repeatable.")
+    ] = None,
     shard_mib: Annotated[int, typer.Option(min=1, help="MiB of a shard.")] = 256,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a processor.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Delete a half-made dataset and start anew.")] = False,
 ) -> int:
-    """Pack a folder of photographs as WebDataset shards; images are copied, never re-encoded. The same call resumes.
+    """Pack photographs and depth maps as WebDataset shards; images are copied, never re-encoded. The same call resumes.
 
     What cannot be used is skipped and named, here and in pack_report.json.
 
@@ -66,21 +73,53 @@ def pack(
     Example:
       fathom data pack photos data/photos
       fathom data pack rgbd data/rgbd --role labelled --depth-scale 0.001 --depth-scale-of 'tum_*=0.0002'
+      fathom data pack vkitti data/vkitti --layout vkitti2 -o camera=0
     """
     import os
 
-    from dataio.pack import PackSpec, pack_folder
+    from dataio.importers import get_importer
+    from dataio.importers.base import parse_options
+    from dataio.pack import pack as pack_dataset
 
-    spec = PackSpec(
-        name=name or os.path.basename(os.path.abspath(source)),
-        role=role,  # type: ignore[arg-type]
-        depth_scale=depth_scale,
-        overrides=tuple(_scale(item) for item in depth_scale_of or ()),
-        shard_bytes=shard_mib << 20,
-    )
+    importer = get_importer(layout)
+    options: dict[str, Any] = dict(_option(item) for item in option or ())
+    if layout == "folder":
+        options.setdefault("role", "unlabelled")
+    for field, value in (("role", role), ("depth_scale", depth_scale)):
+        if value is not None:
+            options[field] = value
+    if depth_scale_of:
+        options["overrides"] = tuple(_scale(item) for item in depth_scale_of)
+    found = importer(source, parse_options(importer, options))
     with _bar("pack") as (bar, stop):
-        report = pack_folder(source, out, spec, progress=_watching(bar, stop), restart=restart)
+        report = pack_dataset(
+            found,
+            out,
+            name=name or os.path.splitext(os.path.basename(os.path.abspath(source)))[0],
+            shard_bytes=shard_mib << 20,
+            workers=workers or len(os.sched_getaffinity(0)),
+            progress=_watching(bar, stop),
+            restart=restart,
+        )
     typer.echo(f"{out}: {report}")
+    return 0
+
+
+def layouts() -> int:
+    """List the layouts that `fathom data pack --layout` reads, with their options.
+
+    \b
+    Example:
+      fathom data layouts
+    """
+    from dataio.importers import get_importer, layout_names
+
+    for name in layout_names():
+        importer = get_importer(name)
+        options = ", ".join(importer.Options.model_fields)
+        typer.echo(
+            f"{name:14} {(importer.__doc__ or '').splitlines()[0]}" + (f" Options: {options}." if options else "")
+        )
     return 0
 
 
@@ -115,6 +154,13 @@ def _scale(item: str) -> tuple[str, float]:
             f"{item!r}: expected PATTERN=SCALE, for example 'tum_*=0.0002'", param_hint="--depth-scale-of"
         )
     return pattern, scale
+
+
+def _option(item: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if not equals or not name:
+        raise typer.BadParameter(f"{item!r}: expected NAME=VALUE, for example split=train", param_hint="--option")
+    return name, value
 
 
 def _bar(title: str) -> Any:

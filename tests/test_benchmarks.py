@@ -39,7 +39,7 @@ def test_a_benchmark_prints_its_table(command: str) -> None:
 
 
 def test_without_a_gpu_the_gpu_script_says_so_and_runs_nothing() -> None:
-    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    blind = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=REPOSITORY, capture_output=True, text=True, env=blind)
     assert done.returncode == 3
     assert "no NVIDIA GPU" in done.stdout

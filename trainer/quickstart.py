@@ -180,7 +180,7 @@ def timed(results: Results, stage: str) -> Iterator[None]:
 def make_data(request: Request, stop: StopFlag) -> None:
     """Render and pack the four sets; whole shards of an interrupted call are kept."""
     from dataio.dataset import INFO_NAME
-    from dataio.pack import pack_synth
+    from dataio.pack_synth import pack_synth
 
     sizes = request.sizes
     sets = {

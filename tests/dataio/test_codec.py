@@ -15,6 +15,7 @@ from dataio.codec import (
     decode_npy,
     decode_png16,
     encode_label,
+    encode_map,
     encode_png16,
     label_code,
     read_png16,
@@ -154,3 +155,46 @@ def test_label_code():
     for meta in ({}, {"scale": 1.0}, {"shift": 1.0}):
         with pytest.raises(DataError):
             label_code(meta)
+
+
+# --- maps of any range
+
+
+@pytest.mark.parametrize(("low", "high", "extension"), [(1.0, 64.0, "depth.png"), (0.4, 900.0, "depth.npy")])
+def test_a_depth_map_is_nowhere_coarser_than_half_precision(low, high, extension):
+    depth_HW = np.geomspace(low, high, 20 * 30).reshape(20, 30)
+    depth_HW[3, 4], depth_HW[0, 1], depth_HW[5, 6] = np.nan, -1.0, np.inf
+    name, data, code = encode_map(depth_HW, "depth_m")
+    assert name == extension
+    found_HW = decode_png16(data, code) if code else decode_npy(data, "depth_m")
+    assert np.argwhere(np.isnan(found_HW)).tolist() == [[0, 1], [3, 4], [5, 6]]
+    valid_HW = ~np.isnan(found_HW)
+    assert (np.abs(found_HW - depth_HW)[valid_HW] <= 2.0**-11 * 1.0001 * depth_HW[valid_HW]).all()
+
+
+@pytest.mark.parametrize(("low", "high"), [(1e-3, 1e6), (1e-8, 1.0)])
+def test_what_half_precision_does_not_reach_becomes_float32(low, high):
+    depth_HW = np.geomspace(low, high, 12).reshape(3, 4)
+    name, data, code = encode_map(depth_HW, "depth_m")
+    assert (name, code) == ("depth.npy", None)
+    np.testing.assert_allclose(decode_npy(data, "depth_m"), depth_HW, rtol=1e-7)
+
+
+def test_a_disparity_map_keeps_zero_and_below_as_values():
+    disparity_HW = np.linspace(-2, 30, 40).reshape(5, 8)
+    disparity_HW[0, 0] = np.nan
+    name, data, code = encode_map(disparity_HW, "disparity")
+    assert name == "depth.png"
+    found_HW = decode_png16(data, code)
+    assert np.isnan(found_HW[0, 0]) and np.isfinite(found_HW).sum() == 39
+    assert np.nanmax(np.abs(found_HW - disparity_HW)) <= 32 / 131068 * 1.01
+
+
+def test_a_flat_map_and_one_without_a_value():
+    for quantity in ("depth_m", "disparity"):
+        _, data, code = encode_map(np.full((3, 4), 2.5), quantity)
+        np.testing.assert_allclose(decode_png16(data, code), 2.5, rtol=1e-6)
+        with pytest.raises(DataError, match="no valid value"):
+            encode_map(np.full((3, 4), np.nan), quantity)
+    with pytest.raises(ValueError, match="needs a map"):
+        encode_map(np.zeros(3), "depth_m")

@@ -4,21 +4,41 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from cluster import storage
-from dataio import pack
+from dataio import synth
 from dataio.codec import code_of, decode_png16
 from dataio.dataset import Dataset
+from dataio.importers.base import parse_options
+from dataio.importers.folder import Folder
 from dataio.index import ShardIndex, index_path
-from dataio.pack import PackReport, PackSpec, ShardWriter, pack_folder, pack_synth
+from dataio.pack import pack
+from dataio.pack_synth import pack_synth
+from dataio.shards import SHARD_BYTES, PackReport, Progress, ShardWriter
 from dataio.spec import DataError
 
-LABELLED = PackSpec(name="d", role="labelled")
-UNLABELLED = PackSpec(name="d", role="unlabelled")
+LABELLED = dict(role="labelled")
+UNLABELLED = dict(role="unlabelled")
+
+
+def pack_folder(
+    source: str,
+    out: str,
+    *,
+    name: str = "d",
+    shard_bytes: int = SHARD_BYTES,
+    workers: int = 1,
+    progress: Progress | None = None,
+    restart: bool = False,
+    **options: Any,
+) -> PackReport:
+    importer = Folder(source, parse_options(Folder, options))
+    return pack(importer, out, name=name, shard_bytes=shard_bytes, workers=workers, progress=progress, restart=restart)
 
 
 def picture(path: Path, size: tuple[int, int] = (40, 30), seed: int = 0, **options: object) -> Path:
@@ -73,7 +93,7 @@ def test_bytes_are_copied_and_pairs_found(tmp_path):
     Image.new("L", (40, 30), 255).save(source / "c.sky.png")
     picture(source / ".thumbs" / "x.jpg")
     (source / "notes.txt").write_text("no picture")
-    report = pack_folder(str(source), str(tmp_path / "out"), LABELLED)
+    report = pack_folder(str(source), str(tmp_path / "out"), **LABELLED)
     assert report == PackReport(3, {})
     found = contents(Dataset.open(str(tmp_path / "out")))
     assert {key: sorted(members) for key, members in found.items()} == {
@@ -87,7 +107,7 @@ def test_bytes_are_copied_and_pairs_found(tmp_path):
 
 def test_unlabelled_takes_photographs_only(source, tmp_path):
     picture(source / "z.webp")
-    report = pack_folder(str(source), str(tmp_path / "out"), UNLABELLED)
+    report = pack_folder(str(source), str(tmp_path / "out"), **UNLABELLED)
     assert report.packed == 7
     dataset = Dataset.open(str(tmp_path / "out"))
     assert (dataset.info.role, dataset.info.quantity, dataset.info.code) == ("unlabelled", None, None)
@@ -97,8 +117,8 @@ def test_unlabelled_takes_photographs_only(source, tmp_path):
 def test_mixed_scales(tmp_path):
     pair(tmp_path / "source", "room")
     pair(tmp_path / "source", "sub/tum_1")
-    spec = PackSpec(name="d", role="labelled", overrides=(("*tum_*", 1 / 5000),))
-    pack_folder(str(tmp_path / "source"), str(tmp_path / "out"), spec)
+    spec = dict(role="labelled", overrides=(("*tum_*", 1 / 5000),))
+    pack_folder(str(tmp_path / "source"), str(tmp_path / "out"), **spec)
     dataset = Dataset.open(str(tmp_path / "out"))
     found = contents(dataset)
     assert "json" not in found["room"]
@@ -112,20 +132,20 @@ def test_mixed_scales(tmp_path):
 def test_depth_in_a_folder_of_its_own(tmp_path):
     picture(tmp_path / "source" / "rgb" / "1.png")
     depth(tmp_path / "source" / "depth" / "1.png")
-    spec = PackSpec(name="d", role="labelled", depth="../depth/{stem}.png")
-    assert pack_folder(str(tmp_path / "source"), str(tmp_path / "out"), spec).packed == 1
+    spec = dict(role="labelled", depth="../depth/{stem}.png")
+    assert pack_folder(str(tmp_path / "source"), str(tmp_path / "out"), **spec).packed == 1
 
 
 def test_shards_roll_by_bytes(source, tmp_path):
     size = (source / "room0.jpg").stat().st_size + (source / "room0.depth.png").stat().st_size
-    spec = PackSpec(name="d", role="labelled", shard_bytes=int(2.8 * (size + 2048)))
-    pack_folder(str(source), str(tmp_path / "out"), spec)
+    spec = dict(role="labelled", shard_bytes=int(2.8 * (size + 2048)))
+    pack_folder(str(source), str(tmp_path / "out"), **spec)
     assert [shard.samples for shard in Dataset.open(str(tmp_path / "out")).shards] == [2, 2, 2]
 
 
 def test_progress_counts_every_source_item(source, tmp_path):
     seen = []
-    pack_folder(str(source), str(tmp_path / "out"), LABELLED, progress=lambda done, total: seen.append((done, total)))
+    pack_folder(str(source), str(tmp_path / "out"), **LABELLED, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i, 6) for i in range(1, 7)]
 
 
@@ -152,7 +172,7 @@ def test_bad_samples_are_named_by_reason(source, tmp_path):
     picture(source / "turned.jpg", exif=exif)
     pair(source, "masked")
     Image.new("L", (4, 3)).save(source / "masked.sky.png")
-    report = pack_folder(str(source), str(tmp_path / "out"), LABELLED)
+    report = pack_folder(str(source), str(tmp_path / "out"), **LABELLED)
     assert report == PackReport(
         6,
         {
@@ -179,14 +199,14 @@ def test_every_cut_picture_is_found(source, tmp_path, ending, part):
     path = picture(source / f"cut.{ending}", (300, 200), **options)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * part)])
-    report = pack_folder(str(source), str(tmp_path / "out"), UNLABELLED)
+    report = pack_folder(str(source), str(tmp_path / "out"), **UNLABELLED)
     assert report.skipped == {"unreadable_image": [f"cut.{ending}"]}
 
 
 def test_nothing_usable(tmp_path):
     picture(tmp_path / "source" / "a.jpg")
     with pytest.raises(DataError, match=r"no usable sample.*1 missing_depth \(a\.jpg\)"):
-        pack_folder(str(tmp_path / "source"), str(tmp_path / "out"), LABELLED)
+        pack_folder(str(tmp_path / "source"), str(tmp_path / "out"), **LABELLED)
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
@@ -195,15 +215,15 @@ def test_two_photographs_with_one_key(tmp_path, names):
     for name in names:
         picture(tmp_path / "source" / name)
     with pytest.raises(DataError, match="would both have the key"):
-        pack_folder(str(tmp_path / "source"), str(tmp_path / "out"), UNLABELLED)
+        pack_folder(str(tmp_path / "source"), str(tmp_path / "out"), **UNLABELLED)
     assert not (tmp_path / "out").exists()
 
 
 def test_no_source(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
-        pack_folder(str(tmp_path / "nowhere"), str(tmp_path / "out"), LABELLED)
+        pack_folder(str(tmp_path / "nowhere"), str(tmp_path / "out"), **LABELLED)
     with pytest.raises(DataError, match="no photographs"):
-        pack_folder(str(tmp_path), str(tmp_path / "out"), LABELLED)
+        pack_folder(str(tmp_path), str(tmp_path / "out"), **LABELLED)
 
 
 @pytest.mark.parametrize(
@@ -220,9 +240,9 @@ def test_no_source(tmp_path):
     ],
 )
 def test_wrong_arguments(source, tmp_path, change):
-    spec = PackSpec(**{"name": "d", "role": "labelled", **change})
+    spec = {"role": "labelled", **change}
     with pytest.raises(DataError, match=next(iter(change)).removesuffix("s")):
-        pack_folder(str(source), str(tmp_path / "out"), spec)
+        pack_folder(str(source), str(tmp_path / "out"), **spec)
 
 
 def test_no_space(source, tmp_path, monkeypatch):
@@ -234,7 +254,7 @@ def test_no_space(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage, "require_free", full)
     with pytest.raises(storage.StorageError, match="no space"):
-        pack_folder(str(source), str(tmp_path / "out"), LABELLED)
+        pack_folder(str(source), str(tmp_path / "out"), **LABELLED)
     assert asked[0] > sum(path.stat().st_size for path in source.iterdir())
     assert not (tmp_path / "out" / "shards").exists()
 
@@ -242,7 +262,7 @@ def test_no_space(source, tmp_path, monkeypatch):
 # --- what was begun
 
 
-SMALL = PackSpec(name="d", role="labelled", shard_bytes=10_000)
+SMALL = dict(role="labelled", shard_bytes=10_000)
 
 
 class Stop(Exception):
@@ -260,7 +280,7 @@ def stop_at(number: int):
 def test_an_exception_leaves_no_dataset_and_no_half_shard(source, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Stop):
-        pack_folder(str(source), str(out), SMALL, progress=stop_at(5))
+        pack_folder(str(source), str(out), **SMALL, progress=stop_at(5))
     assert not (out / "dataset.json").exists()
     tars = sorted((out / "shards").iterdir())
     assert [path.suffix for path in tars] == [".idx", ".tar"] * (len(tars) // 2)
@@ -275,13 +295,13 @@ def test_an_exception_leaves_no_dataset_and_no_half_shard(source, tmp_path):
 def test_resuming_gives_the_same_dataset_and_keeps_whole_shards(source, tmp_path, at):
     (source / "room2x.jpg").write_text("bad")
     (source / "room4x.jpg").write_text("bad")
-    straight = pack_folder(str(source), str(tmp_path / "straight"), SMALL)
+    straight = pack_folder(str(source), str(tmp_path / "straight"), **SMALL)
     out = tmp_path / "out"
     with pytest.raises(Stop):
-        pack_folder(str(source), str(out), SMALL, progress=stop_at(at))
+        pack_folder(str(source), str(out), **SMALL, progress=stop_at(at))
     kept = {path: path.stat().st_mtime_ns for path in (out / "packing").glob("0*.json")}
     seen = []
-    resumed = pack_folder(str(source), str(out), SMALL, progress=lambda done, total: seen.append(done))
+    resumed = pack_folder(str(source), str(out), **SMALL, progress=lambda done, total: seen.append(done))
     assert resumed == straight
     assert tree(out) == tree(tmp_path / "straight")
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
@@ -290,59 +310,59 @@ def test_resuming_gives_the_same_dataset_and_keeps_whole_shards(source, tmp_path
 
 
 def test_packing_a_finished_dataset_again_changes_nothing(source, tmp_path):
-    first = pack_folder(str(source), str(tmp_path / "out"), SMALL)
+    first = pack_folder(str(source), str(tmp_path / "out"), **SMALL)
     before = tree(tmp_path / "out")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shards").iterdir()}
-    assert pack_folder(str(source), str(tmp_path / "out"), SMALL) == first
+    assert pack_folder(str(source), str(tmp_path / "out"), **SMALL) == first
     assert tree(tmp_path / "out") == before
     assert all(path.stat().st_mtime_ns == then for path, then in times.items())
 
 
 def test_a_lost_shard_is_made_again(source, tmp_path):
-    pack_folder(str(source), str(tmp_path / "out"), SMALL)
+    pack_folder(str(source), str(tmp_path / "out"), **SMALL)
     before = tree(tmp_path / "out")
     (tmp_path / "out" / "shards" / "000001.tar").unlink()
-    pack_folder(str(source), str(tmp_path / "out"), SMALL)
+    pack_folder(str(source), str(tmp_path / "out"), **SMALL)
     assert tree(tmp_path / "out") == before
 
 
 def test_other_arguments_are_refused_or_start_anew(source, tmp_path):
     out = str(tmp_path / "out")
-    pack_folder(str(source), out, SMALL)
-    other = PackSpec(name="d", role="labelled", shard_bytes=10_000, depth_scale=0.002)
+    pack_folder(str(source), out, **SMALL)
+    other = dict(role="labelled", shard_bytes=10_000, depth_scale=0.002)
     with pytest.raises(DataError, match=re.escape("depth_scale was 0.001, now 0.002")):
-        pack_folder(str(source), out, other)
+        pack_folder(str(source), out, **other)
     (tmp_path / "out" / "mine.txt").write_text("kept")
-    pack_folder(str(source), out, UNLABELLED, restart=True)
+    pack_folder(str(source), out, **UNLABELLED, restart=True)
     dataset = Dataset.open(out)
     assert (dataset.info.role, len(dataset.shards)) == ("unlabelled", 1)
     assert (tmp_path / "out" / "mine.txt").exists()
 
 
 def test_changed_files_are_refused(source, tmp_path):
-    pack_folder(str(source), str(tmp_path / "out"), SMALL)
+    pack_folder(str(source), str(tmp_path / "out"), **SMALL)
     pair(source, "more")
     with pytest.raises(DataError, match="files was"):
-        pack_folder(str(source), str(tmp_path / "out"), SMALL)
+        pack_folder(str(source), str(tmp_path / "out"), **SMALL)
 
 
 @pytest.mark.parametrize("restart", [True, False])
 def test_a_dataset_of_another_origin_is_left_alone(source, tmp_path, restart):
     out = tmp_path / "out"
-    pack_folder(str(source), str(out), SMALL)
+    pack_folder(str(source), str(out), **SMALL)
     (out / "packing" / "plan.json").unlink()
     before = tree(out)
     with pytest.raises(DataError, match="not packed here"):
-        pack_folder(str(source), str(out), SMALL, restart=restart)
+        pack_folder(str(source), str(out), **SMALL, restart=restart)
     assert tree(out) == before
 
 
 def test_into_a_url(source, tmp_path):
-    pack_folder(str(source), str(tmp_path / "out"), SMALL)
-    pack_folder(str(source), "memory://pack-test", SMALL)
+    pack_folder(str(source), str(tmp_path / "out"), **SMALL)
+    pack_folder(str(source), "memory://pack-test", **SMALL)
     assert Dataset.open("memory://pack-test").fingerprint == Dataset.open(str(tmp_path / "out")).fingerprint
     with pytest.raises(DataError, match="behind a URL"):
-        pack_folder(str(source), "memory://pack-test", SMALL, restart=True)
+        pack_folder(str(source), "memory://pack-test", **SMALL, restart=True)
 
 
 # --- the writer
@@ -380,7 +400,7 @@ def test_synth(tmp_path):
     dataset = Dataset.open(str(tmp_path / "a"))
     assert [shard.samples for shard in dataset.shards] == [2, 2, 1]
     members = contents(dataset)["labelled_000004"]
-    scene = pack.synth.render("labelled", 3, 4, 56)
+    scene = synth.render("labelled", 3, 4, 56)
     depth_HW = decode_png16(members["depth.png"], dataset.info.code)
     assert np.array_equal(np.isnan(depth_HW), scene.sky_HW | (scene.depth_m_HW <= 0))
     assert np.nanmax(np.abs(depth_HW - scene.depth_m_HW)) <= 0.0006
@@ -419,13 +439,13 @@ def test_synth_wrong_arguments(tmp_path, change):
 
 
 def test_real_rgbd_and_photographs(shared_real, tmp_path):
-    spec = PackSpec(name="rgbd", role="labelled", overrides=(("tum_*", 1 / 5000),))
-    assert pack_folder(str(shared_real / "rgbd"), str(tmp_path / "rgbd"), spec) == PackReport(4, {})
+    spec = dict(name="rgbd", role="labelled", overrides=(("tum_*", 1 / 5000),))
+    assert pack_folder(str(shared_real / "rgbd"), str(tmp_path / "rgbd"), **spec) == PackReport(4, {})
     dataset = Dataset.open(str(tmp_path / "rgbd"))
     for key, members in contents(dataset).items():
         code = code_of(json.loads(members.get("json") or b"{}"), dataset.info.code)
         depth_HW = decode_png16(members["depth.png"], code)
         assert 0.3 < np.nanmedian(depth_HW) < 4, key
         assert np.nanmax(depth_HW) < 12, key
-    photos = pack_folder(str(shared_real / "photos"), str(tmp_path / "photos"), UNLABELLED)
+    photos = pack_folder(str(shared_real / "photos"), str(tmp_path / "photos"), **UNLABELLED)
     assert photos == PackReport(12, {})

@@ -8,8 +8,10 @@ from PIL import Image
 
 from dataio.codec import DEPTH_MM, encode_png16
 from dataio.dataset import DatasetInfo
+from dataio.importers.folder import Folder, FolderOptions
 from dataio.labels import LabelStore
-from dataio.pack import PackSpec, pack_folder, pack_synth
+from dataio.pack import pack
+from dataio.pack_synth import pack_synth
 from dataio.shards import ShardWriter
 from dataio.show import colorize, contact_sheet, save
 from dataio.spec import DataError
@@ -113,5 +115,5 @@ def test_save(scenes, tmp_path):
 
 
 def test_real_photographs(shared_real, tmp_path):
-    pack_folder(str(shared_real / "photos"), str(tmp_path / "d"), PackSpec(name="photos", role="unlabelled"))
+    pack(Folder(str(shared_real / "photos"), FolderOptions(role="unlabelled")), str(tmp_path / "d"), name="photos")
     assert contact_sheet(str(tmp_path / "d"), 2).width > 400

@@ -1,0 +1,230 @@
+"""What every importer shares: where samples of somebody's layout come from, and how one becomes members of a shard.
+
+An importer finds its entries (quick, in the parent process, in a fixed order) and reads one (in any process). Images
+are passed on byte by byte where the layout has image files; depth as the file it has where that is a 16-bit PNG whose
+codes are linear, else as a map, which is encoded here.
+
+Shape suffixes: H W pixels.
+"""
+
+from __future__ import annotations
+
+import abc
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dataio.codec import DEPTH_MM, encode_map, read_png16
+from dataio.shards import Item
+from dataio.spec import DataError
+from dataio.types import AffineCode, Quantity
+
+IMAGE_EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+_ORIENTATION = 0x0112  # the EXIF tag
+
+Map = npt.NDArray[np.float32]
+
+
+class BadItem(Exception):
+    """An entry that cannot be used; `reason` is one word, counted in the report."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample that was found and not yet read.
+
+    `files` are what it is made of, relative to the root, the image first: packing again compares their sizes. `extra`
+    is whatever else the importer needs to read it, in plain JSON-able values.
+    """
+
+    key: str
+    files: tuple[str, ...]
+    extra: tuple[Any, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.files[0] if not self.extra else f"{self.files[0]} {self.key}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One sample as read: the image's file, and its depth (or disparity) as a map, or as a file with its code.
+
+    `value_HW` is in the importer's quantity, NaN where nothing was measured. `sky_HW` is True where sky is: no depth,
+    disparity 0. `meta` goes into KEY.json; by convention focal_px, baseline_m.
+    """
+
+    image: bytes
+    extension: str  # "jpg" | "png" | "webp"
+    value_HW: Map | None = None
+    coded: tuple[bytes, AffineCode] | None = None
+    sky: bytes | npt.NDArray[np.bool_] | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Options(BaseModel):
+    """What an importer can be told. Fields are text, numbers, switches or a choice of words, with defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Importer(abc.ABC):
+    """One layout. Subclasses are small; what they cite as `definition` is where the layout is described.
+
+    An instance is sent to other processes, so it holds its root and options and little else.
+    """
+
+    name: ClassVar[str]
+    quantity: Quantity = "depth_m"
+    definition: ClassVar[str]
+    unverified: ClassVar[str] = ""  # what of the layout could not be checked against its definition
+    code: AffineCode = DEPTH_MM  # the dataset's; samples with another one say so
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, root: str, options: Any = None) -> None:
+        """`options` is an instance of `Options`. DataError when `root` is not there."""
+        self.root = Path(root)
+        self.options: Any = options if options is not None else self.Options()
+        if not self.root.exists():
+            raise DataError(f"{root}: no such folder: name the folder that holds the data")
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its samples have depth."""
+        return True
+
+    @abc.abstractmethod
+    def entries(self) -> Iterator[Entry]:
+        """Every sample, in a fixed order. DataError when the folder does not look like this layout."""
+
+    @abc.abstractmethod
+    def read(self, entry: Entry) -> Found:
+        """One sample. Raises BadItem for what is wrong with it alone."""
+
+    def bytes_of(self, path: str, missing: str = "missing_image") -> bytes:
+        """A file's content. BadItem `missing` when there is none."""
+        try:
+            return (self.root / path).read_bytes()
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise BadItem(missing) from error
+
+
+def parse_options(importer: type[Importer], given: Mapping[str, str]) -> Options:
+    """The options of texts such as {"split": "train"}. DataError for unknown names and values that do not fit."""
+    try:
+        return importer.Options.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, known = first["loc"][0], ", ".join(importer.Options.model_fields) or "none"
+        what = "is unknown" if first["type"] == "extra_forbidden" else f"is {first['input']!r}: {first['msg']}"
+        raise DataError(f"option {name!r} {what}; the layout {importer.name!r} has the options {known}") from error
+
+
+def image_extension(path: str) -> str:
+    """The member's extension for an image file. BadItem for a format that shards do not hold."""
+    try:
+        return IMAGE_EXTENSIONS[Path(path).suffix.lower()]
+    except KeyError as error:
+        raise BadItem("unknown_image_format") from error
+
+
+def as_key(path: str) -> str:
+    """A key made of a relative path: without extension; letters, digits, - _ and / stay, the rest becomes _."""
+    stem = path[: -len(suffix)] if (suffix := Path(path).suffix) else path
+    return "".join(c if c.isalnum() or c in "-_/" else "_" for c in stem)
+
+
+def look(data: bytes) -> tuple[tuple[int, int] | None, bool]:
+    """((width, height), whether EXIF rotates it) after decoding all of an image; (None, False) when that fails."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            size, rotated = image.size, image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+            if isinstance(image, ImageFile.ImageFile):
+                image.draft("RGB", (1, 1))  # JPEG: an eighth of the size, yet every byte is read
+            image.load()
+            return size, rotated
+    except Exception:  # noqa: BLE001  (Pillow's plug-ins raise whatever they like on damaged files)
+        return None, False
+
+
+def png_of(image_HWC: npt.NDArray[np.uint8]) -> bytes:
+    """Pixels that come in no file of their own, without loss."""
+    out = io.BytesIO()
+    Image.fromarray(image_HWC).save(out, format="PNG", compress_level=1)
+    return out.getvalue()
+
+
+def make_item(importer: Importer, entry: Entry) -> Item:
+    """Read an entry and turn it into the members of a sample, or the problem it has."""
+    try:
+        members = _members(importer.read(entry), importer)
+    except BadItem as bad:
+        return Item(name=entry.name, problem=bad.reason)
+    return Item(name=entry.name, key=entry.key, members=members)
+
+
+def _members(found: Found, importer: Importer) -> dict[str, bytes]:
+    size, rotated = look(found.image)
+    if size is None:
+        raise BadItem("unreadable_image")
+    members = {found.extension: found.image}
+    meta = dict(found.meta)
+    if importer.labelled:
+        if rotated:  # decoders turn such a picture, and nobody turns its depth map
+            raise BadItem("rotated_by_exif")
+        meta |= _add_target(members, found, importer, size)
+        _add_sky(members, found, size)
+    if meta:
+        members["json"] = json.dumps(meta, sort_keys=True).encode()
+    return members
+
+
+def _add_target(members: dict[str, bytes], found: Found, importer: Importer, size: tuple[int, int]) -> dict[str, Any]:
+    """Add the target; returns what KEY.json has to say of its code."""
+    if found.coded is not None:
+        png, code = found.coded
+        depth_size, _ = look(png)
+        if depth_size is None:
+            raise BadItem("unreadable_depth")
+        try:
+            valid = read_png16(png).any()
+        except DataError as error:
+            raise BadItem("depth_not_16_bit") from error
+        extension = "depth.png"
+    else:
+        if found.value_HW is None:
+            raise BadItem("missing_depth")
+        depth_size = found.value_HW.shape[::-1]
+        valid = np.isfinite(found.value_HW).any()
+        if valid:
+            extension, png, encoded = encode_map(found.value_HW, importer.quantity)
+            code = encoded or importer.code
+    if depth_size != size:
+        raise BadItem("depth_size_differs")
+    if not valid:
+        raise BadItem("no_valid_depth")
+    members[extension] = png
+    own, common = asdict(code), asdict(importer.code)
+    return {name: value for name, value in own.items() if value != common[name]}
+
+
+def _add_sky(members: dict[str, bytes], found: Found, size: tuple[int, int]) -> None:
+    if found.sky is None:
+        return
+    sky = found.sky if isinstance(found.sky, bytes) else png_of(found.sky.astype(np.uint8) * 255)
+    if look(sky)[0] != size:
+        raise BadItem("unusable_sky")
+    members["sky.png"] = sky
