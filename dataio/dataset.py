@@ -10,12 +10,13 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from typing import Any, Literal, cast, get_args
 
 from cluster import storage
 from dataio.index import SampleEntry, ShardIndex, read_member
+from dataio.quarantine import read_quarantine
 from dataio.spec import DataError
 from dataio.types import AffineCode, Quantity
 
@@ -84,6 +85,9 @@ class Dataset:
     info: DatasetInfo
     shards: list[Shard]
     fingerprint: str  # sha256 over shard stems, index contents, quantity and code: what reading depends on
+    # Shard's stem -> key -> reason: what streams pass over. No part of the fingerprint, as every sample keeps its
+    # place: a run can go on after the list has grown.
+    quarantined: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str) -> Dataset:
@@ -112,7 +116,7 @@ class Dataset:
                 f"{storage.join(path, INFO_NAME)}: states {info.samples} samples, {len(shards)} shards hold {found}: "
                 "a shard is missing or does not belong; restore the folder, or pack the dataset again"
             )
-        return cls(path, info, shards, digest.hexdigest())
+        return cls(path, info, shards, digest.hexdigest(), read_quarantine(path))
 
     @cached_property
     def starts(self) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dataio.dataset import DatasetInfo, Shard
+from dataio.dataset import Dataset, Shard
 from dataio.header import look
 from dataio.reader import ShardSource, read_samples
 from dataio.spec import RoleNeeds
@@ -38,12 +38,19 @@ class Frame:
 Sizer = Callable[[int, int], tuple[int, int]]  # (h, w) of an image -> (H, W) of the network's input
 
 
-def read_frames(shard: Shard, info: DatasetInfo, sizer: Sizer) -> Iterator[Frame]:
-    """All samples of a shard in order, read once from front to back.
+def read_frames(dataset: Dataset, shard: Shard, sizer: Sizer) -> Iterator[Frame]:
+    """All samples of a shard of a dataset in order, read once from front to back.
 
     Raises DataError when the shard is missing; a bad sample is a frame with a `problem`.
     """
-    source = ShardSource(tar=shard.tar, quantity=info.quantity, code=info.code, shard=shard)
+    info = dataset.info
+    source = ShardSource(
+        tar=shard.tar,
+        quantity=info.quantity,
+        code=info.code,
+        shard=shard,
+        quarantined=dataset.quarantined.get(shard.stem, {}),
+    )
     needs = RoleNeeds(target="none" if info.quantity is None else "disparity")
     for start in range(0, shard.samples, _CHUNK):
         indices = range(start, min(start + _CHUNK, shard.samples))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -65,6 +66,13 @@ class ShardIndex:
             start = entry.end
         return tuple(entries)
 
+    @cached_property
+    def bad_keys(self) -> Mapping[str, str]:
+        """Keys that no sample may have, and why (of `dataio.quarantine.REASONS`): met twice, or leading out."""
+        counts = Counter(entry.key for entry in self.samples)
+        repeated = {key: "duplicate_key" for key, count in counts.items() if count > 1}
+        return repeated | {key: "unsafe_name" for key in counts if key.startswith("/") or ".." in key.split("/")}
+
     def __len__(self) -> int:
         return int(self.text.split("\n", 1)[0].split(" ")[1])
 
@@ -88,25 +96,34 @@ class ShardIndex:
     def open(cls, tar: str, *, write: bool = True) -> ShardIndex:
         """The index beside `tar`, rebuilt when absent, unreadable or stale: older than the tar, or not covering it.
 
-        A rebuilt index is written back when the folder can be written and `write` is set. Raises DataError when the
-        tar is missing, cut, empty or unfit for an index.
+        A rebuilt index is written back when the folder can be written and `write` is set. Of a tar that was cut, an
+        index made before tells what it should hold: it is kept, and reading finds the samples behind the cut bad.
+        Raises DataError when the tar is missing, cut and without such an index, empty or unfit for an index.
         """
         if not storage.exists(tar):
             raise DataError(f"{tar}: missing: restore it, or pack the dataset again")
         size = storage.size(tar)
         index = _read(tar)
-        if index is not None and not _older(index_path(tar), tar):
-            # the end-of-archive block counts: a cut exactly between two samples shows by nothing else
-            if index.end + _BLOCK > size:
-                raise DataError(f"{tar}: {size} bytes found, at least {index.end + _BLOCK} expected: {_CUT_REMEDY}")
+        cut = index is not None and index.is_cut(size)
+        if index is not None and not cut and not _older(index_path(tar), tar):
             with suppress(ValueError):  # a damaged line
                 if index._covers(tar, size):
                     return index
-        index = cls.build(tar)
+        try:
+            index = cls.build(tar)
+        except DataError:
+            if index is not None and cut:
+                return index
+            raise
         if write:
             with suppress(storage.StorageError):  # a read-only dataset is read all the same, and scanned again
                 index.write(index_path(tar))
         return index
+
+    def is_cut(self, size: int) -> bool:
+        """Whether a tar of `size` bytes has lost its end."""
+        # the end-of-archive block counts: a cut exactly between two samples shows by nothing else
+        return self.end + _BLOCK > size
 
     def write(self, path: str) -> None:
         """Write the index file atomically. Raises StorageError."""
@@ -146,11 +163,11 @@ def read_member(tar: str, entry: SampleEntry, extension: str) -> bytes | None:
 
 def split_name(name: str) -> tuple[str, str] | None:
     """("a/b", "depth.png") for "a/b.depth.png"; None for a hidden file or one without extension."""
-    folder, _, file = name.rpartition("/")
+    folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
     if not stem or not dot:
         return None
-    return (f"{folder}/{stem}" if folder else stem), extension
+    return f"{folder}{slash}{stem}", extension
 
 
 def _scan(tar: str) -> Iterator[Member]:
@@ -179,9 +196,12 @@ def _scan(tar: str) -> Iterator[Member]:
 
 
 def _group(tar: str, members: Iterable[Member]) -> list[list[Member]]:
-    """Consecutive members of one key. DataError for what neither the index nor webdataset's reader can hold."""
+    """Consecutive members of one key; a key or a member met again begins a group anew (see `bad_keys`).
+
+    DataError for what the index cannot hold.
+    """
     groups: list[list[Member]] = []
-    seen: dict[str, set[str]] = {}
+    extensions: set[str] = set()
     last = None
     for name, offset, size in members:
         parts = split_name(name)
@@ -190,14 +210,10 @@ def _group(tar: str, members: Iterable[Member]) -> list[list[Member]]:
         key, extension = parts
         if any(c.isspace() for c in name):
             raise DataError(f"{tar}: member {name!r} has white space in its name: an index cannot hold it; pack again")
-        if key != last:
-            if key in seen:
-                raise DataError(f"{tar}: the members of {key!r} do not stand together: make it with `tar --sort=name`")
-            seen[key], last = set(), key
+        if key != last or extension in extensions:
+            extensions, last = set(), key
             groups.append([])
-        if extension in seen[key]:
-            raise DataError(f"{tar}: two members are called {name!r}: pack the dataset again")
-        seen[key].add(extension)
+        extensions.add(extension)
         groups[-1].append((name, offset, size))
     if not groups:
         raise DataError(f"{tar}: holds no samples: delete it, or pack the dataset again")

@@ -6,6 +6,7 @@ One rule everywhere: a bad sample keeps its slot in the batch with zeros, region
 from __future__ import annotations
 
 import json
+import posixpath
 from collections import Counter
 from dataclasses import asdict, dataclass
 
@@ -16,13 +17,17 @@ REASONS = {
     "bad_image": "the image cannot be decoded",
     "bad_metadata": "KEY.json is no JSON object, or its code is wrong",
     "bad_target": "the depth or label cannot be decoded, or is no 16-bit grey PNG",
+    "duplicate": "another sample shows the same picture",
+    "duplicate_key": "another sample of the shard has the same key",
     "missing_image": "the sample has no jpg, png or webp",
     "missing_target": "the sample has no depth, or its label failed",
     "no_valid_pixels": "no pixel of the crop has a depth",
     "size_mismatch": "depth and image differ in size",
     "too_large": "the image has more pixels than any photograph",
+    "unsafe_name": "the member's name leads out of the shard",
     "unreadable_member": "the shard is cut or damaged where the sample lies",
 }
+QUARANTINE_NAME = "quarantine.jsonl"  # in a dataset's folder: what its streams pass over
 _MINIMUM_SEEN = 200  # a fraction of fewer samples says little; the end of a pass counts too
 
 
@@ -33,6 +38,30 @@ class BadSample:
     key: str
     shard: str
     reason: str
+
+
+def read_quarantine(dataset: str) -> dict[str, dict[str, str]]:
+    """A dataset's own list, as `fathom data check --quarantine` writes it: shard's stem -> key -> reason.
+
+    Lines of a run's list do as well. DataError, naming the line, for one that is none; no file is an empty list.
+    """
+    path = storage.join(dataset, QUARANTINE_NAME)
+    found: dict[str, dict[str, str]] = {}
+    if not storage.exists(path):
+        return found
+    for number, line in enumerate(storage.read_bytes(path).decode(errors="replace").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            stem = posixpath.splitext(posixpath.basename(entry["shard"]))[0]
+            if entry["reason"] not in REASONS:
+                raise ValueError(f"unknown reason {entry['reason']!r}")
+            found.setdefault(stem, {})[str(entry["key"])] = entry["reason"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f'{path}: line {number} ({error}): a line is {{"key": ..., "shard": ..., "reason": ...}}; mend or '
+                "remove it, or run `fathom data check --quarantine` again"
+            ) from error
+    return found
 
 
 class Quarantine:

@@ -11,7 +11,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -40,6 +40,7 @@ class ShardSource:
     quantity: Quantity | None = None
     code: AffineCode | None = None
     shard: Any  # has `.index`: a ShardIndex, parsed when first asked for
+    quarantined: Mapping[str, str] = field(default_factory=dict)  # key -> reason: not read
     label_index: Any = None  # a function that returns the label shard's ShardIndex
 
 
@@ -79,7 +80,9 @@ def read_samples(source: ShardSource, indices: Sequence[int], needs: RoleNeeds, 
     `exact` leaves a float map (`KEY.depth.npy`) as it is, in `target` with no code; else it is coded for the decoder.
     """
     index: ShardIndex = source.shard.index
-    entries = [index.samples[i] for i in indices]
+    problems = {**index.bad_keys, **source.quarantined}
+    every = [index.samples[i] for i in indices]
+    entries = [entry for entry in every if entry.key not in problems]
     wanted = {*IMAGE_EXTENSIONS}
     if needs.target != "none":
         wanted |= {"sky.png"} if needs.sidecar else {"sky.png", "json", *_TARGET_EXTENSIONS}
@@ -91,7 +94,12 @@ def read_samples(source: ShardSource, indices: Sequence[int], needs: RoleNeeds, 
         keys = {entry.key for entry in entries}
         label_entries = [entry for entry in source.label_index().samples if entry.key in keys]
         labels = read_members(source.label_tar, label_entries, {"disparity.png", "json"})
-    return [_sample(e.key, found.get(e.key), labels.get(e.key), source, needs, exact) for e in entries]
+    return [
+        Sample(key=e.key, problem=problems[e.key])
+        if e.key in problems
+        else _sample(e.key, found.get(e.key), labels.get(e.key), source, needs, exact)
+        for e in every
+    ]
 
 
 def read_members(tar: str, entries: Sequence[SampleEntry], extensions: Collection[str]) -> dict[str, Members]:

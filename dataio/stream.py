@@ -104,6 +104,7 @@ def _sources(role: str, dataset: Dataset, store: LabelStore | None, needs: RoleN
             label_index=partial(store.index, shard.stem) if store else None,
             quantity=info.quantity,
             code=info.code,
+            quarantined=dataset.quarantined.get(shard.stem, {}),
         )
         for shard in dataset.shards
     ]

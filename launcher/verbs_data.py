@@ -1,4 +1,4 @@
-"""`fathom data synth|pack|layouts|show`: make and look at datasets."""
+"""`fathom data synth|pack|layouts|check|show`: make and look at datasets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 def register(app: typer.Typer) -> None:
     """Adds the group."""
     group = typer.Typer(help="Make and look at datasets.", no_args_is_help=True, rich_markup_mode=None)
-    for verb in (synth, pack, layouts, show):
+    for verb in (synth, pack, layouts, check, show):
         group.command(verb.__name__)(verb)
     app.add_typer(group, name="data")
 
@@ -121,6 +121,46 @@ def layouts() -> int:
             f"{name:14} {(importer.__doc__ or '').splitlines()[0]}" + (f" Options: {options}." if options else "")
         )
     return 0
+
+
+def check(
+    dataset: Annotated[str, typer.Argument(help="Folder or URL of a dataset.")],
+    duplicates: Annotated[bool, typer.Option("--duplicates", help="Look for pictures that are there twice.")] = False,
+    distance: Annotated[int, typer.Option(min=0, max=16, help="Bits of 64 that duplicates' hashes may differ in.")] = 2,
+    quarantine: Annotated[
+        bool,
+        typer.Option("--quarantine", help="Write quarantine.jsonl into the dataset, for streams."),
+    ] = False,
+    report: Annotated[str | None, typer.Option(help="Write all findings there, as JSON.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a processor.")] = None,
+) -> int:
+    """Read every sample once: counts, sizes, value ranges, what cannot be used and why.
+
+    Exit status 1 when something cannot be used and --quarantine was not given.
+
+    \b
+    Example:
+      fathom data check data/photos --duplicates --quarantine
+    """
+    import os
+
+    from cluster import storage
+    from dataio.check import check_dataset, write_quarantine
+
+    with _bar("check") as (bar, stop):
+        found = check_dataset(
+            dataset,
+            workers=workers or len(os.sched_getaffinity(0)),
+            distance=distance if duplicates else None,
+            progress=_watching(bar, stop),
+        )
+    typer.echo(str(found))
+    if report is not None:
+        storage.atomic_write(report, found.to_json())
+    if quarantine:
+        typer.echo(f"{len(found.quarantine())} samples listed in {write_quarantine(found)}")
+        return 0
+    return 1 if found.bad else 0
 
 
 def show(

@@ -135,7 +135,7 @@ def predictions(
 def _first(dataset: Dataset, config: EvaluateConfig, multiple: int) -> Iterator[Frame]:
     left = config.limit or dataset.info.samples
     for shard in dataset.shards:
-        for frame in read_frames(shard, dataset.info, sizer(config.input_size, multiple)):
+        for frame in read_frames(dataset, shard, sizer(config.input_size, multiple)):
             if not left:
                 return
             left -= 1

@@ -153,7 +153,7 @@ class Labeller:
     def process(self, stem: str) -> LedgerEntry:
         """Label one shard; order and keys are the source's. Raises StorageError or DataError for the whole shard."""
         shard = next(s for s in self.dataset.shards if s.stem == stem)
-        return self.store.write_shard(stem, in_order(self._labels(read_frames(shard, self.dataset.info, self.sizer))))
+        return self.store.write_shard(stem, in_order(self._labels(read_frames(self.dataset, shard, self.sizer))))
 
     def _labels(self, frames: Iterator[Frame]) -> Iterator[tuple[int, LabelSample]]:
         for group in batches_by_shape(frames, self.config.batch):

@@ -73,7 +73,7 @@ def make_sheet(request: Request, runs: Mapping[str, str]) -> Image.Image:
     """image | truth | teacher | student for the first scenes of the evaluation set."""
     dataset = Dataset.open(os.path.join(request.out, "data", "evaluation-wide"))
     frames = []
-    for frame in read_frames(dataset.shards[0], dataset.info, sizer(request.sizes.image)):
+    for frame in read_frames(dataset, dataset.shards[0], sizer(request.sizes.image)):
         frames.append(frame)
         if len(frames) == SHEET_ROWS:
             break

@@ -133,11 +133,12 @@ def test_lost_shard(folder):
         Dataset.open(str(folder))
 
 
-@pytest.mark.parametrize("with_index", [True, False])
-def test_cut_shard(folder, with_index):
+def test_cut_shard(folder):
+    whole = Dataset.open(str(folder))
     os.truncate(folder / "shards" / "000001.tar", 1500)
-    if not with_index:
-        (folder / "shards" / "000001.idx").unlink()
+    # its index tells what it held: reading counts what is lost, and the order of all others stays
+    assert Dataset.open(str(folder)).fingerprint == whole.fingerprint
+    (folder / "shards" / "000001.idx").unlink()
     with pytest.raises(DataError, match=r"000001\.tar: 1500 bytes found, at least \d+ expected"):
         Dataset.open(str(folder))
 

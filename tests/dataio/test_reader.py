@@ -174,7 +174,7 @@ def _read(source, entries):
     """Past the cache of parsed indexes, which would notice the damage."""
 
     class Opened:
-        index = type("Index", (), {"samples": entries})
+        index = type("Index", (), {"samples": entries, "bad_keys": {}})
 
     return read_samples(
         ShardSource(tar=source.tar, shard=Opened, quantity=source.quantity, code=source.code),

@@ -1,0 +1,271 @@
+"""Read a dataset once, all of it, and say what is in it: what cannot be used and why, sizes, values, duplicates.
+
+The judgement of a sample is the stream's own (`dataio.reader`, `dataio.header`), and every image and map is decoded.
+
+Shape suffixes: H W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from cluster import storage
+from dataio import codec
+from dataio.dataset import SHARDS_NAME, Dataset
+from dataio.header import look
+from dataio.processes import in_processes
+from dataio.quarantine import QUARANTINE_NAME, REASONS, BadSample
+from dataio.reader import ShardSource, read_samples
+from dataio.spec import DataError, RoleNeeds
+from dataio.types import Quantity, Sample
+
+HASH_BITS = 64
+_SHOWN = 3  # names, or sizes, on a line
+_CHUNK = 64  # samples a process reads at a time
+_SIDE = 9  # of the grey thumbnail behind a hash: 8 differences in a row
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What was found of one sample. `value` is (least, median, greatest) of the map, in the dataset's quantity."""
+
+    key: str
+    shard: str
+    bytes: int
+    reason: str | None = None
+    size_hw: tuple[int, int] | None = None
+    value: tuple[float, float, float] | None = None
+    valid: float | None = None  # fraction of pixels with a value
+    hash: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """What `fathom data check` prints, and writes as JSON."""
+
+    path: str
+    fingerprint: str
+    samples: int
+    shards: int
+    bytes: int
+    bad: dict[str, list[BadSample]]
+    sizes: dict[str, int]  # "HxW" -> samples
+    value: tuple[float, float, float] | None = None  # least, median of medians, greatest
+    valid: tuple[float, float] | None = None  # least and mean fraction of valid pixels
+    duplicates: list[list[BadSample]] = field(default_factory=list)  # groups; the first of each is the one to keep
+
+    def quarantine(self) -> list[BadSample]:
+        """What the stream should pass over: everything bad, and of every group of duplicates all but the first."""
+        bad = [sample for samples in self.bad.values() for sample in samples]
+        return [*bad, *(sample for group in self.duplicates for sample in group[1:])]
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.samples} samples in {self.shards} shards, {storage.human_bytes(self.bytes)}"]
+        sizes = [f"{size} ({count})" for size, count in list(self.sizes.items())[:_SHOWN]]
+        more = f" and {len(self.sizes) - _SHOWN} more" if len(self.sizes) > _SHOWN else ""
+        if sizes:
+            lines.append(f"sizes: {', '.join(sizes)}{more}")
+        if self.value is not None and self.valid is not None:
+            low, middle, high = self.value
+            lines.append(
+                f"values: {low:.6g} to {high:.6g}, median {middle:.6g}; valid pixels: {self.valid[1]:.1%} "
+                f"on average, {self.valid[0]:.1%} at least"
+            )
+        lines += [_line(reason, REASONS[reason], samples) for reason, samples in sorted(self.bad.items())]
+        repeated = [sample for group in self.duplicates for sample in group[1:]]
+        if repeated:
+            lines.append(_line("duplicate", REASONS["duplicate"], repeated))
+        good = self.samples - sum(map(len, self.bad.values()))
+        return "\n".join([*lines, f"usable: {good} of {self.samples}"])
+
+    def to_json(self) -> str:
+        """All of it."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def check_dataset(
+    path: str,
+    *,
+    workers: int = 1,
+    distance: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Read every sample of a dataset (folder or URL) in `workers` processes.
+
+    `distance` looks for duplicates: images whose 64-bit difference hashes differ in at most so many bits (0 finds the
+    same picture at other sizes and qualities; a few bits more also find slight edits, and, rarely, unlike pictures).
+    Raises DataError when the dataset cannot be opened at all.
+    """
+    if distance is not None and not 0 <= distance <= HASH_BITS // 4:
+        raise DataError(f"distance is {distance}: it must be between 0 and {HASH_BITS // 4} bits")
+    dataset = Dataset.open(path)
+    todo = [
+        (number, start, min(start + _CHUNK, shard.samples))
+        for number, shard in enumerate(dataset.shards)
+        for start in range(0, shard.samples, _CHUNK)
+    ]
+    facts: list[Fact] = []
+    for found in in_processes(partial(_facts, dataset, distance is not None), todo, workers, 1):
+        facts += found
+        if progress is not None:
+            progress(len(facts), dataset.info.samples)
+    return _report(dataset, facts, distance)
+
+
+def _line(reason: str, means: str, samples: list[BadSample]) -> str:
+    names = ", ".join(sample.key for sample in samples[:_SHOWN])
+    return f"{len(samples)} {reason} ({means}): {names}{', ...' if len(samples) > _SHOWN else ''}"
+
+
+def write_quarantine(report: CheckReport) -> str:
+    """Write the list that streams honour into the dataset's folder, in place of an earlier one; returns its path."""
+    path = storage.join(report.path, QUARANTINE_NAME)
+    lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in report.quarantine()]
+    storage.atomic_write(path, "".join(lines))
+    return path
+
+
+def difference_hash(image: Image.Image) -> int:
+    """64 bits: whether each of 8 x 8 cells of the grey image is darker than its right neighbour."""
+    grey_HW = np.asarray(image.convert("L").resize((_SIDE, _SIDE - 1), Image.Resampling.BOX), np.int16)
+    bits = (grey_HW[:, :-1] < grey_HW[:, 1:]).ravel()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def group_duplicates(hashes: Sequence[int], distance: int) -> list[list[int]]:
+    """Places of hashes at most `distance` bits apart, directly or over others: groups of two or more, in order.
+
+    Two hashes that differ in d bits agree in at least one of d + 1 pieces: only those are compared.
+    """
+    parent = list(range(len(hashes)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    edges = [HASH_BITS * i // (distance + 1) for i in range(distance + 2)]
+    for low, high in pairwise(edges):
+        pieces: dict[int, list[int]] = defaultdict(list)
+        for i, bits in enumerate(hashes):
+            pieces[bits >> low & (1 << high - low) - 1].append(i)
+        for members in pieces.values():
+            for i, j in _pairs(members, hashes, distance):
+                parent[max(root(i), root(j))] = min(root(i), root(j))
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(hashes)):
+        groups[root(i)].append(i)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _pairs(members: list[int], hashes: Sequence[int], distance: int) -> Iterator[tuple[int, int]]:
+    same: dict[int, int] = {}  # a flat piece is shared by many: equal hashes are joined without comparing all of them
+    different = []
+    for i in members:
+        first = same.setdefault(hashes[i], i)
+        if first == i:
+            different.append(i)
+        else:
+            yield first, i
+    if distance:
+        for i, j in combinations(different, 2):
+            if (hashes[i] ^ hashes[j]).bit_count() <= distance:
+                yield i, j
+
+
+def _facts(dataset: Dataset, hashed: bool, part: tuple[int, int, int]) -> list[Fact]:
+    """Of the samples start .. stop - 1 of a shard."""
+    number, start, stop = part
+    shard, info = dataset.shards[number], dataset.info
+    source = ShardSource(tar=shard.tar, quantity=info.quantity, code=info.code, shard=shard)
+    needs = RoleNeeds(target="none" if info.quantity is None else "disparity")
+    samples = read_samples(source, range(start, stop), needs, exact=True)
+    sizes = [sum(size for _, size in entry.members.values()) for entry in shard.index.samples[start:stop]]
+    name = f"{SHARDS_NAME}/{shard.stem}.tar"
+    return [_fact(sample, name, size, info.quantity, hashed) for sample, size in zip(samples, sizes, strict=True)]
+
+
+def _fact(sample: Sample, shard: str, size: int, quantity: Quantity | None, hashed: bool) -> Fact:
+    bad = partial(Fact, sample.key, shard, size)
+    if sample.problem:
+        return bad(sample.problem)
+    header = look(sample if sample.code else Sample(key=sample.key, image=sample.image), sidecar=False)
+    if isinstance(header, str):
+        return bad(header)
+    size_hw = (header.height, header.width)
+    try:
+        with Image.open(io.BytesIO(sample.image)) as image:
+            if hashed:
+                image.draft("L", (4 * _SIDE, 4 * _SIDE))  # of a JPEG an eighth of the size: every byte is read still
+            image.load()
+            bits = difference_hash(image) if hashed else None
+    except Exception:  # noqa: BLE001  Pillow's plug-ins raise whatever they like on damaged files
+        return bad("bad_image", size_hw=size_hw)
+    if sample.target is None:
+        return Fact(sample.key, shard, size, size_hw=size_hw, hash=bits)
+    assert quantity is not None
+    try:
+        value_HW = (
+            codec.decode_png16(sample.target, sample.code) if sample.code else codec.decode_npy(sample.target, quantity)
+        )
+    except DataError:
+        return bad("bad_target", size_hw=size_hw)
+    if value_HW.shape != size_hw:
+        return bad("size_mismatch", size_hw=size_hw)
+    value, valid = _values(value_HW)
+    if value is None and sample.sky is None:
+        return bad("no_valid_pixels", size_hw=size_hw)
+    return Fact(sample.key, shard, size, size_hw=size_hw, value=value, valid=valid, hash=bits)
+
+
+def _values(value_HW: npt.NDArray[np.float32]) -> tuple[tuple[float, float, float] | None, float]:
+    valid = value_HW[np.isfinite(value_HW)]
+    if not valid.size:
+        return None, 0.0
+    return (float(valid.min()), float(np.median(valid)), float(valid.max())), valid.size / value_HW.size
+
+
+def _report(dataset: Dataset, facts: list[Fact], distance: int | None) -> CheckReport:
+    bad: dict[str, list[BadSample]] = {}
+    for fact in facts:
+        if fact.reason:
+            bad.setdefault(fact.reason, []).append(BadSample(fact.key, fact.shard, fact.reason))
+    good = [fact for fact in facts if not fact.reason]
+    values = [fact.value for fact in good if fact.value]
+    valid = [fact.valid for fact in good if fact.valid is not None]
+    sizes = Counter(f"{fact.size_hw[0]}x{fact.size_hw[1]}" for fact in good if fact.size_hw)
+    facts_of: dict[str, Any] = {}
+    if values:
+        low, middle, high = zip(*values, strict=True)
+        facts_of["value"] = (min(low), float(np.median(middle)), max(high))
+    if valid:
+        facts_of["valid"] = (min(valid), float(np.mean(valid)))
+    return CheckReport(
+        path=dataset.path,
+        fingerprint=dataset.fingerprint,
+        samples=len(facts),
+        shards=len(dataset.shards),
+        bytes=sum(fact.bytes for fact in facts),
+        bad=bad,
+        sizes=dict(sizes.most_common()),
+        duplicates=_duplicates(good, distance) if distance is not None else [],
+        **facts_of,
+    )
+
+
+def _duplicates(good: list[Fact], distance: int) -> list[list[BadSample]]:
+    hashed = [fact for fact in good if fact.hash is not None]
+    groups = group_duplicates([fact.hash for fact in hashed if fact.hash is not None], distance)
+    return [[BadSample(hashed[i].key, hashed[i].shard, "duplicate") for i in group] for group in groups]

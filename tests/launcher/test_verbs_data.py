@@ -1,0 +1,122 @@
+"""`fathom data`: what each verb prints and leaves behind, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataio.dataset import Dataset
+from dataio.importers import layout_names
+from launcher.cli import build_app
+from launcher.errors import run_main
+from tests.dataio.fakes import labelled, write_dataset
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def fathom(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs a command in `tmp_path`: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run_main(build_app(), ["data", *arguments])
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def photograph(path: Path, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 12, 3), np.uint8)).save(path)
+
+
+def tum(folder: Path, count: int) -> None:
+    """A sequence of TUM RGB-D."""
+    for name in ("rgb", "depth"):
+        for i in range(count):
+            path = folder / name / f"{i}.png"
+            photograph(path, i)
+            if name == "depth":
+                Image.fromarray(np.full((8, 12), 500 * (i + 1), np.uint16)).save(path)
+        (folder / f"{name}.txt").write_text("".join(f"{i}.0 {name}/{i}.png\n" for i in range(count)))
+
+
+def test_pack_a_layout_by_name_with_processes(fathom: Run, tmp_path: Path) -> None:
+    tum(tmp_path / "desk", 20)
+    (tmp_path / "desk" / "depth" / "3.png").unlink()
+    arguments = ("pack", "desk", "packed", "--layout", "tum", "-o", "max_difference=0.5", "--workers", "2")
+    status, out, _ = fathom(*arguments)
+    assert status == 0
+    assert out.splitlines()[-1] == "packed: packed 19 samples, skipped 1 missing_depth (rgb/3.png)"
+    info = Dataset.open("packed").info
+    assert (info.name, info.role, info.quantity, info.samples) == ("desk", "labelled", "depth_m", 19)
+    status, out, _ = fathom(*arguments)  # once more: nothing to do
+    assert status == 0 and "packed 19 samples" in out
+
+
+def test_the_default_is_a_folder_of_photographs(fathom: Run, tmp_path: Path) -> None:
+    photograph(tmp_path / "photos" / "a.jpg")
+    assert fathom("pack", "photos", "packed")[0] == 0
+    assert Dataset.open("packed").info.role == "unlabelled"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--layout", "moon"), ("layout is 'moon'", "tum")),
+        (("--layout", "tum", "-o", "difference=1"), ("option 'difference' is unknown", "max_difference")),
+        (("--layout", "tum", "-o", "max_difference=soon"), ("option 'max_difference' is 'soon'",)),
+        (("--layout", "tum", "-o", "max_difference"), ("expected NAME=VALUE",)),
+        (("--layout", "tum", "--role", "labelled"), ("option 'role' is unknown",)),
+        (("--layout", "tum"), ("rgb.txt",)),
+        (("--role", "labeled"), ("option 'role' is 'labeled'",)),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(
+    fathom: Run, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    photograph(tmp_path / "photos" / "a.jpg")
+    status, _, err = fathom("pack", "photos", "packed", *arguments)
+    assert status == 2 and all(word in err for word in words), err
+    assert "Traceback" not in err and not (tmp_path / "packed").exists()
+
+
+def test_layouts_are_listed_with_their_options(fathom: Run) -> None:
+    status, out, _ = fathom("layouts")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == layout_names()
+    assert next(line for line in out.splitlines() if line.startswith("tum ")).endswith("Options: max_difference.")
+
+
+def test_check_tells_what_is_wrong_and_lists_it_when_asked(fathom: Run, tmp_path: Path) -> None:
+    bad = {**labelled(1), "jpg": b"no picture"}
+    write_dataset(tmp_path / "d", [{"a": labelled(0), "b": bad, "c": labelled(0)}])
+    status, out, _ = fathom("check", "d", "--duplicates", "--report", "found.json", "--workers", "1")
+    assert status == 1
+    lines = out.splitlines()
+    assert lines[0].startswith("d: 3 samples in 1 shards, ")
+    assert lines[1] == "sizes: 48x56 (2)"
+    assert lines[2].startswith("values: 1.0") and "valid pixels: 99.7%" in lines[2]
+    assert lines[3] == "1 bad_image (the image cannot be decoded): b"
+    assert lines[4] == "1 duplicate (another sample shows the same picture): c"
+    assert lines[5] == "usable: 2 of 3"
+    assert json.loads((tmp_path / "found.json").read_text())["sizes"] == {"48x56": 2}
+    assert not (tmp_path / "d" / "quarantine.jsonl").exists()
+    status, out, _ = fathom("check", "d", "--quarantine", "--workers", "1")
+    assert status == 0 and "1 samples listed in d/quarantine.jsonl" in out
+    assert Dataset.open("d").quarantined == {"000000": {"b": "bad_image"}}
+
+
+def test_check_of_a_sound_dataset_and_of_none(fathom: Run, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "d", [{"a": labelled(0)}])
+    assert fathom("check", "d")[0] == 0
+    status, _, err = fathom("check", "nowhere")
+    assert status == 2 and "no such folder" in err
