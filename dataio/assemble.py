@@ -72,7 +72,7 @@ class BatchBuilder:
         rows = [replace(row, reason=row.reason or decoded.bad.get(i)) for i, row in enumerate(rows)]
         rows = _without_valid_pixels(rows, decoded)
         after = {stream.role: stream.plan.advance(cursor[stream.role]) for stream in self._streams}
-        self._account(rows, any(after[stream.role] % stream.plan.samples == 0 for stream in self._streams))
+        self._account(rows, any(stream.plan.ends_pass(after[stream.role]) for stream in self._streams))
         return self._compose(rows, decoded, after)
 
     def _look(self, stream: RoleStream, pick: Pick) -> _Row:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -55,6 +55,7 @@ class Loader:
             RoleStream(role, data, needs[role], seed=seed, rank=rank, world_size=world_size) for role in sorted(needs)
         ]
         self._seed, self._device = seed, torch.device(device)
+        self._skip = _batches(data)
         self._cursor = _start(self._streams, cursor or {})
         self.quarantine = quarantine or Quarantine(None, data.max_bad_fraction)
         self._builder = BatchBuilder(
@@ -122,7 +123,7 @@ class Loader:
     def _produce_batches(self) -> None:
         cursor: Mapping[str, int] = self._cursor
         while not self._stop.is_set():
-            batch = self._builder.build(cursor)
+            batch = self._builder.build(behind_skipped(self._streams, self._skip, cursor))
             if self._device.type == "cuda":
                 # on this thread's own stream: the consumer then needs no event, and DALI may take its buffers back
                 torch.cuda.current_stream(self._device).synchronize()
@@ -164,6 +165,29 @@ def _check(data: DataSpec, needs: Mapping[str, RoleNeeds], views: tuple[str, ...
             raise DataError(f"data.{name} is {getattr(data, name)}: it must be at least 1")
     if not 0 <= data.max_bad_fraction <= 1:
         raise DataError(f"data.max_bad_fraction is {data.max_bad_fraction}: it must be between 0 and 1")
+
+
+def _batches(data: DataSpec) -> list[tuple[int, int]]:
+    """The stretches to pass over, in whole global batches that hold them. DataError for a stretch that is none."""
+    size = sum(role.batch for role in data.roles.values())
+    for start, stop in data.skip_samples:
+        if not 0 <= start < stop:
+            raise DataError(f"data.skip_samples: {start}:{stop} is no stretch of samples: FROM must be below TO")
+    return sorted((start // size, -(-stop // size)) for start, stop in data.skip_samples)
+
+
+def behind_skipped(
+    streams: Sequence[RoleStream], skip: Sequence[tuple[int, int]], cursor: Mapping[str, int]
+) -> Mapping[str, int]:
+    """The cursor itself, or behind the stretches of global batches that begin at or hold it."""
+    for start, stop in skip:
+        number = max(stream.plan.number(cursor[stream.role]) for stream in streams)
+        if start <= number < stop:
+            cursor = {
+                stream.role: stream.plan.after(stream.plan.number(cursor[stream.role]) + stop - number)
+                for stream in streams
+            }
+    return cursor
 
 
 def _start(streams: list[RoleStream], cursor: Mapping[str, int]) -> dict[str, int]:

@@ -39,26 +39,37 @@ class Slot:
 class RolePlan:
     """The order of one role's samples.
 
-    `shard_sizes` are samples per shard, in the datasets' order; `batch` is the role's part of every global batch.
+    `shard_sizes` are samples per shard, in the datasets' order; `batch` is the role's part of every global batch;
+    `first_shard` is the number of the first shard, where other plans of the role have shards before it.
     Raises DataError when the lanes do not divide the batch or there is no sample.
     """
 
     def __init__(
-        self, role: str, shard_sizes: Sequence[int], *, batch: int, lanes: int, window: int, seed: int
+        self,
+        role: str,
+        shard_sizes: Sequence[int],
+        *,
+        batch: int,
+        lanes: int,
+        window: int,
+        seed: int,
+        first_shard: int = 0,
     ) -> None:
         check_lanes(role, batch, lanes)
         if window < 1:
             raise DataError(f"shuffle_window is {window}: it must be at least 1")
         self.role, self.batch, self.lanes, self.window, self.seed = role, batch, lanes, window, seed
-        self.share = batch // lanes
+        self.share, self._first_shard = batch // lanes, first_shard
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         if self._sizes.size and self._sizes.min() < 0:
             raise ValueError("a shard cannot have a negative number of samples")
         self.samples = int(self._sizes.sum())
         if not self.samples:
             raise DataError(f"role {role!r} has no samples: its datasets are empty")
-        self._passes: _Recent[tuple[NDArray[np.int64], NDArray[np.int64]]] = _Recent(2)  # lanes leave a pass together
-        self._windows: _Recent[NDArray[np.int64]] = _Recent(lanes + 2)  # each lane is in a window of its own
+        longest = -(-self.samples // lanes)
+        self._batches = -(-longest // self.share)  # of a pass
+        self._passes: Recent[tuple[NDArray[np.int64], NDArray[np.int64]]] = Recent(2)  # lanes leave a pass together
+        self._windows: Recent[NDArray[np.int64]] = Recent(lanes + 2)  # each lane is in a window of its own
 
     def epoch(self, consumed: int) -> int:
         """The pass, from 0, that the next batch belongs to."""
@@ -75,11 +86,33 @@ class RolePlan:
         found = self.order(self.epoch(consumed), first, min(first + self.share, stop)) if first < stop else []
         return [*found, *[None] * (self.share - len(found))]
 
+    def drawn(self, consumed: int, lane: int) -> list[tuple[int, Slot | None]]:
+        """The slots, each with the number of the plan it is from: as in `dataio.mix.MixedPlan`."""
+        return [(0, slot) for slot in self.slots(consumed, lane)]
+
+    @property
+    def shards(self) -> int:
+        """How many."""
+        return len(self._sizes)
+
     def advance(self, consumed: int) -> int:
         """The counter after one more global batch."""
         offset = self._offset(consumed)
         spans = (self.lane_span(lane) for lane in range(self.lanes))
         return consumed + sum(max(0, min(self.share, stop - start - offset)) for start, stop in spans)
+
+    def number(self, consumed: int) -> int:
+        """How many global batches lie before the counter."""
+        return self.epoch(consumed) * self._batches + self._offset(consumed) // self.share
+
+    def after(self, number: int) -> int:
+        """The counter behind the first `number` global batches."""
+        epoch, batches = divmod(number, self._batches)
+        return epoch * self.samples + batches * self.batch
+
+    def ends_pass(self, consumed: int) -> bool:
+        """Whether a pass over all samples ends at the counter."""
+        return consumed % self.samples == 0
 
     def order(self, epoch: int, start: int, stop: int) -> list[Slot]:
         """The slots of positions [start, stop) of a pass, in order."""
@@ -93,7 +126,7 @@ class RolePlan:
                 place = int(shuffled[position - window * self.window])
                 which = bisect_right(ends, place)
                 before = int(ends[which - 1]) if which else 0
-                slots.append(Slot(epoch, int(shards[which]), place - before, position))
+                slots.append(Slot(epoch, self._first_shard + int(shards[which]), place - before, position))
             start = until
         return slots
 
@@ -157,7 +190,7 @@ def lanes_of(role: str, lanes: int, rank: int, world_size: int) -> range:
     return range(rank, lanes, world_size)
 
 
-class _Recent(Generic[T]):
+class Recent(Generic[T]):
     """The `size` values used last."""
 
     def __init__(self, size: int) -> None:

@@ -62,8 +62,9 @@ class RoleSpec:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
-    datasets: tuple[str, ...]  # folders or URLs of datasets, concatenated without re-sampling
+    datasets: tuple[str, ...]  # folders or URLs of datasets
     labels: tuple[str, ...] = ()  # label sidecars, one per dataset, or none
+    weights: tuple[_Positive, ...] = ()  # one per dataset: drawn in these proportions; none: concatenated
     batch: Count = 8  # samples per global batch
     lanes: Count = 2  # independent sequential readers; divides batch; bounds the number of ranks
     perturbation: Perturbation = field(default_factory=Perturbation)
@@ -89,3 +90,5 @@ class DataSpec:
     max_bad_fraction: Fraction = 0.01  # of the samples seen so far; past it the run stops
     threads: Count = 1  # DALI's decoding threads per rank
     prefetch: Count = 2  # batches prepared ahead per rank
+    # Stretches [from, to) of the run's samples, counted over all roles in the order of the plan, that are passed over.
+    skip_samples: tuple[tuple[int, int], ...] = ()

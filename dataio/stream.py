@@ -9,6 +9,7 @@ from typing import Any
 
 from dataio.dataset import Dataset
 from dataio.labels import LabelStore
+from dataio.mix import MixedPlan
 from dataio.plan import RolePlan, Slot, check_lanes, lanes_of
 from dataio.reader import LaneReader, ShardSource
 from dataio.spec import DataError, DataSpec, RoleNeeds
@@ -42,9 +43,20 @@ class RoleStream:
             for number, dataset in enumerate(self.datasets)
             for source in _sources(role, dataset, self.labels[number] if self.labels else None, needs)
         ]
-        sizes = [shard.samples for dataset in self.datasets for shard in dataset.shards]
-        self.plan = RolePlan(role, sizes, batch=spec.batch, lanes=spec.lanes, window=data.shuffle_window, seed=seed)
-        self._readers = {lane: LaneReader(self.plan, lane, self.sources, needs) for lane in lanes}
+        # With weights every dataset has a plan of its own, else all of them together have one.
+        groups = [[dataset] for dataset in self.datasets] if spec.weights else [self.datasets]
+        parts: list[RolePlan] = []
+        for group in groups:
+            sizes = [shard.samples for dataset in group for shard in dataset.shards]
+            before = sum(part.shards for part in parts)
+            parts.append(
+                RolePlan(
+                    role, sizes, batch=spec.batch, lanes=spec.lanes, window=data.shuffle_window, seed=seed,
+                    first_shard=before,
+                )
+            )  # fmt: skip
+        self.plan = MixedPlan(parts, spec.weights) if spec.weights else parts[0]
+        self._readers = {lane: [LaneReader(part, lane, self.sources, needs) for part in parts] for lane in lanes}
 
     @property
     def rows(self) -> int:
@@ -54,10 +66,15 @@ class RoleStream:
     def read(self, consumed: int) -> list[Pick]:
         """This rank's rows of the global batch that follows `consumed` samples, lane after lane."""
         picks = []
-        for lane, reader in self._readers.items():
-            slots = self.plan.slots(consumed, lane)
-            pairs = zip(slots, reader.read(slots), strict=True)
-            picks += [Pick(slot, sample, own, self.plan.share) for own, (slot, sample) in enumerate(pairs)]
+        for lane, readers in self._readers.items():
+            drawn = self.plan.drawn(consumed, lane)
+            samples: list[Sample | None] = [None] * len(drawn)
+            for part, reader in enumerate(readers):
+                places = [place for place, (number, _) in enumerate(drawn) if number == part]
+                for place, sample in zip(places, reader.read([drawn[place][1] for place in places]), strict=True):
+                    samples[place] = sample
+            pairs = zip(drawn, samples, strict=True)
+            picks += [Pick(slot, sample, own, self.plan.share) for own, ((_, slot), sample) in enumerate(pairs)]
         return picks
 
     def shard(self, slot: Slot) -> str:
@@ -72,6 +89,7 @@ class RoleStream:
             "samples": self.plan.samples,
             "batch": self.plan.batch,
             "lanes": self.plan.lanes,
+            **({"quotas": self.plan.quotas} if isinstance(self.plan, MixedPlan) else {}),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,10 @@ def train(
     config: ConfigArgument,
     overrides: OverridesOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest whole checkpoint.")] = False,
+    skip_samples: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FROM:TO", help="Pass over these samples of the run's order; repeatable. See the docs."),
+    ] = None,
 ) -> int:
     """Train a teacher, a student or an encoder, as the configuration's task says.
 
@@ -45,7 +50,9 @@ def train(
     from cluster.stop import StopFlag, exit_status
     from trainer.config import TrainConfig, read_config
 
-    settings = read_config(TrainConfig, config, overrides or [])
+    stretches = [list(_stretch(text)) for text in skip_samples or ()]
+    added = [f"data.skip_samples={json.dumps(stretches)}"] if stretches else []
+    settings = read_config(TrainConfig, config, [*(overrides or []), *added])
     from trainer.run import show_step
     from trainer.run import train as run
 
@@ -61,6 +68,16 @@ def train(
         return exit_status(outcome.stopped)
     typer.echo(f"{outcome.step} steps done; weights in {outcome.weights}")
     return 0
+
+
+def _stretch(text: str) -> tuple[int, int]:
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        raise typer.BadParameter(
+            f"{text!r}: expected FROM:TO, two whole numbers of samples, for example 120000:121536",
+            param_hint="--skip-samples",
+        )
+    return int(start), int(stop)
 
 
 def evaluate(config: ConfigArgument, overrides: OverridesOption = None) -> int:

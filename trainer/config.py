@@ -128,6 +128,9 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         problems = [*_role_problems(self)]
+        for start, stop in self.data.skip_samples:
+            if not 0 <= start < stop:
+                problems.append(f"data.skip_samples: {start}:{stop} is no stretch of samples; from must be below to")
         total = self.steps * self.global_batch
         if not self.data.roles:
             problems.append("data.roles: is empty; name at least one role and its datasets")
@@ -150,6 +153,7 @@ class TrainConfig(Section):
 
 def _role_problems(config: TrainConfig) -> Iterator[str]:
     """What no single field of a role can tell."""
+    from dataio.mix import quotas
     from dataio.plan import check_lanes
 
     for role, spec in config.data.roles.items():
@@ -158,6 +162,11 @@ def _role_problems(config: TrainConfig) -> Iterator[str]:
             yield f"{at}.datasets: is empty; name at least one dataset folder"
         if spec.labels and len(spec.labels) != len(spec.datasets):
             yield f"{at}.labels: {len(spec.labels)} folders for {len(spec.datasets)} datasets; name one each"
+        if spec.weights and spec.datasets:
+            try:
+                quotas(role, spec.weights, len(spec.datasets))
+            except ValueError as error:
+                yield f"{at}.weights: {str(error).removeprefix(f'role {role!r}: ')}"
         try:
             check_lanes(role, spec.batch, spec.lanes, per_lane=2 if spec.perturbation.cutmix_p > 0 else 1)
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -41,7 +42,7 @@ FIXED = ("seed", "task", "model", "data")
 # What changes no result in them.
 CHANGEABLE = {
     "model": frozenset({"activation_checkpointing"}),
-    "data": frozenset({"threads", "prefetch", "max_bad_fraction"}),
+    "data": frozenset({"threads", "prefetch", "max_bad_fraction", "skip_samples"}),
 }
 
 
@@ -81,6 +82,7 @@ def train(
     if resume and not os.path.exists(os.path.join(config.folder, "config.yaml")):
         raise ConfigError(f"{config.folder}: no run to resume; start it without --resume")
     with locked_folder(config.folder, "this run"):
+        config = with_earlier_skips(config) if resume else config
         checkpoint = prepare_folder(config, resume)
         forget_ranks(config.folder)
         journal = Journal(config.folder)
@@ -183,6 +185,13 @@ def check_labels(role: str, folder: str, dataset: Dataset) -> None:
             "samples) as it is now; name its own labels, or label it again"
         )
     store.complete_for(dataset)
+
+
+def with_earlier_skips(config: TrainConfig) -> TrainConfig:
+    """The configuration with the stretches of samples that earlier attempts passed over: going back keeps them out."""
+    before = read_config(TrainConfig, os.path.join(config.folder, "config.yaml")).data.skip_samples
+    skip = tuple(sorted({*before, *config.data.skip_samples}))
+    return config.model_copy(update={"data": dataclasses.replace(config.data, skip_samples=skip)})
 
 
 def prepare_folder(config: TrainConfig, resume: bool) -> str | None:

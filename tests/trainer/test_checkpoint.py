@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ from trainer.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from trainer.run import prepare_folder
+from trainer.config import TrainConfig
+from trainer.run import prepare_folder, with_earlier_skips
 
 
 def tensors(seed: int, megabytes: float = 0.0) -> dict[str, Tensor]:
@@ -204,6 +206,18 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_again_by_itself(
     truncate(Path(older))
     with pytest.raises(CheckpointError, match=r"none of 2 is whole \(step_00000002: .*\); remove them to start from"):
         prepare_folder(config, True)
+
+
+def test_stretches_passed_over_once_stay_so(tmp_path: Path) -> None:
+    def skipping(*stretches: tuple[int, int]) -> TrainConfig:
+        config = train_config("teacher", runs=str(tmp_path))
+        return config.model_copy(update={"data": replace(config.data, skip_samples=stretches)})
+
+    prepare_folder(skipping((10, 20)), False)
+    added = with_earlier_skips(skipping((50, 60)))
+    assert added.data.skip_samples == ((10, 20), (50, 60))
+    prepare_folder(added, True)
+    assert with_earlier_skips(skipping()).data.skip_samples == ((10, 20), (50, 60))
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
