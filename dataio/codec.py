@@ -58,9 +58,9 @@ def encode_map(value_HW: npt.ArrayLike, quantity: Quantity) -> tuple[str, bytes,
     value_HW = np.asarray(value_HW, np.float64)
     if value_HW.ndim != 2:
         raise ValueError(f"needs a map [H, W], got shape {value_HW.shape}")
-    valid_HW = np.isfinite(value_HW) if quantity == "disparity" else np.isfinite(value_HW) & (value_HW > 0)
-    if not valid_HW.any():
+    if not has_values(value_HW, quantity):
         raise DataError("the map has no valid value")
+    valid_HW = _valid(value_HW, quantity)
     low, high = float(value_HW[valid_HW].min()), float(value_HW[valid_HW].max())
     value_HW = np.where(valid_HW, value_HW, np.nan)
     if quantity == "disparity":
@@ -74,6 +74,19 @@ def encode_map(value_HW: npt.ArrayLike, quantity: Quantity) -> tuple[str, bytes,
     fits = high <= float(half.max) and low >= float(half.smallest_normal)
     np.save(out, value_HW.astype(np.float16 if fits else np.float32))
     return "depth.npy", out.getvalue(), None
+
+
+def has_values(value_HW: npt.ArrayLike, quantity: Quantity) -> bool:
+    """Whether a map has any pixel that is no hole, as `encode_map` judges."""
+    return bool(_valid(np.asarray(value_HW), quantity).any())
+
+
+def _valid(value_HW: npt.NDArray[Any], quantity: Quantity) -> npt.NDArray[np.bool_]:
+    finite_HW = np.isfinite(value_HW)
+    if quantity == "disparity":
+        return finite_HW
+    with np.errstate(invalid="ignore"):
+        return finite_HW & (value_HW > 0)
 
 
 def encode_label(disparity_HW: npt.ArrayLike) -> tuple[bytes, AffineCode]:

@@ -2,7 +2,8 @@
 
 Backends: "triton" for CUDA, "cpu" (NumPy), and "reference" (`kernels.reference`, plain PyTorch, the specification).
 "auto" chooses by device: "triton" for CUDA, "cpu" for the CPU; "reference" for what the fused ones do not do: other
-devices, more than eight regions, and on CUDA float64 or a machine without Triton.
+devices, more than eight regions, forward-mode differentiation, and on CUDA float64 or a machine without Triton. The
+fused ones have no second derivatives: asked for those (create_graph=True) they raise RuntimeError.
 
 Shape suffixes: B batch, H W pixels, G regions, N tokens, D width.
 """
@@ -11,16 +12,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kernels import reference
 from kernels.codes import FUSED_REGIONS
 
 BACKENDS = ("triton", "cpu", "reference")
 MAX_REGIONS = 255
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -69,7 +73,7 @@ def affine_invariant_loss(
         _check_target_stats(target_stats, (pred_BHW.shape[0], num_regions), pred_BHW.device)
     backend = _choose(backend, num_regions, pred_BHW, target_BHW)
     if backend == "reference":
-        _check_labels(region_BHW, num_regions)
+        reference.check_labels(region_BHW, num_regions)
         return reference.affine_invariant_loss(pred_BHW, target_BHW, region_BHW, num_regions, trim, target_stats)
     from kernels import ops
 
@@ -103,7 +107,7 @@ def region_median_mad(
     _check_maps(region_BHW, num_regions, x_BHW=x_BHW)
     backend = _choose(backend, num_regions, x_BHW)
     if backend == "reference":
-        _check_labels(region_BHW, num_regions)
+        reference.check_labels(region_BHW, num_regions)
         return reference.region_median_mad(x_BHW, region_BHW, num_regions)
     from kernels import ops
 
@@ -203,6 +207,9 @@ def _choose(backend: str, num_regions: int, *tensors: Tensor) -> str:
 
 
 def _fused_problem(num_regions: int) -> str | None:
+    # Inside torch.func.jvp and the like: a custom operator would pass a tangent of 0 on, silently.
+    if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:
+        return "forward-mode differentiation"
     return None if num_regions <= FUSED_REGIONS else f"num_regions is {num_regions}, at most {FUSED_REGIONS} here"
 
 
@@ -226,8 +233,8 @@ def _label_rows(region_BHW: Tensor | None) -> Tensor | None:
 
 def _check_maps(region_BHW: Tensor | None, num_regions: int, **maps: Tensor) -> None:
     _check_floating(3, "[B, H, W]", **maps)
-    if not 1 <= num_regions <= MAX_REGIONS:
-        raise ValueError(f"num_regions must be in 1..{MAX_REGIONS}, got {num_regions}")
+    if not isinstance(num_regions, int) or not 1 <= num_regions <= MAX_REGIONS:
+        raise ValueError(f"num_regions must be a whole number in 1..{MAX_REGIONS}, got {num_regions}")
     if region_BHW is None:
         return
     first = next(iter(maps.values()))
@@ -235,30 +242,33 @@ def _check_maps(region_BHW: Tensor | None, num_regions: int, **maps: Tensor) -> 
     _check_like("region_BHW", region_BHW, (dtype, first.shape, first.device))
 
 
-def _check_labels(region_BHW: Tensor | None, num_regions: int) -> None:
-    """The fused backends look at labels themselves: on a GPU without waiting for it."""
-    if region_BHW is not None and region_BHW.numel() and int(region_BHW.max()) > num_regions:
-        raise ValueError(f"region_BHW holds label {int(region_BHW.max())}, but num_regions is {num_regions}")
-
-
 def _check_target_stats(stats: tuple[Tensor, Tensor], shape: tuple[int, int], device: torch.device) -> None:
     if len(stats) != 2:
         raise ValueError(f"target_stats must be (median_BG, mad_BG), got {len(stats)} values")
     for name, value in zip(("median_BG", "mad_BG"), stats, strict=True):
-        if not value.is_floating_point():
-            raise ValueError(f"target_stats: {name} must be floating point, got {value.dtype}")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"target_stats: {name} must be a floating-point tensor, got {found}")
         _check_like(f"target_stats: {name}", value, (value.dtype, torch.Size(shape), device))
 
 
 def _check_floating(ndim: int, layout: str, **tensors: Tensor) -> None:
     """All are floating-point tensors of this layout, of one shape and on one device."""
-    found = ", ".join(f"{name} {tuple(t.shape)} {t.dtype} {t.device}" for name, t in tensors.items())
-    if any(t.ndim != ndim for t in tensors.values()) or len({t.shape for t in tensors.values()}) > 1:
-        raise ValueError(f"expected one shape {layout}, got {found}")
-    if not all(t.is_floating_point() for t in tensors.values()):
-        raise ValueError(f"expected floating-point tensors, got {found}")
-    if len({t.device for t in tensors.values()}) > 1:
-        raise ValueError(f"expected one device, got {found}")
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    first, *others = tensors.values()
+    if any(t.ndim != ndim for t in tensors.values()) or any(t.shape != first.shape for t in others):
+        raise ValueError(f"expected one shape {layout}, got {_described(tensors)}")
+    if any(t.dtype not in DTYPES for t in tensors.values()):
+        raise ValueError(f"expected float16, bfloat16, float32 or float64, got {_described(tensors)}")
+    if any(t.device != first.device for t in others):
+        raise ValueError(f"expected one device, got {_described(tensors)}")
+
+
+def _described(tensors: Mapping[str, Tensor]) -> str:
+    # only for an error: torch.compile cannot trace the text of a size that it does not know
+    return ", ".join(f"{name} {tuple(t.shape)} {t.dtype} {t.device}" for name, t in tensors.items())
 
 
 def _check_like(name: str, tensor: Tensor, wanted: tuple[torch.dtype, torch.Size, torch.device]) -> None:

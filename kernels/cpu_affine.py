@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.codes import CODES, SIGNS, STATES
 from kernels.cpu_common import Array, as_array, in_threads, quiet
-from kernels.reference import is_degenerate, trimmed_count
+from kernels.reference import check_labels, compute_dtype, is_degenerate, trimmed_count
 
 TIES = 0.4  # above this share of equal values np.partition takes longer than np.sort
 
@@ -37,8 +37,8 @@ def forward(
 
     Raises ValueError for a label above `num_regions`.
     """
-    dtype = torch.promote_types(torch.promote_types(pred_BP.dtype, target_BP.dtype), torch.float32)
-    _check_labels(label_BP, num_regions)
+    dtype = compute_dtype(pred_BP, target_BP)
+    check_labels(label_BP, num_regions)
     pred, target = as_array(pred_BP, dtype), as_array(target_BP, dtype)
     label = None if label_BP is None else label_BP.numpy()
     given = None if target_stats is None else [as_array(t, dtype) for t in target_stats]
@@ -149,16 +149,20 @@ def _kth(x_K: Array, k: int, scratch: _Scratch) -> float:
     least = x_K.min()
     if math.isnan(least):
         return math.nan
-    # A probe is enough: what makes partitioning slow is a value that a good part of the pixels share.
-    probe = np.sort(x_K[:: max(1, x_K.size // 512)])
-    crowded = np.count_nonzero(probe == probe[probe.size // 2]) > TIES * probe.size
     work_K = scratch.floats[4][: x_K.size]
     np.copyto(work_K, x_K)
-    if crowded or np.count_nonzero(x_K == least) > TIES * x_K.size:
+    if is_crowded(x_K, least):
         work_K.sort()
     else:
         work_K.partition(k)
     return float(work_K[k]) + 0.0  # -0 and +0 are one value
+
+
+def is_crowded(x_K: Array, least: float) -> bool:
+    """Whether a good part of the pixels share one value, the middle one or the least: then a sort is faster."""
+    probe = np.sort(x_K[:: max(1, x_K.size // 512)])
+    middle = np.count_nonzero(probe == probe[probe.size // 2])
+    return bool(middle > TIES * probe.size or np.count_nonzero(x_K == least) > TIES * x_K.size)
 
 
 class _Scratch:
@@ -211,8 +215,8 @@ def median_mad(x_BP: Tensor, label_BP: Tensor | None, num_regions: int) -> tuple
 
     Raises ValueError for a label above `num_regions`.
     """
-    _check_labels(label_BP, num_regions)
-    x = as_array(x_BP, torch.promote_types(x_BP.dtype, torch.float32))
+    check_labels(label_BP, num_regions)
+    x = as_array(x_BP, compute_dtype(x_BP))
     label = None if label_BP is None else label_BP.numpy()
     stats_BG5 = np.zeros((len(x), num_regions, 5), x.dtype)
     code_BP = np.zeros(x.shape, np.uint8)
@@ -244,8 +248,3 @@ def _pixels(label_P: Array | None, g: int) -> Array | None:
     if label_P is None:  # without labels every pixel is in the first region
         return None if g == 0 else np.zeros(0, np.intp)
     return np.flatnonzero(label_P == g + 1)  # four times as fast as indexing by a mask
-
-
-def _check_labels(label_BP: Tensor | None, num_regions: int) -> None:
-    if label_BP is not None and label_BP.numel() and int(label_BP.max()) > num_regions:
-        raise ValueError(f"region_BHW holds label {int(label_BP.max())}, but num_regions is {num_regions}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu_common import Array, as_array, in_threads, quiet
-from kernels.reference import NORM_FLOOR
+from kernels.reference import NORM_FLOOR, compute_dtype
 
 VALUES = 2**20  # of a feature at a time, about: handing over smaller chunks costs threads more than the cache saves
 CACHED_VALUES = 2**17
@@ -30,7 +30,7 @@ def forward(
     coef is (cos / |s|^2, 1 / (|s| |f|)) of a kept token and (0, 0) of a dropped one: the gradient of 1 - cos is
     s * coef_0 - f * coef_1.
     """
-    dtype = torch.promote_types(torch.promote_types(student_BND.dtype, frozen_BND.dtype), torch.float32)
+    dtype = compute_dtype(student_BND, frozen_BND)
     batch, tokens = student_BND.shape[:2]
     loss_BN = np.zeros((batch, tokens), as_array(torch.empty(0, dtype=dtype), dtype).dtype)
     keep_BN = np.zeros((batch, tokens), bool)
@@ -62,10 +62,8 @@ def forward(
     return torch.from_numpy(sum_B), torch.from_numpy(count_B), torch.from_numpy(coef_BN2)
 
 
-def backward(
-    grad_B: Tensor, student_BND: Tensor, frozen_BND: Tensor, coef_BN2: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Gradient of sum_B to the student: [B, N, D] of `dtype`; dropped tokens are not computed."""
+def backward(grad_B: Tensor, student_BND: Tensor, frozen_BND: Tensor, coef_BN2: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of sum_B to the student: [B, N, D] of `dtype`. Where most tokens are dropped they are not computed."""
     compute = coef_BN2.dtype
     coef = (coef_BN2 * grad_B.to(compute)[:, None, None]).numpy()
     kept_BN = (coef_BN2 != 0).any(-1).numpy()

@@ -14,17 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.reference import compute_dtype
+
 
 def _fused(loss: str, backend: str) -> Any:
     """The module that computes a loss, such as kernels.triton_affine: it has forward and backward."""
     return import_module(f"kernels.{backend}_{loss}")
-
-
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 # --- affine-invariant loss ----------------------------------------------------------------------------------------
@@ -52,7 +47,7 @@ def affine_invariant(
 def _(
     pred_BP: Tensor, target_BP: Tensor, label_BP: Tensor | None, num_regions: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, dtype = pred_BP.shape[0], _compute_dtype(pred_BP, target_BP)
+    batch, dtype = pred_BP.shape[0], compute_dtype(pred_BP, target_BP)
     loss_BG = pred_BP.new_empty((batch, num_regions), dtype=dtype)
     code_BP = torch.empty(pred_BP.shape, dtype=torch.uint8, device=pred_BP.device)
     return loss_BG, code_BP, pred_BP.new_empty((batch, num_regions, 4), dtype=dtype)
@@ -79,7 +74,14 @@ def _save_affine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.set_materialize_grads(False)
 
 
+def _refuse_second_order(loss: str) -> None:
+    """With create_graph=True: the gradient would come out as a constant, silently."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{loss} has no second derivative in this backend: use backend='reference' for it")
+
+
 def _backward_affine(ctx: Any, grad_BG: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    _refuse_second_order("affine_invariant_loss")
     grad_BP = None
     if grad_BG is not None:
         grad_BP = affine_invariant_backward(grad_BG, *ctx.saved_tensors, ctx.dtype, ctx.backend)
@@ -102,10 +104,8 @@ def region_stats(
 
 
 @region_stats.register_fake
-def _(
-    x_BP: Tensor, label_BP: Tensor | None, num_regions: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stats_BG = x_BP.new_empty((x_BP.shape[0], num_regions), dtype=_compute_dtype(x_BP))
+def _(x_BP: Tensor, label_BP: Tensor | None, num_regions: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stats_BG = x_BP.new_empty((x_BP.shape[0], num_regions), dtype=compute_dtype(x_BP))
     code_BP = torch.empty(x_BP.shape, dtype=torch.uint8, device=x_BP.device)
     return stats_BG, torch.empty_like(stats_BG), code_BP, stats_BG.new_empty((*stats_BG.shape, 3))
 
@@ -117,6 +117,7 @@ def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _backward_stats(ctx: Any, median_BG: Tensor, mad_BG: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    _refuse_second_order("region_median_mad")
     code_BP, shares_BG3 = ctx.saved_tensors
     zero_BG = torch.zeros_like(median_BG)
     at_median_BG = median_BG * shares_BG3[..., 0] + mad_BG * shares_BG3[..., 2]
@@ -144,7 +145,7 @@ def cosine_margin(
 def _(
     student_BND: Tensor, frozen_BND: Tensor, alpha: float, token_mask_BN: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sum_B = student_BND.new_empty(student_BND.shape[0], dtype=_compute_dtype(student_BND, frozen_BND))
+    sum_B = student_BND.new_empty(student_BND.shape[0], dtype=compute_dtype(student_BND, frozen_BND))
     return sum_B, torch.empty_like(sum_B), sum_B.new_empty((*student_BND.shape[:2], 2))
 
 
@@ -171,6 +172,7 @@ def _save_cosine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _backward_cosine(ctx: Any, grad_B: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    _refuse_second_order("cosine_margin_loss")
     grad_BND = None if grad_B is None else cosine_margin_backward(grad_B, *ctx.saved_tensors, ctx.backend)
     return grad_BND, None, None, None, None
 

@@ -20,8 +20,14 @@ TRIM_UNITS = 1_000_000  # trim is counted in millionths: integers, so that every
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is, else float32."""
+    """What is computed with and returned: float64 if any tensor is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_labels(region: Tensor | None, num_regions: int) -> None:
+    """ValueError for a label above `num_regions`. Looks at all of them: on a GPU that would mean waiting."""
+    if region is not None and region.numel() and int(region.max()) > num_regions:
+        raise ValueError(f"region_BHW holds label {int(region.max())}, but num_regions is {num_regions}")
 
 
 def is_degenerate(median: float, mad: float) -> bool:
@@ -29,9 +35,14 @@ def is_degenerate(median: float, mad: float) -> bool:
     return mad < SCALE_FLOOR * max(abs(median), 1.0)
 
 
+def trim_units(trim: float) -> int:
+    """The fraction in millionths."""
+    return min(round(trim * TRIM_UNITS), TRIM_UNITS - 1)
+
+
 def trimmed_count(count: int, trim: float) -> int:
     """How many of `count` residuals trimming drops: floor(trim * count), never all of them."""
-    return count * min(round(trim * TRIM_UNITS), TRIM_UNITS - 1) // TRIM_UNITS
+    return count * trim_units(trim) // TRIM_UNITS
 
 
 def region_median_mad(x_BHW: Tensor, region_BHW: Tensor | None, num_regions: int) -> tuple[Tensor, Tensor]:
@@ -113,8 +124,8 @@ def _trimmed_mean(residual_K: Tensor, trim: float) -> Tensor:
     kept = count - trimmed_count(count, trim)
     threshold = residual_K.detach().kthvalue(kept).values
     below_K, equal_K = residual_K < threshold, residual_K == threshold
-    share = (kept - below_K.sum()) / equal_K.sum()
-    weight_K = torch.where(equal_K, share.to(residual_K.dtype), below_K.to(residual_K.dtype))
+    share = (kept - below_K.sum()).to(residual_K.dtype) / equal_K.sum()
+    weight_K = torch.where(equal_K, share, below_K.to(residual_K.dtype))
     return (residual_K * weight_K).sum() / kept
 
 

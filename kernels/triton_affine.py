@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import codes
+from kernels import codes, reference
 from kernels import triton_common as common
 from kernels import triton_radix as radix
 from kernels import triton_select as select
@@ -70,7 +70,7 @@ def forward(
     else:
         target_norm = target_stats[0].float().contiguous(), target_stats[1].float().contiguous()
     norms = (stats.median_BMG[:, 0], stats.mad_BMG[:, 0], *target_norm)
-    units = trimming.trim_units(trim)
+    units = reference.trim_units(trim)
     cut_BG3 = trimming.trim_cut(pred_BP, target_BP, label_BP, norms, units) if units else None
     work = common.launch(batch, pixels, common.pixel_block(num_regions), pred_BP, target_BP)
     with common.on_device(pred_BP):

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
 from kernels import triton_common as common
 from kernels import triton_radix as radix
 from kernels.triton_common import is_last, load_label, load_map, load_norm, normalised
@@ -29,11 +28,6 @@ from kernels.triton_radix import (
     load_prefixes,
     merge,
 )
-
-
-def trim_units(trim: float) -> int:
-    """Millionths to drop, as in `kernels.reference.trimmed_count`."""
-    return min(round(trim * reference.TRIM_UNITS), reference.TRIM_UNITS - 1)
 
 
 def trim_cut(

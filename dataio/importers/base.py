@@ -22,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dataio.codec import DEPTH_MM, encode_map, read_png16
+from dataio.codec import DEPTH_MM, encode_map, has_values, read_png16
 from dataio.shards import Item
 from dataio.spec import DataError
 from dataio.types import AffineCode, Quantity
@@ -56,7 +56,7 @@ class Entry:
     @property
     def name(self) -> str:
         """For people."""
-        return self.files[0] if not self.extra else f"{self.files[0]} {self.key}"
+        return self.files[0] if self.key == as_key(self.files[0]) else f"{self.files[0]} {self.key}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +128,11 @@ def parse_options(importer: type[Importer], given: Mapping[str, str]) -> Options
         return importer.Options.model_validate(dict(given))
     except ValidationError as error:
         first = error.errors()[0]
-        name, known = first["loc"][0], ", ".join(importer.Options.model_fields) or "none"
         what = "is unknown" if first["type"] == "extra_forbidden" else f"is {first['input']!r}: {first['msg']}"
-        raise DataError(f"option {name!r} {what}; the layout {importer.name!r} has the options {known}") from error
+        # A rule about several options names none.
+        said = f"option {first['loc'][0]!r} {what}" if first["loc"] else first["msg"].removeprefix("Value error, ")
+        known = ", ".join(importer.Options.model_fields) or "none"
+        raise DataError(f"{said}; the layout {importer.name!r} has the options {known}") from error
 
 
 def image_extension(path: str) -> str:
@@ -208,7 +210,7 @@ def _add_target(members: dict[str, bytes], found: Found, importer: Importer, siz
         if found.value_HW is None:
             raise BadItem("missing_depth")
         depth_size = found.value_HW.shape[::-1]
-        valid = np.isfinite(found.value_HW).any()
+        valid = has_values(found.value_HW, importer.quantity)
         if valid:
             extension, png, encoded = encode_map(found.value_HW, importer.quantity)
             code = encoded or importer.code

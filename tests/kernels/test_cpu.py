@@ -5,8 +5,10 @@ Shape suffixes: B batch, H W pixels, P pixels of one sample, G regions, N tokens
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -15,7 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import affine_invariant_loss, cosine_margin_loss, cpu_affine, cpu_common, ops, region_median_mad
+from kernels import (
+    affine_invariant_loss,
+    cosine_margin_loss,
+    cpu_affine,
+    cpu_common,
+    cpu_cosine,
+    ops,
+    region_median_mad,
+)
 from kernels.codes import CODES, FUSED_REGIONS, STATES
 
 SHAPE = (3, 126, 154)
@@ -118,6 +128,23 @@ def test_work_in_threads_is_done_once_each_and_an_error_comes_out(torch_threads:
         cpu_common.in_threads(done.append, 0)
 
 
+def test_nobody_still_works_for_a_call_that_has_ended(torch_threads: Callable[[int], None]) -> None:
+    torch_threads(2)
+    done: list[int] = []
+
+    def work(i: int) -> None:
+        if i == 0:
+            raise ValueError("at once")
+        time.sleep(0.01)
+        done.append(i)
+
+    with contextlib.suppress(ValueError):
+        cpu_common.in_threads(work, 6)
+    ended = list(done)
+    time.sleep(0.1)
+    assert done == ended
+
+
 def test_threads_work_again_after_a_fork(torch_threads: Callable[[int], None]) -> None:
     """As a data loader's worker is forked; its copy of the pool has no threads."""
     torch_threads(2)
@@ -160,6 +187,127 @@ def test_dropped_tokens_get_no_gradient_and_hold_anything() -> None:
     assert torch.equal(gradients[0], gradients[1]) and not gradients[0][:, ::2].any()
 
 
+# --- small corners, against autograd of the reference ------------------------------------------------------------
+
+
+def both(loss: Callable[..., Tensor], *leaves: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(value, gradient of a weighted sum to the first leaf) by the reference and by the CPU backend."""
+    found = []
+    for backend in ("reference", "cpu"):
+        x = leaves[0].clone().requires_grad_()
+        value = loss(x, *leaves[1:], backend)
+        weights = torch.linspace(0.5, 2, value.numel(), dtype=value.dtype).view(value.shape)
+        found.append((value.detach(), torch.autograd.grad((value * weights).sum(), x)[0]))
+    return found
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_ties_at_the_trimming_threshold_share_what_is_kept(given: bool) -> None:
+    """Quarters: most residuals are equal to others."""
+    g = torch.Generator().manual_seed(4)
+    pred, target = (torch.randint(-6, 7, (3, 9, 11), generator=g).double() / 4 for _ in range(2))
+    stats = (torch.zeros(3, 1).double(), torch.full((3, 1), 2.0).double()) if given else None
+    for trim in (0.1, 0.3, 0.5, 0.9):
+
+        def loss(x: Tensor, y: Tensor, backend: str, trim: float = trim) -> Tensor:
+            return affine_invariant_loss(x, y, None, 1, trim, stats, backend=backend)
+
+        reference, cpu = both(loss, pred, target)
+        torch.testing.assert_close(cpu, reference, rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_of_the_statistics_with_ties_and_unequal_sides() -> None:
+    x = torch.tensor([[[0.0, 0.0, 0.0, 1.0, 5.0, 7.0, -2.0]], [[3.0, 3.0, 3.0, 3.0, 4.0, 1.0, 0.0]]]).double()
+    for which in (0, 1):
+
+        def stat(x: Tensor, backend: str, which: int = which) -> Tensor:
+            return region_median_mad(x, backend=backend)[which]
+
+        reference, cpu = both(stat, x)
+        torch.testing.assert_close(cpu, reference, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_spoils_its_region_s_gradient_alone(value: float) -> None:
+    pred, target, labels = maps()
+    pred[1, 3, 4] = value
+    labels[1, 3, 4] = 2
+    x = pred.clone().requires_grad_()
+    loss_BG = affine_invariant_loss(x, target, labels, 2, 0.1, backend="cpu")
+    loss_BG.sum().backward()
+    spoilt = torch.zeros_like(labels, dtype=torch.bool)
+    spoilt[1] = labels[1] == 2
+    assert not loss_BG[1, 1].isfinite() and loss_BG.isfinite().sum() == loss_BG.numel() - 1
+    assert torch.equal(x.grad.isnan(), spoilt)
+
+
+@pytest.mark.parametrize("chunk", [2**20, 500, 64])
+@pytest.mark.parametrize("kept", [0.1, 0.6, 1.0])
+def test_tokens_in_chunks_and_blocks(monkeypatch: pytest.MonkeyPatch, chunk: int, kept: float) -> None:
+    """Several chunks a sample and several blocks a chunk, as real sizes have; sparse and dense ones."""
+    monkeypatch.setattr(cpu_cosine, "VALUES", chunk)
+    monkeypatch.setattr(cpu_cosine, "CACHED_VALUES", 40)
+    student, frozen = features()
+    mask = torch.rand(student.shape[:2], generator=torch.Generator().manual_seed(1)) < kept
+
+    def loss(s: Tensor, f: Tensor, backend: str) -> Tensor:
+        return cosine_margin_loss(s, f, 0.3, mask, reduction="sum_count", backend=backend)[0]
+
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        reference, cpu = both(loss, student.to(dtype), frozen.to(dtype))
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(cpu, reference, rtol=tolerance, atol=tolerance)
+
+
+def test_scratch_grows_with_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    for width in (4, 64, 8):
+        a, b = (torch.randn(1, 5, width, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+        reference, cpu = both(lambda s, f, backend: cosine_margin_loss(s, f, 1.0, backend=backend), a, b)
+        torch.testing.assert_close(cpu, reference)
+
+
+def test_a_cosine_rounded_above_one_has_no_slope() -> None:
+    """Of 1 - min(cos, 1): parallel features whose rounded cosine is above 1 push nowhere."""
+    g = torch.Generator().manual_seed(0)
+    frozen = torch.randn(1, 400, 3, generator=g)
+    student = frozen * torch.rand(1, 400, 1, generator=g)
+    norms = np.sqrt(np.einsum("nd,nd->n", student[0], student[0])) * np.sqrt(
+        np.einsum("nd,nd->n", frozen[0], frozen[0])
+    )
+    above = torch.from_numpy(np.einsum("nd,nd->n", student[0], frozen[0]) * (1 / norms)) > 1
+    assert 10 < above.sum() < 390
+    s = student.requires_grad_()
+    cosine_margin_loss(s, frozen, 1.0, reduction="sum_count", backend="cpu")[0].sum().backward()
+    assert torch.equal(s.grad[0].any(-1) & above, torch.zeros_like(above))
+
+
+def test_what_many_pixels_share_is_sorted() -> None:
+    noise_K = np.random.default_rng(0).random(10_000).astype(np.float32)
+    assert not cpu_affine.is_crowded(noise_K, float(noise_K.min()))
+    for value, share in ((noise_K.min() - 1, 0.45), (0.5, 0.5)):
+        crowded_K = noise_K.copy()
+        crowded_K[np.random.default_rng(1).random(10_000) < share] = value
+        assert cpu_affine.is_crowded(crowded_K, float(crowded_K.min()))
+
+
+def test_higher_derivatives_are_refused_and_forward_mode_goes_to_the_reference() -> None:
+    pred, target, _ = maps()
+    student, frozen = features()
+    for loss, leaf in (
+        (lambda x: affine_invariant_loss(x, target).sum(), pred),
+        (lambda x: sum(s.sum() for s in region_median_mad(x)), pred),
+        (lambda x: cosine_margin_loss(x, frozen), student),
+    ):
+        x = leaf.clone().requires_grad_()
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss(x), x, create_graph=True)
+        value = loss(x)
+        (grad,) = torch.autograd.grad(value, x)
+        direction = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(2))
+        _, tangent = torch.func.jvp(loss, (leaf,), (direction,))
+        torch.testing.assert_close(tangent.float(), (grad * direction).sum(), rtol=1e-3, atol=1e-5)
+
+
 # --- as operators -------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +342,25 @@ def test_compiles_in_one_graph_with_the_same_gradient(operator: Callable[[Tensor
     torch.testing.assert_close(found[0], found[1])
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    "loss", [affine_invariant_loss, lambda x, y: cosine_margin_loss(x, y), lambda x, y: region_median_mad(x)[1]]
+)
+def test_compiles_in_one_graph_for_any_shape(loss: Callable[..., Tensor], dynamic: bool | None) -> None:
+    """A last, smaller batch is enough to make a size unknown."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, y: loss(x, y).sum(), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for shape in ((4, 5, 7), (3, 5, 7), (2, 9, 11)):
+        x, y = (torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+        found = [
+            torch.autograd.grad(f(leaf, y).sum(), leaf)[0]
+            for f in (loss, compiled)
+            if (leaf := x.clone().requires_grad_()) is not None
+        ]
+        assert torch.equal(found[0], found[1])
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("operator", [affine, stats, cosine])
 def test_meta_tensors_have_shapes_and_gradients(operator: Callable[[Tensor, Tensor], Tensor]) -> None:
     x, s = (t.to("meta").requires_grad_() for t in (PRED, STUDENT))
@@ -210,9 +377,14 @@ def test_the_registrations_are_sound() -> None:
     x = pred.requires_grad_()
     torch.library.opcheck(ops.affine_invariant, (x, target, labels, 2, 0.1, None, None, "cpu"), test_utils=checks)
     torch.library.opcheck(ops.region_stats, (x, labels, 2, "cpu"), test_utils=checks)
-    torch.library.opcheck(
-        ops.cosine_margin, (student.requires_grad_(), frozen, 0.85, None, "cpu"), test_utils=checks
-    )  # fmt: skip
+    s = student.requires_grad_()
+    torch.library.opcheck(ops.cosine_margin, (s, frozen, 0.85, None, "cpu"), test_utils=checks)
+    # what is returned is float64 as soon as one input is
+    fake = ("test_faketensor",)
+    mixed = (pred.detach(), target.double(), labels, 2, 0.1, None, None, "cpu")
+    torch.library.opcheck(ops.affine_invariant, mixed, test_utils=fake)
+    torch.library.opcheck(ops.region_stats, (pred.detach().double(), labels, 2, "cpu"), test_utils=fake)
+    torch.library.opcheck(ops.cosine_margin, (student.detach(), frozen.double(), 0.85, None, "cpu"), test_utils=fake)
 
 
 def test_labels_too_large_are_refused_in_a_compiled_graph_too() -> None:
