@@ -49,7 +49,7 @@ REQUIRES = [
 EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 
 # Layouts of published datasets whose depth comes in such files.
-IMPORT = ["h5py>=3.10", "OpenEXR>=3.3"]
+IMPORT = ["h5py>=3.10", "OpenEXR>=3.3", "scipy>=1.11"]
 
 TEST = [
     *EXPORT,
@@ -59,7 +59,6 @@ TEST = [
     "pytest-randomly>=3.15",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
-    "scipy>=1.11",
     "transformers>=5.0",
     "opencv-python-headless>=4.10",  # the originals' own resize, to compare with
 ]

@@ -202,13 +202,15 @@ def _add_target(members: dict[str, bytes], found: Found, importer: Importer, siz
         if depth_size is None:
             raise BadItem("unreadable_depth")
         try:
-            valid = read_png16(png).any()
+            valid = bool(read_png16(png).any())
         except DataError as error:
             raise BadItem("depth_not_16_bit") from error
         extension = "depth.png"
     else:
         if found.value_HW is None:
             raise BadItem("missing_depth")
+        if found.value_HW.ndim != 2:
+            raise BadItem("unreadable_depth")
         depth_size = found.value_HW.shape[::-1]
         valid = has_values(found.value_HW, importer.quantity)
         if valid:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataio.importers.base import BadItem, Map
+from dataio.codec import read_png16
+from dataio.importers.base import BadItem, Map, look
 from dataio.spec import DataError
 
 
@@ -36,6 +37,14 @@ def read_npy(data: bytes) -> npt.NDArray[Any]:
     return _plane(value)
 
 
+def read_codes(png: bytes) -> npt.NDArray[np.uint16]:
+    """The codes of a 16-bit grey PNG, [H, W]. BadItem unreadable_depth, depth_not_16_bit."""
+    try:
+        return read_png16(png)
+    except DataError as error:
+        raise BadItem("unreadable_depth" if look(png)[0] is None else "depth_not_16_bit") from error
+
+
 def read_pfm(data: bytes) -> npt.NDArray[np.float32]:
     """A portable float map with one channel: rows from the bottom up, the sign of the scale is the byte order.
 
@@ -53,7 +62,7 @@ def read_pfm(data: bytes) -> npt.NDArray[np.float32]:
 
 def read_hdf5(path: Path, dataset: str, index: int | None = None) -> npt.NDArray[Any]:
     """One array of an HDF5 file, or one entry of its first axis. BadItem unreadable_depth, missing_depth."""
-    h5py = _module("h5py")
+    h5py = module("h5py")
     try:
         with h5py.File(path, "r") as file:
             found = file[dataset]
@@ -66,7 +75,7 @@ def read_hdf5(path: Path, dataset: str, index: int | None = None) -> npt.NDArray
 
 def read_exr(path: Path, channels: tuple[str, ...] = ("Y", "Z", "R", "V", "depth.V")) -> npt.NDArray[np.float32]:
     """The first of these channels that an OpenEXR file has. BadItem unreadable_depth, missing_depth."""
-    exr = _module("OpenEXR")
+    exr = module("OpenEXR")
     if not path.exists():
         raise BadItem("missing_depth")
     try:
@@ -94,7 +103,8 @@ def _plane(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return value
 
 
-def _module(name: str) -> Any:
+def module(name: str) -> Any:
+    """A library of the extra `import`. DataError when it is not installed."""
     import importlib
 
     try:
