@@ -1,4 +1,4 @@
-"""Runs the Triton cases of the affine-invariant loss and of the public operators: interpreted, and on a GPU if there is one.
+"""Runs the Triton cases of the affine-invariant loss and of the public operators: interpreted, and on a GPU.
 
 Each file is a test of its own, so that they compile side by side where several processes run tests.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,7 +12,7 @@ from tests.kernels.aot import CAPABILITIES, Build, Facts, compile_kernels
 
 REGISTERS = 128
 MORE_REGISTERS = {("*bf16", 8, "trimmed loss"): 136}  # 134 for sm_90, which no smaller step brings down
-SIZES = {"*fp32": 4, "*bf16": 2}
+SIZES = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
 PASSES = (0, 1, 2)
 KERNELS = (*(f"median {p}" for p in PASSES), *(f"trim {p}" for p in PASSES), "loss", "trimmed loss", "sign", "backward")
 SOME = tuple(kernel for kernel in KERNELS if kernel not in ("sign", "backward"))
@@ -41,7 +42,7 @@ def select_build(capability: int, type_: str, regions: int, vector: int, kernel:
     constants = {"VECTOR": vector, "BLOCK": triton_radix.block(regions), "PASS": int(number)}
     arguments = {"label": "*u8", "hist": "*i32", "ticket": "*i32", "state": "*i32", **INTEGERS}
     if name == "median":
-        constants["CTAS"] = CTAS
+        constants["CTAS"] = CTAS if number == "2" else 0
         arguments |= {"first": type_, "second": type_, "rest": "*fp32", "median": "*fp32", "mad": "*fp32"}
     else:
         arguments |= {"pred": type_, "target": type_, **NORMS, "cut": "*fp32", "units": "i32"}
@@ -122,6 +123,10 @@ def test_gates(capability: int, key: tuple[str, int, int]) -> None:
         assert found.spills == found.stack_bytes == 0, kernel
         assert found.registers <= MORE_REGISTERS.get((type_, regions, kernel), REGISTERS), kernel
         assert not selects(kernel) or found.aggregated_atomics > 0, kernel
+        if kernel != "backward":
+            # The ticket: all threads have written, the write is published, and no stale line is read behind it.
+            assert found.count(r"BAR\.SYNC") >= 2 and found.count(r"ATOMG\.E\.ADD.*\.GPU") >= 1, kernel
+            assert found.count(r"MEMBAR\.\w+\.GPU") >= 1 and found.count(r"CCTL\.IVALL") >= 1, kernel
         if vector * SIZES[type_] < QUAD_BYTES:
             continue  # rows are not aligned to 16 bytes
         made = build(capability, *key, kernel)
@@ -132,3 +137,26 @@ def test_gates(capability: int, key: tuple[str, int, int]) -> None:
         else:  # a thread takes two pixels of a step
             assert regions > 2
             assert type_ == "*bf16" or found.count(r"LDG\.E\.64\b") >= 2, kernel
+
+
+def without(made: Build, *pointers: str, **constants: int) -> Build:
+    """The build with some pointers not given, and other constants."""
+    arguments = {name: type_ for name, type_ in made.arguments.items() if name not in pointers}
+    return replace(made, arguments=arguments, constants={**made.constants, **dict.fromkeys(pointers), **constants})
+
+
+def test_other_ways_to_launch_them() -> None:
+    """No labels, one map, half precision, more programs a sample, odd numbers of regions: for one GPU."""
+    builds = [
+        without(build(90, "*fp32", 1, 4, "loss"), "label", CTAS=32),
+        without(build(90, "*fp32", 1, 4, "median 2"), "label", "second", CTAS=64),
+        without(build(90, "*fp32", 2, 4, "median 0"), "second"),
+        without(build(90, "*fp32", 1, 4, "trim 0"), "label"),
+        build(90, "*fp16", 1, 8, "trimmed loss"),
+        build(90, "*fp16", 2, 4, "median 1"),
+        build(90, "*fp32", 3, 4, "trimmed loss"),
+        build(90, "*fp32", 5, 4, "median 2"),
+        build(90, "*fp32", 7, 4, "loss"),
+    ]
+    for made, found in zip(builds, compile_kernels(builds), strict=True):
+        assert found.spills == found.stack_bytes == 0 and found.registers <= REGISTERS, made

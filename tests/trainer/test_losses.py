@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.losses import gradient_matching_loss, regional_affine_invariant_loss, silog_loss
+from kernels import affine_invariant_loss
+from trainer.losses import (
+    feature_alignment_loss,
+    gradient_matching_loss,
+    regional_affine_invariant_loss,
+    silog_loss,
+)
 
 
 def maps(seed: int = 0, regions: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,6 +94,40 @@ def test_images_and_regions_without_anything_to_learn(loss) -> None:
     (grad,) = torch.autograd.grad(loss_B.sum(), pred)
     assert loss_B[0] == 0 and (loss_B[1:] > 0).all() and grad.isfinite().all()
     assert not grad[0].any() and not grad[1][region[1] == 2].any() and grad[1][region[1] == 1].any()
+
+
+def test_regions_count_by_their_valid_pixels() -> None:
+    pred, target, region = maps()
+    loss_BG = affine_invariant_loss(pred, target, region, 2)
+    area_BG = torch.stack([(region == g).sum((1, 2)) for g in (1, 2)], 1)
+    wanted_B = (loss_BG * area_BG).sum(1) / area_BG.sum(1)
+    torch.testing.assert_close(regional_affine_invariant_loss(pred, target, region, 2), wanted_B)
+
+
+def test_alignment_is_a_mean_over_the_tokens_that_are_kept() -> None:
+    g = torch.Generator().manual_seed(0)
+    frozen = torch.randn(3, 9, 16, generator=g)
+    student = frozen + torch.randn(3, 9, 16, generator=g)
+    student[2] = frozen[2]  # all close enough
+    cos_BN = torch.nn.functional.cosine_similarity(student, frozen, dim=-1)
+    wanted = [(1 - c[c <= 0.8]).mean() for c in cos_BN[:2]] + [torch.tensor(0.0)]
+    assert (cos_BN[:2] > 0.8).any() and (cos_BN[:2] <= 0.8).any()
+    torch.testing.assert_close(feature_alignment_loss(student, frozen, 0.8), torch.stack(wanted))
+
+
+def test_gradient_matching_leaves_out_a_flat_target_and_a_map_far_from_zero() -> None:
+    pred, target, region = maps()
+    flat = target.clone()
+    flat[region == 2] = 0.5
+    far = pred.clone()
+    far[region == 2] = 3e6 + 0.25 * (torch.rand((region == 2).sum(), generator=torch.Generator().manual_seed(1)) > 0.5)
+    only_first = torch.where(region == 2, 0, region)
+    counted = [((region[:, :: 2**k, :: 2**k] == 1).sum((1, 2)), k) for k in range(4)]
+    assert all((count > 0).all() for count, _ in counted)
+    wanted_B = gradient_matching_loss(pred, target, only_first, 2)
+    # a deviation of 0.1 is none beside 3e6: 1e-6 of the median is the least
+    for p, t in ((pred, flat), (far, target)):
+        torch.testing.assert_close(gradient_matching_loss(p, t, region, 2), wanted_B)
 
 
 def test_a_nan_shows() -> None:
