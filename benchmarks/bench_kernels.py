@@ -199,6 +199,7 @@ def plot(path: Path, results: dict[Case, Times]) -> None:
     axes.set_xlabel("forward and backward, ms: median and quartiles")
     figure.legend(loc="outside upper center", ncols=4, fontsize=7)
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def hardware(device: str) -> str:
@@ -254,11 +255,11 @@ def main() -> None:
         seconds, saved, peak = measure(case, arguments, clock)
         results[case] = seconds
         print(table(case, seconds, saved, peak), flush=True)
+        if arguments.plot:  # after each: whoever is cut off has those before
+            plot(arguments.plot, results)
         gc.collect()
     if skipped:
         print(f"Not measured, for lack of time: {'; '.join(skipped)}.")
-    if arguments.plot:
-        plot(arguments.plot, results)
 
 
 if __name__ == "__main__":
