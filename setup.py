@@ -51,9 +51,14 @@ EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 # Layouts of published datasets whose depth comes in such files.
 IMPORT = ["h5py>=3.10", "OpenEXR>=3.3", "scipy>=1.11"]
 
+# Datasets in an S3 store; other stores have packages of their own (gcsfs, adlfs).
+S3 = ["s3fs>=2024.2"]
+
 TEST = [
     *EXPORT,
     *IMPORT,
+    *S3,
+    "moto[server]>=5.0",
     "pytest>=8.2",
     "pytest-xdist>=3.6",
     "pytest-randomly>=3.15",
@@ -78,6 +83,6 @@ setup(
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
     package_data={"launcher": ["recipes/*.yaml"]},
     install_requires=REQUIRES,
-    extras_require={**DALI, "export": EXPORT, "import": IMPORT, "test": TEST, "dev": DEV},
+    extras_require={**DALI, "export": EXPORT, "import": IMPORT, "s3": S3, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["fathom = launcher.cli:main"]},
 )

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, cast
 
+from cluster import remote
+
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _TEMPORARY = re.compile(r"^\..*\.[0-9a-f]{8}\.tmp$")
 _SPOOL_BYTES = 64 << 20  # a file for a URL stays in memory up to here
@@ -124,7 +126,7 @@ def open_range(path: str, start: int, stop: int | None = None) -> io.BufferedRea
         fs, name = _remote(path)
 
         def fetch(begin: int, end: int) -> bytes:
-            return bytes(fs.cat_file(name, start=begin, end=end))
+            return bytes(remote.persistently(lambda: fs.cat_file(name, start=begin, end=end)))
 
         # a missing object shows at the first read: no request just to ask
         return io.BufferedReader(_Range(path, start, stop, fetch), min(_REMOTE_READ_BYTES, max(1, stop - start)))
@@ -139,7 +141,7 @@ def read_bytes(path: str) -> bytes:
     with _told(path, "read"):
         if is_url(path):
             fs, name = _remote(path)
-            return bytes(fs.cat_file(name))
+            return bytes(remote.persistently(lambda: fs.cat_file(name)))
         with open(_local(path), "rb") as file:
             return file.read()
 
@@ -150,7 +152,7 @@ def exists(path: str) -> bool:
         if is_url(path):
             fs, name = _remote(path)
             fs.invalidate_cache()
-            return bool(fs.exists(name))
+            return bool(remote.persistently(lambda: fs.exists(name)))
         return os.path.exists(_local(path))
 
 
@@ -160,7 +162,7 @@ def size(path: str) -> int:
         if is_url(path):
             fs, name = _remote(path)
             fs.invalidate_cache()
-            return int(fs.size(name))
+            return int(remote.persistently(lambda: fs.size(name)))
         return os.stat(_local(path)).st_size
 
 
@@ -170,7 +172,8 @@ def listdir(path: str) -> list[str]:
         if is_url(path):
             fs, name = _remote(path)
             fs.invalidate_cache()
-            found = [str(entry).rstrip("/") for entry in fs.ls(name, detail=False)]
+            listed = remote.persistently(lambda: fs.ls(name, detail=False))
+            found = [str(entry).rstrip("/") for entry in listed]
             names = {entry.rsplit("/", 1)[-1] for entry in found if entry.strip("/") != name.strip("/")}
         else:
             names = set(os.listdir(_local(path)))
@@ -306,10 +309,12 @@ def _remote_writer(path: str) -> Iterator[BinaryIO]:
         with _told(path, "write"):
             if not getattr(spool, "_rolled", True):
                 spool.seek(0)
-                fs.pipe_file(name, spool.read())
+                content = spool.read()
+                remote.persistently(lambda: fs.pipe_file(name, content))
             else:
                 spool.flush()
-                fs.put_file(f"/proc/self/fd/{spool.fileno()}", name)
+                local = f"/proc/self/fd/{spool.fileno()}"
+                remote.persistently(lambda: fs.put_file(local, name))
 
 
 def _local(path: str) -> str:
@@ -319,14 +324,10 @@ def _local(path: str) -> str:
 
 
 def _remote(path: str) -> tuple[Any, str]:
-    """The file system and the name inside it. fsspec's import is put off: most runs are local."""
-    import fsspec
-
     try:
-        fs, name = fsspec.core.url_to_fs(path)
+        return remote.open_store(path)
     except (ImportError, ValueError) as error:
         raise StorageError(f"{path}: {error}; install fsspec's package for this kind of URL (s3://: s3fs)") from error
-    return fs, name
 
 
 @contextmanager
@@ -344,6 +345,8 @@ def _told(path: str, verb: str, aliases: tuple[str, ...] = ()) -> Iterator[None]
         if error.filename not in (None, path, _local(path), *aliases) and not is_url(path):
             raise
         reason = _REMEDIES.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
+        if isinstance(error, remote.RemoteFailure):
+            reason += ": check the address, the credentials and the network"
         raise StorageError(f"{path}: cannot {verb}: {reason}") from error
     except NotImplementedError as error:
         raise StorageError(f"{path}: cannot {verb}: this kind of URL does not support it") from error

@@ -9,7 +9,9 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from typing import Any, Literal, cast, get_args
@@ -24,6 +26,8 @@ Role = Literal["labelled", "unlabelled"]
 FORMAT_VERSION = 1
 INFO_NAME = "dataset.json"
 SHARDS_NAME = "shards"
+SUMS_NAME = "SHA256SUMS"
+_OPENERS = 16  # threads
 _OPEN_INDEXES = 64  # parsed; a lane reads one or two shards at a time, and a parsed index takes about 2 MB
 
 
@@ -60,12 +64,13 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of a dataset: its stem ("000000"), path or URL, number of samples, and its index's digest."""
+    """One tar of a dataset: its stem ("000000"), path or URL, number of samples, its index's digest and its SHA-256."""
 
     stem: str
     tar: str
     samples: int
     digest: str
+    sha256: str | None = None  # as SHA256SUMS states it; None for a dataset without one
 
     @property
     def index(self) -> ShardIndex:
@@ -104,12 +109,14 @@ class Dataset:
             raise DataError(f"{folder}: no shards (*.tar): restore them, or pack the dataset again")
         code = asdict(info.code) if info.code else None
         digest = hashlib.sha256(json.dumps([info.quantity, code], sort_keys=True).encode())
-        shards = []
-        for stem in stems:
-            tar = storage.join(folder, f"{stem}.tar")
-            index = ShardIndex.open(tar)
-            shards.append(Shard(stem, tar, len(index), index.digest))
-            digest.update(f"\n{stem}\n{index.text}".encode())
+        shards, sums = [], _read_sums(path)
+        tars = [storage.join(folder, f"{stem}.tar") for stem in stems]
+        with ThreadPoolExecutor(_OPENERS) as pool:  # a store takes its time over each, and a dataset has thousands
+            indexes = pool.map(ShardIndex.open, tars)
+            for stem, tar, index in zip(stems, tars, indexes, strict=True):
+                sha256 = sums.get(f"{SHARDS_NAME}/{stem}.tar")
+                shards.append(Shard(stem, tar, len(index), index.digest, sha256))
+                digest.update(f"\n{stem}\n{index.text}".encode())
         found = sum(shard.samples for shard in shards)
         if found != info.samples:
             raise DataError(
@@ -125,6 +132,20 @@ class Dataset:
         for shard in self.shards:
             starts.append(starts[-1] + shard.samples)
         return starts
+
+
+def _read_sums(path: str) -> dict[str, str]:
+    """File -> SHA-256, as `sha256sum` writes it; empty when there is no list. DataError for a damaged one."""
+    name = storage.join(path, SUMS_NAME)
+    if not storage.exists(name):
+        return {}
+    sums = {}
+    for line in storage.read_bytes(name).decode(errors="replace").splitlines():
+        found = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+        if found is None:
+            raise DataError(f"{name}: {line[:80]!r} is no line of sha256sum: make the list again, or delete it")
+        sums[found[2]] = found[1]
+    return sums
 
 
 def read_json(path: str) -> dict[str, Any]:

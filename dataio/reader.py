@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tarfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -19,6 +19,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expan
 
 from cluster import storage
 from dataio import codec
+from dataio.cache import ShardCache
 from dataio.index import SampleEntry, ShardIndex
 from dataio.plan import RolePlan, Slot
 from dataio.spec import DataError, RoleNeeds
@@ -28,6 +29,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _TARGET_EXTENSIONS = ("depth.png", "depth.npy")
 _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
 
+Opener = Callable[[str, int, int], BinaryIO]
 Members = Mapping[str, bytes]  # extension, in lower case -> content
 
 
@@ -40,8 +42,23 @@ class ShardSource:
     quantity: Quantity | None = None
     code: AffineCode | None = None
     shard: Any  # has `.index`: a ShardIndex, parsed when first asked for
+    sha256: str | None = None  # of the tar
+    cache: ShardCache | None = None
     quarantined: Mapping[str, str] = field(default_factory=dict)  # key -> reason: not read
     label_index: Any = None  # a function that returns the label shard's ShardIndex
+
+
+    def open_labels(self, tar: str, start: int, stop: int) -> BinaryIO:
+        """Bytes [start, stop) of the label tar, likewise; its ledger's checksum is not looked at here."""
+        if self.cache is None:
+            return storage.open_range(tar, start, stop)
+        return self.cache.open_range(tar, start, stop)
+
+    def open_tar(self, tar: str, start: int, stop: int) -> BinaryIO:
+        """Bytes [start, stop) of the tar, from the cache's copy if there is a cache."""
+        if self.cache is None:
+            return storage.open_range(tar, start, stop)
+        return self.cache.open_range(tar, start, stop, self.sha256)
 
 
 class LaneReader:
@@ -86,14 +103,14 @@ def read_samples(source: ShardSource, indices: Sequence[int], needs: RoleNeeds, 
     wanted = {*IMAGE_EXTENSIONS}
     if needs.target != "none":
         wanted |= {"sky.png"} if needs.sidecar else {"sky.png", "json", *_TARGET_EXTENSIONS}
-    found = read_members(source.tar, entries, wanted)
+    found = read_members(source.tar, entries, wanted, source.open_tar)
     labels: Mapping[str, Members] = {}
     if needs.target != "none" and needs.sidecar:
         if source.label_tar is None or source.label_index is None:
             raise ValueError(f"{source.tar}: a target from a sidecar is needed, and no sidecar given")
         keys = {entry.key for entry in entries}
         label_entries = [entry for entry in source.label_index().samples if entry.key in keys]
-        labels = read_members(source.label_tar, label_entries, {"disparity.png", "json"})
+        labels = read_members(source.label_tar, label_entries, {"disparity.png", "json"}, source.open_labels)
     return [
         Sample(key=e.key, problem=problems[e.key])
         if e.key in problems
@@ -102,7 +119,9 @@ def read_samples(source: ShardSource, indices: Sequence[int], needs: RoleNeeds, 
     ]
 
 
-def read_members(tar: str, entries: Sequence[SampleEntry], extensions: Collection[str]) -> dict[str, Members]:
+def read_members(
+    tar: str, entries: Sequence[SampleEntry], extensions: Collection[str], open_range: Opener = storage.open_range
+) -> dict[str, Members]:
     """key -> its members of these extensions, for `entries` in the tar's order; a key that cannot be read is left out.
 
     Raises DataError when there is no such tar.
@@ -110,22 +129,24 @@ def read_members(tar: str, entries: Sequence[SampleEntry], extensions: Collectio
     found: dict[str, Members] = {}
     pending = list(entries)
     while pending:
-        found.update(_read_range(tar, pending, extensions))
+        found.update(_read_range(tar, pending, extensions, open_range))
         lost = next((i for i, entry in enumerate(pending) if entry.key not in found), None)
         if lost is None:
             break
         # the damage may lie behind it, in the same block: once more on its own, then go on behind it
         if len(pending) > 1:
-            found.update(_read_range(tar, pending[lost : lost + 1], extensions))
+            found.update(_read_range(tar, pending[lost : lost + 1], extensions, open_range))
         pending = pending[lost + 1 :]
     return found
 
 
-def _read_range(tar: str, entries: Sequence[SampleEntry], extensions: Collection[str]) -> dict[str, Members]:
+def _read_range(
+    tar: str, entries: Sequence[SampleEntry], extensions: Collection[str], open_range: Opener
+) -> dict[str, Members]:
     wanted = {entry.key: entry for entry in entries}
     found: dict[str, Members] = {}
     try:
-        with storage.open_range(tar, entries[0].start, entries[-1].end) as stream:
+        with open_range(tar, entries[0].start, entries[-1].end) as stream:
             for group in group_by_keys(_files(tar, stream, wanted.keys(), extensions)):
                 members = {name: data for name, data in group.items() if not name.startswith("__")}
                 entry = wanted[group["__key__"]]

@@ -6,16 +6,17 @@ A dataset under construction keeps `packing/plan.json` (the arguments) and one `
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from cluster import storage
-from dataio.dataset import INFO_NAME, SHARDS_NAME, DatasetInfo, read_json
+from dataio.dataset import INFO_NAME, SHARDS_NAME, SUMS_NAME, DatasetInfo, read_json
 from dataio.index import ShardIndex, index_path
 from dataio.spec import DataError
 
@@ -56,7 +57,8 @@ class ShardWriter:
     """Writes `NNNNNN.tar` and `.idx` into a folder, starting another shard by size or number of samples.
 
     A context manager: leaving it by an exception discards the open shard; finished ones stay. The bytes of a tar are a
-    function of its samples alone. `on_shard(stem, samples, bytes)` is called once a shard and its index are in place.
+    function of its samples alone. `on_shard(stem, samples, bytes, sha256)` is called once a shard and its index are in
+    place.
     """
 
     def __init__(
@@ -66,11 +68,12 @@ class ShardWriter:
         shard_bytes: int = SHARD_BYTES,
         shard_samples: int | None = None,
         first: int = 0,
-        on_shard: Callable[[str, int, int], None] | None = None,
+        on_shard: Callable[[str, int, int, str], None] | None = None,
     ) -> None:
         self._folder, self._number = folder, first
         self._shard_bytes, self._shard_samples = shard_bytes, shard_samples
-        self._on_shard = on_shard or (lambda stem, samples, size: None)
+        self._on_shard = on_shard or (lambda stem, samples, size, sha256: None)
+        self._digest = hashlib.sha256()
         self._open: ExitStack | None = None  # the tar inside its file
         self._tar: Any = None
         self._samples = self._bytes = 0
@@ -96,7 +99,8 @@ class ShardWriter:
         if self._open is None:
             self._open = ExitStack()
             file = self._open.enter_context(storage.atomic_writer(self._path()))
-            self._tar = self._open.enter_context(tar_writer(file))
+            self._digest = hashlib.sha256()
+            self._tar = self._open.enter_context(tar_writer(cast("BinaryIO", _Hashed(file, self._digest))))
         self._tar.write({"__key__": key, **members})
         self._samples += 1
         self._bytes += size
@@ -109,12 +113,26 @@ class ShardWriter:
         shard.close()
         path = self._path()
         ShardIndex.build(path).write(index_path(path))
-        self._on_shard(f"{self._number:06d}", self._samples, storage.size(path))
+        self._on_shard(f"{self._number:06d}", self._samples, storage.size(path), self._digest.hexdigest())
         self._number += 1
         self._samples = self._bytes = 0
 
     def _path(self) -> str:
         return storage.join(self._folder, f"{self._number:06d}.tar")
+
+
+class _Hashed:
+    """A file that is only written forward, and hashed on the way."""
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self._digest = file, digest
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 @contextmanager
@@ -177,6 +195,7 @@ class Packing:
         storage.atomic_write(storage.join(self._out, REPORT_NAME), json.dumps(asdict(report), indent=2) + "\n")
         if not report.packed:
             raise DataError(f"{self._out}: no usable sample in the source: {report}; nothing was made")
+        self._write_sums()
         replace(info, samples=report.packed).write(self._out)
         return report
 
@@ -214,9 +233,20 @@ class Packing:
         self._take_pending()
         return True
 
-    def _record(self, stem: str, samples: int, size: int) -> None:
+    def _write_sums(self) -> None:
+        """`SHA256SUMS`, as `sha256sum --check` reads it in the dataset's folder."""
+        lines = []
+        for number in range(self._finished):
+            stem = f"{number:06d}"
+            state = read_json(storage.join(self._state, f"{stem}.json"))
+            name = f"{SHARDS_NAME}/{stem}.tar"
+            sha256 = state.get("sha256") or storage.sha256_file(storage.join(self._out, name))
+            lines.append(f"{sha256}  {name}\n")
+        storage.atomic_write(storage.join(self._out, SUMS_NAME), "".join(lines))
+
+    def _record(self, stem: str, samples: int, size: int, sha256: str) -> None:
         # the item at hand opens the next shard; those skipped before it belong to this one
-        state = {"samples": samples, "bytes": size, "next": self._at, "skipped": self._pending}
+        state = {"samples": samples, "bytes": size, "sha256": sha256, "next": self._at, "skipped": self._pending}
         storage.atomic_write(storage.join(self._state, f"{stem}.json"), json.dumps(state) + "\n")
         self._finished += 1
         self._packed += samples

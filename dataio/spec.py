@@ -90,5 +90,7 @@ class DataSpec:
     max_bad_fraction: Fraction = 0.01  # of the samples seen so far; past it the run stops
     threads: Count = 1  # DALI's decoding threads per rank
     prefetch: Count = 2  # batches prepared ahead per rank
+    cache: str | None = None  # local folder for copies of shards that lie behind URLs
+    cache_bytes: Count = 100 << 30  # of all copies together
     # Stretches [from, to) of the run's samples, counted over all roles in the order of the plan, that are passed over.
     skip_samples: tuple[tuple[int, int], ...] = ()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from dataio.cache import ShardCache
 from dataio.dataset import Dataset
 from dataio.labels import LabelStore
 from dataio.mix import MixedPlan
@@ -38,10 +39,11 @@ class RoleStream:
         self.role, self.spec, self.needs = role, spec, needs
         self.datasets = [Dataset.open(path) for path in spec.datasets]
         self.labels = _open_labels(role, self.datasets, spec.labels, needs)
+        cache = ShardCache(data.cache, data.cache_bytes) if data.cache is not None else None
         self.sources = [
             source
             for number, dataset in enumerate(self.datasets)
-            for source in _sources(role, dataset, self.labels[number] if self.labels else None, needs)
+            for source in _sources(role, dataset, self.labels[number] if self.labels else None, needs, cache)
         ]
         # With weights every dataset has a plan of its own, else all of them together have one.
         groups = [[dataset] for dataset in self.datasets] if spec.weights else [self.datasets]
@@ -107,7 +109,9 @@ def _open_labels(role: str, datasets: list[Dataset], folders: tuple[str, ...], n
     return stores
 
 
-def _sources(role: str, dataset: Dataset, store: LabelStore | None, needs: RoleNeeds) -> list[ShardSource]:
+def _sources(
+    role: str, dataset: Dataset, store: LabelStore | None, needs: RoleNeeds, cache: ShardCache | None
+) -> list[ShardSource]:
     info = dataset.info
     if needs.target != "none" and store is None and info.quantity is None:
         raise DataError(
@@ -123,6 +127,8 @@ def _sources(role: str, dataset: Dataset, store: LabelStore | None, needs: RoleN
             quantity=info.quantity,
             code=info.code,
             quarantined=dataset.quarantined.get(shard.stem, {}),
+            sha256=shard.sha256,
+            cache=cache,
         )
         for shard in dataset.shards
     ]

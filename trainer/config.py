@@ -21,7 +21,7 @@ from model.presets import PositionMode
 from trainer.schedule import Decay
 
 # Keys whose values are paths, wherever they stand; a task's own option that names a file belongs here too.
-PATHS = frozenset({"runs", "encoder_weights", "weights", "dataset", "out", "frozen_encoder"})
+PATHS = frozenset({"runs", "encoder_weights", "weights", "dataset", "out", "frozen_encoder", "cache"})
 PATH_LISTS = frozenset({"datasets", "labels"})
 
 

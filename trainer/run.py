@@ -42,7 +42,7 @@ FIXED = ("seed", "task", "model", "data")
 # What changes no result in them.
 CHANGEABLE = {
     "model": frozenset({"activation_checkpointing"}),
-    "data": frozenset({"threads", "prefetch", "max_bad_fraction", "skip_samples"}),
+    "data": frozenset({"threads", "prefetch", "max_bad_fraction", "skip_samples", "cache", "cache_bytes"}),
 }
 
 
