@@ -40,6 +40,9 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     "fathom_images_total": Metric("counter", "Images used by optimizer steps, of all ranks."),
     "fathom_samples_skipped_total": Metric("counter", "Samples with weight 0, by reason.", ("reason",)),
+    "fathom_data_read_bytes_total": Metric("counter", "Bytes of shards asked for, prefetched batches included."),
+    "fathom_data_cache_hits_total": Metric("counter", "Reads of shards behind a URL from a local copy."),
+    "fathom_data_cache_misses_total": Metric("counter", "Local copies of shards that had to be made."),
     "fathom_steps_total": Metric("counter", "Optimizer steps taken."),
     "fathom_steps_skipped_total": Metric("counter", "Steps whose update was not applied, by reason.", ("reason",)),
     "fathom_step_duration_seconds": Metric("histogram", "Wall time of one optimizer step.", buckets=_STEP_BUCKETS_S),

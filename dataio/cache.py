@@ -22,6 +22,26 @@ _COPY_BYTES = 8 << 20
 _ATTEMPTS = 3  # of a copy whose checksum is wrong
 
 
+class Opener:
+    """How one loader reads shards: where they lie, or from a cache's copies. Counts what it read."""
+
+    def __init__(self, cache: ShardCache | None = None) -> None:
+        self._cache = cache
+        self._bytes = 0
+
+    def __call__(self, path: str, start: int, stop: int, sha256: str | None = None) -> io.BufferedReader:
+        """As `cluster.storage.open_range`; `sha256` is what a copy of the whole file must have."""
+        self._bytes += stop - start
+        if self._cache is None:
+            return storage.open_range(path, start, stop)
+        return self._cache.open_range(path, start, stop, sha256)
+
+    def counts(self) -> dict[str, int]:
+        """Bytes asked for so far, and how often a copy was there (cache_hits) or had to be made (cache_misses)."""
+        hits, misses = (self._cache.hits, self._cache.misses) if self._cache else (0, 0)
+        return {"bytes": self._bytes, "cache_hits": hits, "cache_misses": misses}
+
+
 class ShardCache:
     """`open_range` reads from the local copy, made at first use; files that are local anyway are read where they are.
 
@@ -34,11 +54,10 @@ class ShardCache:
             raise StorageError(f"{folder}: a cache of {limit_bytes} bytes holds nothing: raise data.cache_bytes")
         storage.make_folder(folder)
         self._folder, self._limit = Path(folder), limit_bytes
-        self.hits = self.misses = self.bytes_read = 0
+        self.hits = self.misses = 0
 
     def open_range(self, path: str, start: int, stop: int, sha256: str | None = None) -> io.BufferedReader:
         """As `cluster.storage.open_range`; `sha256` is what the whole file must have (hexadecimal)."""
-        self.bytes_read += stop - start
         if not storage.is_url(path):
             return storage.open_range(path, start, stop)
         size = storage.size(path) if sha256 is None else None

@@ -11,7 +11,7 @@ import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import combinations, pairwise
 from typing import Any
@@ -22,7 +22,7 @@ from PIL import Image
 
 from cluster import storage
 from dataio import codec
-from dataio.dataset import SHARDS_NAME, Dataset
+from dataio.dataset import SHARDS_NAME, SUMS_NAME, Dataset
 from dataio.header import look
 from dataio.processes import in_processes
 from dataio.quarantine import QUARANTINE_NAME, REASONS, BadSample
@@ -63,6 +63,7 @@ class CheckReport:
     sizes: dict[str, int]  # "HxW" -> samples
     value: tuple[float, float, float] | None = None  # least, median of medians, greatest
     valid: tuple[float, float] | None = None  # least and mean fraction of valid pixels
+    changed: list[str] = field(default_factory=list)  # shards whose SHA-256 is not that of SHA256SUMS
     duplicates: list[list[BadSample]] = field(default_factory=list)  # groups; the first of each is the one to keep
 
     def quarantine(self) -> list[BadSample]:
@@ -86,6 +87,9 @@ class CheckReport:
         repeated = [sample for group in self.duplicates for sample in group[1:]]
         if repeated:
             lines.append(_line("duplicate", REASONS["duplicate"], repeated))
+        if self.changed:
+            names = ", ".join(self.changed[:_SHOWN])
+            lines.append(f"{len(self.changed)} shards changed since they were packed: {names}")
         good = self.samples - sum(map(len, self.bad.values()))
         return "\n".join([*lines, f"usable: {good} of {self.samples}"])
 
@@ -99,13 +103,15 @@ def check_dataset(
     *,
     workers: int = 1,
     distance: int | None = None,
+    checksums: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Read every sample of a dataset (folder or URL) in `workers` processes.
 
     `distance` looks for duplicates: images whose 64-bit difference hashes differ in at most so many bits (0 finds the
     same picture at other sizes and qualities; a few bits more also find slight edits, and, rarely, unlike pictures).
-    Raises DataError when the dataset cannot be opened at all.
+    `checksums` reads every shard once more and compares it with SHA256SUMS.
+    Raises DataError when the dataset cannot be opened at all, or has no such list.
     """
     if distance is not None and not 0 <= distance <= HASH_BITS // 4:
         raise DataError(f"distance is {distance}: it must be between 0 and {HASH_BITS // 4} bits")
@@ -116,11 +122,19 @@ def check_dataset(
         for start in range(0, shard.samples, _CHUNK)
     ]
     facts: list[Fact] = []
-    for found in in_processes(partial(_facts, dataset, distance is not None), todo, workers, 1):
-        facts += found
+    for part in in_processes(partial(_facts, dataset, distance is not None), todo, workers, 1):
+        facts += part
         if progress is not None:
             progress(len(facts), dataset.info.samples)
-    return _report(dataset, facts, distance)
+    changed: list[str] = []
+    if checksums:
+        if any(shard.sha256 is None for shard in dataset.shards):
+            raise DataError(f"{path}: no {SUMS_NAME} that lists all shards: pack again, or do without --checksums")
+        sums = in_processes(storage.sha256_file, [shard.tar for shard in dataset.shards], workers, 1)
+        for shard, found in zip(dataset.shards, sums, strict=True):
+            if found != shard.sha256:
+                changed.append(f"{SHARDS_NAME}/{shard.stem}.tar")
+    return replace(_report(dataset, facts, distance), changed=changed)
 
 
 def _line(reason: str, means: str, samples: list[BadSample]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dataio.assemble import BatchBuilder
+from dataio.cache import Opener, ShardCache
 from dataio.dali_batch import VIEWS
 from dataio.plan import PLAN_VERSION
 from dataio.quarantine import Quarantine
@@ -50,9 +51,11 @@ class Loader:
         quarantine: Quarantine | None = None,
     ) -> None:
         _check(data, needs, views)
+        self._opener = Opener(ShardCache(data.cache, data.cache_bytes) if data.cache is not None else None)
         # sorted: the order of rows must not change with the order of a YAML file
         self._streams = [
-            RoleStream(role, data, needs[role], seed=seed, rank=rank, world_size=world_size) for role in sorted(needs)
+            RoleStream(role, data, needs[role], seed=seed, rank=rank, world_size=world_size, opener=self._opener)
+            for role in sorted(needs)
         ]
         self._seed, self._device = seed, torch.device(device)
         self._skip = _batches(data)
@@ -70,6 +73,10 @@ class Loader:
         """What a checkpoint states beside the cursor: the order and content of samples depend on nothing else."""
         roles = {stream.role: dict(stream.describe()) for stream in self._streams}
         return {"plan_version": PLAN_VERSION, "seed": self._seed, "roles": roles}
+
+    def read_counts(self) -> dict[str, int]:
+        """What was read so far, prefetched batches included: bytes, cache_hits, cache_misses."""
+        return self._opener.counts()
 
     def samples(self, role: str) -> int:
         """How many samples one pass over the role has, on all ranks together."""

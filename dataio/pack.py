@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster import storage
 from dataio.dataset import DatasetInfo
-from dataio.importers.base import Entry, Importer, make_item
+from dataio.importers.base import Entry, Importer, make_item, sky_finder
 from dataio.processes import in_processes
 from dataio.shards import SHARD_BYTES, Packing, PackReport, Progress
 from dataio.spec import DataError
@@ -29,10 +29,13 @@ def pack(
     name: str,
     shard_bytes: int = SHARD_BYTES,
     workers: int = 1,
+    sky: str | None = None,
     progress: Progress | None = None,
     restart: bool = False,
 ) -> PackReport:
     """Pack what an importer finds into the dataset `out` (folder or URL). `workers` processes read.
+
+    `sky` names a function that finds the sky where the layout has no mask: `dataio.importers.base.sky_finder`.
 
     What cannot be used is skipped and named in the report, among others: unreadable_image, missing_image,
     unknown_image_format, unreadable_depth, missing_depth, depth_not_16_bit, depth_size_differs, no_valid_depth,
@@ -45,6 +48,8 @@ def pack(
         raise DataError("name is empty: give the dataset a name")
     if shard_bytes < 1:
         raise DataError(f"shard_bytes is {shard_bytes}: it must be at least 1")
+    if sky is not None:
+        sky_finder(sky)
     entries = list(importer.entries())
     if not entries:
         raise DataError(f"{importer.root}: nothing in it that the layout {importer.name!r} knows: check the path")
@@ -57,6 +62,7 @@ def pack(
         "name": name,
         "source": str(importer.root.resolve()),
         "shard_bytes": shard_bytes,
+        "sky": sky,
         "files": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
     }
     packing = Packing(out, plan, restart=restart)
@@ -70,7 +76,7 @@ def pack(
         code=importer.code if importer.labelled else None,
         samples=0,
     )
-    items = in_processes(partial(make_item, importer), todo, workers, _CHUNK)
+    items = in_processes(partial(make_item, importer, sky), todo, workers, _CHUNK)
     return packing.run(items, len(entries), info, {"shard_bytes": shard_bytes}, progress)
 
 

@@ -19,7 +19,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expan
 
 from cluster import storage
 from dataio import codec
-from dataio.cache import ShardCache
+from dataio.cache import Opener
 from dataio.index import SampleEntry, ShardIndex
 from dataio.plan import RolePlan, Slot
 from dataio.spec import DataError, RoleNeeds
@@ -29,7 +29,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _TARGET_EXTENSIONS = ("depth.png", "depth.npy")
 _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
 
-Opener = Callable[[str, int, int], BinaryIO]
+OpenRange = Callable[[str, int, int], BinaryIO]
 Members = Mapping[str, bytes]  # extension, in lower case -> content
 
 
@@ -43,22 +43,14 @@ class ShardSource:
     code: AffineCode | None = None
     shard: Any  # has `.index`: a ShardIndex, parsed when first asked for
     sha256: str | None = None  # of the tar
-    cache: ShardCache | None = None
+    opener: Opener = field(default_factory=Opener)
     quarantined: Mapping[str, str] = field(default_factory=dict)  # key -> reason: not read
     label_index: Any = None  # a function that returns the label shard's ShardIndex
 
 
-    def open_labels(self, tar: str, start: int, stop: int) -> BinaryIO:
-        """Bytes [start, stop) of the label tar, likewise; its ledger's checksum is not looked at here."""
-        if self.cache is None:
-            return storage.open_range(tar, start, stop)
-        return self.cache.open_range(tar, start, stop)
-
     def open_tar(self, tar: str, start: int, stop: int) -> BinaryIO:
-        """Bytes [start, stop) of the tar, from the cache's copy if there is a cache."""
-        if self.cache is None:
-            return storage.open_range(tar, start, stop)
-        return self.cache.open_range(tar, start, stop, self.sha256)
+        """Bytes [start, stop) of the tar; a copy of it is checked."""
+        return self.opener(tar, start, stop, self.sha256)
 
 
 class LaneReader:
@@ -110,7 +102,7 @@ def read_samples(source: ShardSource, indices: Sequence[int], needs: RoleNeeds, 
             raise ValueError(f"{source.tar}: a target from a sidecar is needed, and no sidecar given")
         keys = {entry.key for entry in entries}
         label_entries = [entry for entry in source.label_index().samples if entry.key in keys]
-        labels = read_members(source.label_tar, label_entries, {"disparity.png", "json"}, source.open_labels)
+        labels = read_members(source.label_tar, label_entries, {"disparity.png", "json"}, source.opener)
     return [
         Sample(key=e.key, problem=problems[e.key])
         if e.key in problems
@@ -120,7 +112,7 @@ def read_samples(source: ShardSource, indices: Sequence[int], needs: RoleNeeds, 
 
 
 def read_members(
-    tar: str, entries: Sequence[SampleEntry], extensions: Collection[str], open_range: Opener = storage.open_range
+    tar: str, entries: Sequence[SampleEntry], extensions: Collection[str], open_range: OpenRange = storage.open_range
 ) -> dict[str, Members]:
     """key -> its members of these extensions, for `entries` in the tar's order; a key that cannot be read is left out.
 
@@ -141,7 +133,7 @@ def read_members(
 
 
 def _read_range(
-    tar: str, entries: Sequence[SampleEntry], extensions: Collection[str], open_range: Opener
+    tar: str, entries: Sequence[SampleEntry], extensions: Collection[str], open_range: OpenRange
 ) -> dict[str, Members]:
     wanted = {entry.key: entry for entry in entries}
     found: dict[str, Members] = {}

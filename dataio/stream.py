@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from dataio.cache import ShardCache
+from dataio.cache import Opener
 from dataio.dataset import Dataset
 from dataio.labels import LabelStore
 from dataio.mix import MixedPlan
@@ -30,7 +30,17 @@ class Pick:
 class RoleStream:
     """A role as one rank reads it. Raises DataError for datasets, labels and numbers that do not fit the needs."""
 
-    def __init__(self, role: str, data: DataSpec, needs: RoleNeeds, *, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        role: str,
+        data: DataSpec,
+        needs: RoleNeeds,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        opener: Opener | None = None,
+    ) -> None:
         spec = data.roles[role]
         if not spec.datasets:
             raise DataError(f"role {role!r}: datasets is empty: name at least one")
@@ -39,11 +49,11 @@ class RoleStream:
         self.role, self.spec, self.needs = role, spec, needs
         self.datasets = [Dataset.open(path) for path in spec.datasets]
         self.labels = _open_labels(role, self.datasets, spec.labels, needs)
-        cache = ShardCache(data.cache, data.cache_bytes) if data.cache is not None else None
+        opener = opener or Opener()
         self.sources = [
             source
             for number, dataset in enumerate(self.datasets)
-            for source in _sources(role, dataset, self.labels[number] if self.labels else None, needs, cache)
+            for source in _sources(role, dataset, self.labels[number] if self.labels else None, needs, opener)
         ]
         # With weights every dataset has a plan of its own, else all of them together have one.
         groups = [[dataset] for dataset in self.datasets] if spec.weights else [self.datasets]
@@ -110,7 +120,7 @@ def _open_labels(role: str, datasets: list[Dataset], folders: tuple[str, ...], n
 
 
 def _sources(
-    role: str, dataset: Dataset, store: LabelStore | None, needs: RoleNeeds, cache: ShardCache | None
+    role: str, dataset: Dataset, store: LabelStore | None, needs: RoleNeeds, opener: Opener
 ) -> list[ShardSource]:
     info = dataset.info
     if needs.target != "none" and store is None and info.quantity is None:
@@ -128,7 +138,7 @@ def _sources(
             code=info.code,
             quarantined=dataset.quarantined.get(shard.stem, {}),
             sha256=shard.sha256,
-            cache=cache,
+            opener=opener,
         )
         for shard in dataset.shards
     ]

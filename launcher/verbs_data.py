@@ -61,6 +61,10 @@ def pack(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Of the layout; repeatable.")
     ] = None,
+    sky: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Finds the sky of photographs that come without a mask."),
+    ] = None,
     shard_mib: Annotated[int, typer.Option(min=1, help="MiB of a shard.")] = 256,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a processor.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Delete a half-made dataset and start anew.")] = False,
@@ -97,6 +101,7 @@ def pack(
             out,
             name=name or os.path.splitext(os.path.basename(os.path.abspath(source)))[0],
             shard_bytes=shard_mib << 20,
+            sky=sky,
             workers=workers or len(os.sched_getaffinity(0)),
             progress=_watching(bar, stop),
             restart=restart,
@@ -127,6 +132,7 @@ def check(
     dataset: Annotated[str, typer.Argument(help="Folder or URL of a dataset.")],
     duplicates: Annotated[bool, typer.Option("--duplicates", help="Look for pictures that are there twice.")] = False,
     distance: Annotated[int, typer.Option(min=0, max=16, help="Bits of 64 that duplicates' hashes may differ in.")] = 2,
+    checksums: Annotated[bool, typer.Option("--checksums", help="Compare the shards with SHA256SUMS.")] = False,
     quarantine: Annotated[
         bool,
         typer.Option("--quarantine", help="Write quarantine.jsonl into the dataset, for streams."),
@@ -152,6 +158,7 @@ def check(
             dataset,
             workers=workers or len(os.sched_getaffinity(0)),
             distance=distance if duplicates else None,
+            checksums=checksums,
             progress=_watching(bar, stop),
         )
     typer.echo(str(found))
@@ -159,8 +166,8 @@ def check(
         storage.atomic_write(report, found.to_json())
     if quarantine:
         typer.echo(f"{len(found.quarantine())} samples listed in {write_quarantine(found)}")
-        return 0
-    return 1 if found.bad else 0
+        return 1 if found.changed else 0
+    return 1 if found.bad or found.changed else 0
 
 
 def show(

@@ -15,7 +15,7 @@ from PIL import Image
 from cluster import storage
 from cluster.telemetry import Exporter
 from cluster.worker import WorkerContext
-from dataio.quarantine import Quarantine
+from dataio.loader import Loader
 from dataio.show import colorize
 from dataio.types import Batch
 from model.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -24,16 +24,23 @@ from trainer.journal import Journal
 from trainer.loop import Loop, StepRecord
 from trainer.tasks.base import Task
 
+READ_METRICS = {
+    "bytes": "fathom_data_read_bytes_total",
+    "cache_hits": "fathom_data_cache_hits_total",
+    "cache_misses": "fathom_data_cache_misses_total",
+}
+
 
 class Recorder:
     """Rank 0 writes files and reports progress; every rank feeds its own metrics."""
 
     def __init__(
-        self, config: TrainConfig, task: Task, context: WorkerContext, exporter: Exporter, quarantine: Quarantine
+        self, config: TrainConfig, task: Task, context: WorkerContext, exporter: Exporter, loader: Loader
     ) -> None:
         self.config, self.task, self.context, self.exporter = config, task, context, exporter
-        self.quarantine = quarantine
+        self.loader = loader
         self._skipped_before: dict[str, int] = {}
+        self._read_before: dict[str, int] = {}
         self.journal = Journal(config.folder)
         self._last = time.perf_counter()
         exporter.metric("fathom_world_size").set(context.world_size)
@@ -63,11 +70,15 @@ class Recorder:
             metric("fathom_phase_seconds_total").labels(phase=phase).inc(spent)
         for group, rate in record.learning_rates.items():
             metric("fathom_learning_rate").labels(group=group).set(rate)
-        for reason, count in dict(self.quarantine.counts).items():
+        for reason, count in dict(self.loader.quarantine.counts).items():
             metric("fathom_samples_skipped_total").labels(reason=reason).inc(
                 count - self._skipped_before.get(reason, 0)
             )
             self._skipped_before[reason] = count
+        for what, name in READ_METRICS.items():
+            count = self.loader.read_counts()[what]
+            metric(name).inc(count - self._read_before.get(what, 0))
+            self._read_before[what] = count
         if math.isfinite(record.result.grad_norm):
             metric("fathom_grad_norm").set(record.result.grad_norm)
         return seconds

@@ -82,7 +82,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         self.exporter = self._stack.enter_context(exporter)
         self.loader = self._loader(device, checkpoint)
         self._stack.callback(self.loader.close)
-        self.recorder = Recorder(config, self.task, context, self.exporter, self.loader.quarantine)
+        self.recorder = Recorder(config, self.task, context, self.exporter, self.loader)
         self.loop = Loop(
             config=config,
             task=self.task,

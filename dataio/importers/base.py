@@ -10,12 +10,15 @@ Shape suffixes: H W pixels.
 from __future__ import annotations
 
 import abc
+import importlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +34,7 @@ IMAGE_EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp
 _ORIENTATION = 0x0112  # the EXIF tag
 
 Map = npt.NDArray[np.float32]
+SkyFinder = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.bool_]]
 
 
 class BadItem(Exception):
@@ -169,10 +173,12 @@ def png_of(image_HWC: npt.NDArray[np.uint8]) -> bytes:
     return out.getvalue()
 
 
-def make_item(importer: Importer, entry: Entry) -> Item:
-    """Read an entry and turn it into the members of a sample, or the problem it has."""
+def make_item(importer: Importer, sky: str | None, entry: Entry) -> Item:
+    """Read an entry and turn it into the members of a sample, or the problem it has. `sky`: as for `sky_finder`."""
     try:
         members = _members(importer.read(entry), importer)
+        if sky is not None and "sky.png" not in members:
+            members["sky.png"] = _found_sky(members, sky)
     except BadItem as bad:
         return Item(name=entry.name, problem=bad.reason)
     return Item(name=entry.name, key=entry.key, members=members)
@@ -188,10 +194,40 @@ def _members(found: Found, importer: Importer) -> dict[str, bytes]:
         if rotated:  # decoders turn such a picture, and nobody turns its depth map
             raise BadItem("rotated_by_exif")
         meta |= _add_target(members, found, importer, size)
-        _add_sky(members, found, size)
+    _add_sky(members, found, size)
     if meta:
         members["json"] = json.dumps(meta, sort_keys=True).encode()
     return members
+
+
+def sky_finder(name: str) -> SkyFinder:
+    """The function called `name`, "package.module:function": from an image, uint8 [H, W, 3], to where its sky is, bool
+    [H, W]. Any segmentation model can stand behind it. DataError when there is none.
+    """
+    module, colon, function = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:  # a file beside the user's command is found, as by `python -m`
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module), function) if colon else None
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"sky is {name!r}: {error}; name a function as package.module:function") from error
+    if not callable(found):
+        raise DataError(f"sky is {name!r}: name a function as package.module:function")
+    return cast("SkyFinder", found)
+
+
+def _found_sky(members: Mapping[str, bytes], name: str) -> bytes:
+    data = next(members[extension] for extension in IMAGE_EXTENSIONS.values() if extension in members)
+    with Image.open(io.BytesIO(data)) as image:
+        image_HWC = np.asarray(image.convert("RGB"))
+    sky_HW = np.asarray(sky_finder(name)(image_HWC))
+    if sky_HW.shape != image_HWC.shape[:2] or sky_HW.dtype != np.bool_:
+        raise DataError(
+            f"{name} returned {sky_HW.dtype} {sky_HW.shape} for an image of {image_HWC.shape[:2]}: a bool array of the "
+            "image's height and width is needed"
+        )
+    return png_of(sky_HW.astype(np.uint8) * 255)
 
 
 def _add_target(members: dict[str, bytes], found: Found, importer: Importer, size: tuple[int, int]) -> dict[str, Any]:

@@ -68,15 +68,16 @@ class Folder(Importer):
     def read(self, entry: Entry) -> Found:
         path = entry.files[0]
         image, extension = self.bytes_of(path), image_extension(path)
-        if not self.labelled:
-            return Found(image=image, extension=extension)
         depth, sky = self._beside(path)
+        mask = self.bytes_of(sky) if sky in entry.files else None
+        if not self.labelled:
+            return Found(image=image, extension=extension, sky=mask)
         scale = next((s for pattern, s in self.opt.overrides if fnmatch.fnmatch(path, pattern)), self.opt.depth_scale)
         return Found(
             image=image,
             extension=extension,
             coded=(self.bytes_of(depth, "missing_depth"), AffineCode(scale=scale)) if depth in entry.files else None,
-            sky=self.bytes_of(sky) if sky in entry.files else None,
+            sky=mask,
         )
 
     def _beside(self, path: str) -> list[str]:

@@ -16,6 +16,7 @@ from dataio.check import CheckReport, check_dataset, difference_hash, group_dupl
 from dataio.dataset import Dataset
 from dataio.frames import read_frames
 from dataio.loader import Loader
+from dataio.pack_synth import pack_synth
 from dataio.quarantine import BadSample, read_quarantine
 from dataio.spec import DataError, DataSpec, RoleNeeds, RoleSpec
 from tests.dataio.fakes import jpeg, labelled, metadata, png, shards_of, smooth, unlabelled, write_dataset
@@ -118,6 +119,21 @@ def test_a_cut_shard_and_keys_met_twice(tmp_path: Path) -> None:
 def test_processes_find_the_same(tmp_path: Path) -> None:
     folder = damaged(tmp_path)
     assert check_dataset(folder, workers=2, distance=2) == check_dataset(folder, distance=2)
+
+
+def test_a_shard_that_changed_since_it_was_packed(tmp_path: Path) -> None:
+    folder = str(tmp_path / "d")
+    pack_synth("labelled", folder, seed=1, count=6, size=28, samples_per_shard=3)
+    assert check_dataset(folder, checksums=True).changed == []
+    with open(tmp_path / "d" / "shards" / "000001.tar", "r+b") as file:
+        file.seek(-1, os.SEEK_END)  # in the padding: nothing else would notice
+        file.write(b"x")
+    report = check_dataset(folder, checksums=True)
+    assert report.changed == ["shards/000001.tar"] and report.bad == {}
+    assert "1 shards changed since they were packed: shards/000001.tar" in str(report)
+    (tmp_path / "d" / "SHA256SUMS").unlink()
+    with pytest.raises(DataError, match="no SHA256SUMS"):
+        check_dataset(folder, checksums=True)
 
 
 # --- duplicates

@@ -1,5 +1,6 @@
 """Packing: what goes in comes out, what is bad is named, what was begun is finished."""
 
+import hashlib
 import io
 import json
 import re
@@ -374,7 +375,8 @@ def test_writer_rolls_by_samples_and_says_so(tmp_path):
         for i in range(3):
             writer.write(f"k{i}", {"jpg": b"x"})
     sizes = [(tmp_path / f"{stem}.tar").stat().st_size for stem in ("000007", "000008")]
-    assert told == [("000007", 2, sizes[0]), ("000008", 1, sizes[1])]
+    sums = [hashlib.sha256((tmp_path / f"{stem}.tar").read_bytes()).hexdigest() for stem in ("000007", "000008")]
+    assert told == [("000007", 2, sizes[0], sums[0]), ("000008", 1, sizes[1], sums[1])]
     index = ShardIndex.open(str(tmp_path / "000008.tar"))
     assert Path(index_path(str(tmp_path / "000008.tar"))).read_text() == index.text
 

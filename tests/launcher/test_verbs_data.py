@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -120,3 +121,28 @@ def test_check_of_a_sound_dataset_and_of_none(fathom: Run, tmp_path: Path) -> No
     assert fathom("check", "d")[0] == 0
     status, _, err = fathom("check", "nowhere")
     assert status == 2 and "no such folder" in err
+
+
+def test_sky_from_a_function_of_the_user_s(fathom: Run, tmp_path: Path) -> None:
+    photograph(tmp_path / "photos" / "a.jpg")
+    photograph(tmp_path / "photos" / "b.png")
+    Image.fromarray(np.zeros((8, 12), np.uint8)).save(tmp_path / "photos" / "b.sky.png")
+    (tmp_path / "my_sky_of_this_test.py").write_text(
+        "import numpy as np\n"
+        "def upper(image_HWC):\n    return np.arange(image_HWC.shape[0])[:, None] + 0 * image_HWC[..., 0] < 3\n"
+        "def wrong(image_HWC):\n    return image_HWC[..., 0]\n"
+    )
+    status, _, err = fathom("pack", "photos", "packed", "--sky", "my_sky_of_this_test:upper", "--workers", "1",
+                              "--role", "unlabelled")  # fmt: skip
+    assert status == 0, err
+    (shard,) = Dataset.open("packed").shards
+    masks = {}
+    for entry in shard.index.samples:
+        masks[entry.key] = np.asarray(Image.open(io.BytesIO(shard.read(entry, "sky.png") or b"")))
+    assert (masks["a"][:3] == 255).all() and not masks["a"][3:].any()
+    assert not masks["b"].any()  # its own mask
+    for function, words in (("wrong", "returned uint8 (8, 12)"), ("absent", "no attribute 'absent'"), ("", "name a")):
+        status, _, err = fathom("pack", "photos", "other", "--sky", f"my_sky_of_this_test:{function}", "--workers", "1")
+        assert status == 2 and words in err
+    status, _, err = fathom("pack", "photos", "other", "--sky", "no_such_module_here:f")
+    assert status == 2 and "no_such_module_here" in err
