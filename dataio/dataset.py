@@ -71,6 +71,7 @@ class Shard:
     samples: int
     digest: str
     sha256: str | None = None  # as SHA256SUMS states it; None for a dataset without one
+    lost: int = 0  # samples behind the cut of a tar that has lost its end
 
     @property
     def index(self) -> ShardIndex:
@@ -115,7 +116,7 @@ class Dataset:
             indexes = pool.map(ShardIndex.open, tars)
             for stem, tar, index in zip(stems, tars, indexes, strict=True):
                 sha256 = sums.get(f"{SHARDS_NAME}/{stem}.tar")
-                shards.append(Shard(stem, tar, len(index), index.digest, sha256))
+                shards.append(Shard(stem, tar, len(index), index.digest, sha256, index.lost))
                 digest.update(f"\n{stem}\n{index.text}".encode())
         found = sum(shard.samples for shard in shards)
         if found != info.samples:

@@ -17,7 +17,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -48,12 +48,18 @@ class SampleEntry:
     start: int
     end: int
 
+    @property
+    def data_end(self) -> int:
+        """The offset behind the last member's data, without their padding."""
+        return max(offset + size for offset, size in self.members.values())
+
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The samples of one tar, in the tar's order. `text` is the index file."""
+    """The samples of one tar, in the tar's order. `text` is the index file; `lost` samples were cut off since."""
 
     text: str
+    lost: int = field(default=0, compare=False)
 
     @cached_property
     def samples(self) -> tuple[SampleEntry, ...]:
@@ -113,7 +119,7 @@ class ShardIndex:
             index = cls.build(tar)
         except DataError:
             if index is not None and cut:
-                return index
+                return replace(index, lost=sum(entry.data_end > size for entry in index.samples))
             raise
         if write:
             with suppress(storage.StorageError):  # a read-only dataset is read all the same, and scanned again

@@ -25,7 +25,7 @@ REASONS = {
     "size_mismatch": "depth and image differ in size",
     "too_large": "the image has more pixels than any photograph",
     "unsafe_name": "the member's name leads out of the shard",
-    "unreadable_member": "the shard is cut or damaged where the sample lies",
+    "unreadable_member": "the shard is cut or damaged where the sample lies; copy it again",
 }
 QUARANTINE_NAME = "quarantine.jsonl"  # in a dataset's folder: what its streams pass over
 _MINIMUM_SEEN = 200  # a fraction of fewer samples says little; the end of a pass counts too
@@ -74,6 +74,7 @@ class Quarantine:
         self.path, self.max_fraction, self.minimum_seen = path, max_fraction, minimum_seen
         self.seen = 0
         self.counts: Counter[str] = Counter()
+        self._last: BadSample | None = None
         self._named: set[tuple[str, str, str]] = set()
         if path is not None and storage.exists(path):
             for line in storage.read_bytes(path).decode(errors="replace").splitlines():
@@ -95,19 +96,20 @@ class Quarantine:
             if sample.reason not in REASONS:
                 raise ValueError(f"unknown reason {sample.reason!r}")
             self.counts[sample.reason] += 1
+            self._last = sample
             name = (sample.key, sample.shard, sample.reason)
             if name not in self._named:
                 self._named.add(name)
                 if self.path is not None:
                     storage.append_line(self.path, json.dumps(asdict(sample), ensure_ascii=False))
         if self.seen and (self.seen >= self.minimum_seen or end_of_pass):
-            self._check(bad)
+            self._check()
 
-    def _check(self, last: list[BadSample]) -> None:
+    def _check(self) -> None:
         if self.bad <= self.max_fraction * self.seen:
             return
         reasons = ", ".join(f"{count} {reason} ({REASONS[reason]})" for reason, count in self.counts.most_common())
-        example = f", for example {last[-1].key} in {last[-1].shard}" if last else ""
+        example = f", for example {self._last.key} in {self._last.shard}" if self._last else ""
         listed = f"; they are listed in {self.path}" if self.path is not None else ""
         raise DataError(
             f"{self.bad} of {self.seen} samples are bad: {reasons}{example}{listed}. max_bad_fraction is "

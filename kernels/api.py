@@ -234,7 +234,7 @@ def _label_rows(region_BHW: Tensor | None) -> Tensor | None:
 def _check_maps(region_BHW: Tensor | None, num_regions: int, **maps: Tensor) -> None:
     _check_floating(3, "[B, H, W]", **maps)
     if not isinstance(num_regions, int) or not 1 <= num_regions <= MAX_REGIONS:
-        raise ValueError(f"num_regions must be a whole number in 1..{MAX_REGIONS}, got {num_regions}")
+        raise ValueError(f"num_regions must be in 1..{MAX_REGIONS}, got {num_regions}")
     if region_BHW is None:
         return
     first = next(iter(maps.values()))
@@ -248,7 +248,7 @@ def _check_target_stats(stats: tuple[Tensor, Tensor], shape: tuple[int, int], de
     for name, value in zip(("median_BG", "mad_BG"), stats, strict=True):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"target_stats: {name} must be a floating-point tensor, got {found}")
+            raise ValueError(f"target_stats: {name} must be floating point, got {found}")
         _check_like(f"target_stats: {name}", value, (value.dtype, torch.Size(shape), device))
 
 
@@ -261,7 +261,7 @@ def _check_floating(ndim: int, layout: str, **tensors: Tensor) -> None:
     if any(t.ndim != ndim for t in tensors.values()) or any(t.shape != first.shape for t in others):
         raise ValueError(f"expected one shape {layout}, got {_described(tensors)}")
     if any(t.dtype not in DTYPES for t in tensors.values()):
-        raise ValueError(f"expected float16, bfloat16, float32 or float64, got {_described(tensors)}")
+        raise ValueError(f"expected floating-point tensors of 16, 32 or 64 bits, got {_described(tensors)}")
     if any(t.device != first.device for t in others):
         raise ValueError(f"expected one device, got {_described(tensors)}")
 

@@ -22,6 +22,7 @@ from cluster.progress import Progress
 from cluster.stop import StopFlag
 from dataio.dataset import Dataset
 from dataio.labels import LabelStore
+from dataio.spec import DataError
 from trainer.checkpoint import CheckpointError, find_checkpoint
 from trainer.config import ConfigError, TrainConfig, dump_config, parse_config, read_config
 from trainer.journal import Journal, read_json_lines
@@ -163,6 +164,7 @@ def check_inputs(config: TrainConfig) -> None:
     for role, spec in config.data.roles.items():
         for index, path in enumerate(spec.datasets):
             dataset = Dataset.open(path)
+            check_cut(dataset, config.data.max_bad_fraction)
             if spec.labels:
                 check_labels(role, spec.labels[index], dataset)
             elif role == "labelled" and dataset.info.role != "labelled":
@@ -172,6 +174,21 @@ def check_inputs(config: TrainConfig) -> None:
     for name, file in task.files.items():
         if not storage.exists(file):
             raise ConfigError(f"{name}: {file}: no such file or folder")
+
+
+def check_cut(dataset: Dataset, max_bad_fraction: float) -> None:
+    """DataError when tars that were cut have lost more samples than may be bad; a warning when they have lost fewer."""
+    lost = {shard.tar: shard.lost for shard in dataset.shards if shard.lost}
+    if not lost:
+        return
+    total = sum(lost.values())
+    found = (
+        f"{next(iter(lost))}{' and others' if len(lost) > 1 else ''} was cut in half while copied or written: {total} "
+        f"of {dataset.info.samples} samples of {dataset.path} are lost; copy it again"
+    )
+    if total > max_bad_fraction * dataset.info.samples:
+        raise DataError(f"{found}, or raise data.max_bad_fraction ({max_bad_fraction})")
+    print(f"warning: {found}", file=sys.stderr)
 
 
 def check_labels(role: str, folder: str, dataset: Dataset) -> None:

@@ -158,6 +158,7 @@ def test_a_cut_tar_is_refused_unless_an_index_tells_what_it_held(tmp_path, where
         os.utime(index_path(tar), (then, then))
         index = ShardIndex.open(tar)
         assert index == before and index.is_cut(length[where]) and not index.is_cut(10**6)
+        assert (before.lost, index.lost) == (0, 0 if where == "padding" else 1)
         return
     os.remove(index_path(tar))
     with pytest.raises(DataError, match=rf"000000\.tar: {length[where]} bytes found, at least \d+ expected: .*copy it"):
