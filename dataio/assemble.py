@@ -161,7 +161,8 @@ def _without_valid_pixels(rows: Sequence[_Row], decoded: Decoded) -> list[_Row]:
     """Mark rows whose crop holds no measurement; the codes are in main memory, so no device has to answer."""
     if decoded.code_BHW is None:
         return list(rows)
-    some_B = np.any(decoded.code_BHW.numpy(), axis=(1, 2))
+    most_B = decoded.code_BHW.numpy().max(axis=(1, 2))
+    some_B = np.array([_measures(row, int(most)) for row, most in zip(rows, most_B, strict=True)])
     if decoded.sky_BHW is not None:
         some_B |= np.any(decoded.sky_BHW.numpy() > 127, axis=(1, 2))
     return [
@@ -170,6 +171,12 @@ def _without_valid_pixels(rows: Sequence[_Row], decoded: Decoded) -> list[_Row]:
         else row
         for i, row in enumerate(rows)
     ]
+
+
+def _measures(row: _Row, most: int) -> bool:
+    """Whether the row's greatest code is a measurement: where it is none, no other is, as scales are above 0."""
+    rule = _rule(row)
+    return most > 0 and (rule.quantity != "depth_m" or rule.code.scale * (most - rule.code.zero) + rule.code.shift > 0)
 
 
 def _blanked(view: Tensor, rows: Sequence[int]) -> Tensor:

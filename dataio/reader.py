@@ -212,7 +212,7 @@ def _sample(
 def _metadata(members: Members) -> dict[str, Any]:
     try:
         meta = json.loads(members.get("json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second: nested thousands deep
         raise DataError(f"KEY.json: {error}") from error
     if not isinstance(meta, dict):
         raise DataError("KEY.json: not an object")
@@ -223,9 +223,10 @@ def _recode(npy: bytes, quantity: Quantity) -> tuple[bytes, AffineCode]:
     """A float map as a 16-bit PNG of disparity, so that one decoder serves all; the error is range / 131068."""
     value_HW = codec.decode_npy(npy, quantity)
     disparity_HW = 1 / value_HW.astype(np.float64) if quantity == "depth_m" else value_HW.astype(np.float64)
+    disparity_HW[disparity_HW > np.finfo(np.float32).max] = np.nan  # of a subnormal depth: no measurement
     if not np.isfinite(disparity_HW).any():
         low, high = 0.0, 1.0  # every code is 0: no valid pixel
     else:
         low, high = float(np.nanmin(disparity_HW)), float(np.nanmax(disparity_HW))
     code = AffineCode(scale=(high - low) / 65534 or 1.0, shift=low, zero=1)
-    return codec.encode_png16(disparity_HW, code)[0], code
+    return codec.encode_png16(disparity_HW, code, level=0)[0], code

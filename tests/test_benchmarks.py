@@ -18,6 +18,12 @@ COMMANDS = {
         "| copy of the same bytes |",
     ),
     "bench_step.py --device cpu --preset tiny --batch 2 --size 70 --repeats 1": ("| frozen encoder |", "| SiLog |"),
+    "bench_data.py --device cpu --threads 1 --size 56 --batch 6 --images 12 --repeats 1": (
+        "| ours |",
+        "| DataLoader, webdataset, PIL |",
+        "| decode, geometry, colour |",
+        "| disparity, CutMix |",
+    ),
     "bench_model.py --device cpu --preset tiny --size 70 --repeats 1": ("float32", "bfloat16", "transformers"),
 }
 

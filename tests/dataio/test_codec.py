@@ -1,6 +1,7 @@
 """16-bit codes: exact where promised, bounded elsewhere, holes stay holes."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -198,3 +199,46 @@ def test_a_flat_map_and_one_without_a_value():
             encode_map(np.full((3, 4), np.nan), quantity)
     with pytest.raises(ValueError, match="needs a map"):
         encode_map(np.zeros(3), "depth_m")
+
+
+# --- the PNG writer
+
+
+UNIT = AffineCode(scale=1.0)
+
+
+def filters(png):
+    """The filter of every row, by Pillow's own account of the file's chunks."""
+    height = int.from_bytes(png[20:24], "big")
+    at = png.index(b"IDAT")
+    raw = zlib.decompress(png[at + 4 : at + 4 + int.from_bytes(png[at - 4 : at], "big")])
+    return [raw[row * (len(raw) // height)] for row in range(height)]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (40, 33)])
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_every_code_is_read_back_whatever_the_rows_look_like(shape, level, order):
+    rng = np.random.default_rng(0)
+    noise_HW = rng.integers(0, 65536, shape)
+    ramp_HW = np.add.outer(300 * np.arange(shape[0]), 257 * np.arange(shape[1])) + 60000
+    sparse_HW = noise_HW * (rng.random(shape) < 0.05)
+    for code_HW in (noise_HW, ramp_HW % 65536, sparse_HW, np.full(shape, 65535), np.zeros(shape)):
+        png, clipped = encode_png16(np.asarray(code_HW, np.float64, order=order), UNIT, level=level)
+        assert not clipped
+        assert Image.open(io.BytesIO(png)).verify() is None
+        assert np.array_equal(read_png16(png), code_HW)
+
+
+def test_dense_rows_are_stored_as_differences_and_sparse_ones_as_they_are():
+    rng = np.random.default_rng(0)
+    ramp_HW = np.add.outer(40 * np.arange(64), 11 * np.arange(64))
+    sparse_HW = rng.integers(1, 65536, (64, 64)) * (rng.random((64, 64)) < 0.05)
+    for dense_HW in (20000 + ramp_HW, 20000 - ramp_HW):
+        assert filters(encode_png16(dense_HW, UNIT)[0])[1:] == [2] * 63
+    assert filters(encode_png16(sparse_HW, UNIT)[0]).count(0) > 48
+
+
+def test_an_empty_map_is_refused():
+    with pytest.raises(ValueError, match="shape"):
+        encode_png16(np.zeros((0, 4)), UNIT)
