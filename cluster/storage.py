@@ -49,6 +49,10 @@ class StorageError(OSError):
         super().__init__(" ".join(message.split()))
 
 
+class Unreachable(StorageError):
+    """A store behind a URL failed or refused, after the last attempt: no fault of the file."""
+
+
 class FileMissing(StorageError, FileNotFoundError):
     """The file or folder to read does not exist."""
 
@@ -347,7 +351,8 @@ def _told(path: str, verb: str, aliases: tuple[str, ...] = ()) -> Iterator[None]
         reason = _REMEDIES.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
         if isinstance(error, remote.RemoteFailure):
             reason += ": check the address, the credentials and the network"
-        raise StorageError(f"{path}: cannot {verb}: {reason}") from error
+        kind = Unreachable if is_url(path) else StorageError
+        raise kind(f"{path}: cannot {verb}: {reason}") from error
     except NotImplementedError as error:
         raise StorageError(f"{path}: cannot {verb}: this kind of URL does not support it") from error
 

@@ -116,6 +116,8 @@ def check_dataset(
     if distance is not None and not 0 <= distance <= HASH_BITS // 4:
         raise DataError(f"distance is {distance}: it must be between 0 and {HASH_BITS // 4} bits")
     dataset = Dataset.open(path)
+    if checksums and any(shard.sha256 is None for shard in dataset.shards):
+        raise DataError(f"{path}: no {SUMS_NAME} that lists all shards: pack again, or do without --checksums")
     todo = [
         (number, start, min(start + _CHUNK, shard.samples))
         for number, shard in enumerate(dataset.shards)
@@ -128,8 +130,6 @@ def check_dataset(
             progress(len(facts), dataset.info.samples)
     changed: list[str] = []
     if checksums:
-        if any(shard.sha256 is None for shard in dataset.shards):
-            raise DataError(f"{path}: no {SUMS_NAME} that lists all shards: pack again, or do without --checksums")
         sums = in_processes(storage.sha256_file, [shard.tar for shard in dataset.shards], workers, 1)
         for shard, found in zip(dataset.shards, sums, strict=True):
             if found != shard.sha256:

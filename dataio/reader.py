@@ -148,6 +148,8 @@ def _read_range(
                     if name.lower() in extensions
                 ):
                     found[entry.key] = members
+    except storage.Unreachable:
+        raise  # of a network that is down no sample is to blame
     except FileNotFoundError as error:
         raise DataError(f"{tar}: missing: restore it, or pack the dataset again") from error
     except _DAMAGE:
@@ -165,7 +167,7 @@ def _files(tar: str, stream: BinaryIO, keys: Collection[str], extensions: Collec
 
     try:
         yield from tar_file_expander([{"url": tar, "stream": stream}], select_files=select)
-    except FileNotFoundError:
+    except (FileNotFoundError, storage.Unreachable):
         raise
     except _DAMAGE:
         return  # the iterator must end, not fail: group_by_keys still holds the last whole sample

@@ -64,6 +64,30 @@ def test_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
         Dataset.open(str(tmp_path / "d"))
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_store_that_fails_ends_the_run_and_blames_no_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    far = f"memory://failing-{cached}/d"
+    pack(far)
+    spec = DataSpec(
+        roles={"r": RoleSpec(datasets=(far,), batch=4, lanes=2)},
+        input_size=28,
+        max_bad_fraction=1.0,
+        cache=str(tmp_path / "cache") if cached else None,
+    )
+    with Loader(spec, {"r": RoleNeeds()}, views=("clean",), seed=1) as loader:
+
+        def down(*_: object, **__: object) -> bytes:
+            raise ConnectionResetError("the network is down")
+
+        monkeypatch.setattr("cluster.remote.time.sleep", lambda seconds: None)
+        monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", down)
+        with pytest.raises(StorageError, match="the network is down"):
+            next(loader)
+        assert loader.quarantine.bad == 0
+
+
 @pytest.fixture
 def far() -> str:
     """A store in memory with three objects of 1000, 2000 and 3000 bytes."""
