@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +12,10 @@ from PIL import Image
 
 from dataio.dataset import Dataset
 from dataio.importers import layout_names
-from launcher.cli import build_app
-from launcher.errors import run_main
 from tests.dataio.fakes import labelled, write_dataset
+from tests.launcher.conftest import Run
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fathom(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs a command in `tmp_path`: (exit status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run_main(build_app(), ["data", *arguments])
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
+GROUP = "data"
 
 
 def photograph(path: Path, seed: int = 0) -> None:

@@ -5,36 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from launcher.cli import build_app
-from launcher.errors import run_main
 from model import DepthAnything
 from model.files import write_safetensors
 from model.save import record_of
 from model.weights import official_state
+from tests.launcher.conftest import Run
 from trainer.checkpoint import TrainState, save_checkpoint
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fathom(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs a command in `tmp_path`: (exit status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run_main(build_app(), ["weights", *arguments])
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
+GROUP = "weights"
 
 
 def network(preset: str = "tiny-swiglu", seed: int = 0) -> DepthAnything:
