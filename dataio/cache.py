@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import io
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,6 +56,7 @@ class ShardCache:
         storage.make_folder(folder)
         self._folder, self._limit = Path(folder), limit_bytes
         self.hits = self.misses = 0
+        self._told = False
 
     def open_range(self, path: str, start: int, stop: int, sha256: str | None = None) -> io.BufferedReader:
         """As `cluster.storage.open_range`; `sha256` is what the whole file must have (hexadecimal)."""
@@ -83,7 +85,7 @@ class ShardCache:
         return True
 
     def _fetch(self, path: str, copy: Path, sha256: str | None) -> bool:
-        """Make the copy, unless another process does meanwhile. False: it is too large for this cache."""
+        """Make the copy, unless another process does meanwhile. False: it is too large, or cannot be written."""
         size = storage.size(path)
         if size > self._limit:
             return False
@@ -93,7 +95,13 @@ class ShardCache:
             for attempt in range(_ATTEMPTS):
                 with self._locked("room"):
                     self._make_room(size)
-                found = self._copy(path, size, copy)
+                try:
+                    found = self._copy(path, size, copy)
+                except (storage.Unreachable, FileNotFoundError):
+                    raise
+                except StorageError as error:  # the cache's own disk: no reason to end a run
+                    self._give_up(error)
+                    return False
                 if sha256 is None or found == sha256:
                     return True
                 copy.unlink(missing_ok=True)
@@ -103,6 +111,11 @@ class ShardCache:
                         "restore it, or pack the dataset again"
                     )
         return True
+
+    def _give_up(self, error: StorageError) -> None:
+        if not self._told:
+            print(f"warning: {error}; shards are streamed instead of copied", file=sys.stderr)
+        self._told = True
 
     def _copy(self, path: str, size: int, copy: Path) -> str:
         digest = hashlib.sha256()

@@ -136,6 +136,21 @@ def test_what_is_larger_than_the_cache_is_streamed(tmp_path: Path, far: str) -> 
     assert cache.open_range(f"{far}/2.tar", 0, 2).read() == b"\2\2" and held(tmp_path) == [2000]
 
 
+def test_a_cache_whose_disk_is_full_is_told_once_and_done_without(
+    tmp_path: Path, far: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ShardCache(str(tmp_path), 10_000)
+
+    def full(path: str) -> object:
+        raise StorageError(f"{path}: cannot write: the disk is full")
+
+    monkeypatch.setattr(storage, "atomic_writer", full)
+    for size in (1, 2, 1):
+        assert cache.open_range(f"{far}/{size}.tar", 0, 2).read() == bytes([size]) * 2
+    assert capsys.readouterr().err.count("the disk is full; shards are streamed") == 1
+    assert held(tmp_path) == []
+
+
 def test_an_open_copy_outlives_its_removal(tmp_path: Path, far: str) -> None:
     cache = ShardCache(str(tmp_path), 3000)
     file = cache.open_range(f"{far}/2.tar", 0, 2000)
