@@ -9,10 +9,10 @@ crop, flip, colour jitter, greyscale, blur, normalise; maps nearest, as disparit
 
 Each repetition of each contestant is a process of its own, one after the other, taking turns in who begins; a ratio is
 taken within its repetition. What is measured are whole passes after a warm-up, from when the batches come at the
-loader's own pace. `--threads` are DALI's here and worker processes there, each of which makes whole batches; PyTorch
-has one thread in either. Images per CPU second count the time of all processes together, and depend less on what else
-the machine does. Peak memory is proportional (what processes share counts once), sampled. Stages are those of our
-background thread, in the same runs.
+loader's own pace. `--threads` are `data.threads` here (of DALI, and of the maps) and worker processes there, each of
+which makes whole batches: as many as there are cores. PyTorch has one thread in either. Images per CPU second count the
+time of all processes together, and depend less on what else the machine does. Peak memory is proportional (what
+processes share counts once), sampled. Stages are those of our background thread, in the same runs; DALI works beside.
 """
 
 from __future__ import annotations
@@ -203,9 +203,8 @@ def watched() -> Stages:
     stages.watch(RoleStream, "read", "read")
     stages.watch(BatchBuilder, "_look", "headers, draws")
     stages.watch(dali.Pipeline, "feed_input", "copy to DALI")
-    stages.watch(DaliBatch, "run", "decode, geometry, colour")
-    stages.watch(BatchBuilder, "_compose", "disparity, CutMix")
-    stages.watch(BatchBuilder, "build", "other")
+    stages.watch(DaliBatch, "finish", "waiting for DALI")
+    stages.watch(BatchBuilder, "finish", "disparity, CutMix")
     stages.watch(Loader, "_put", "waiting for the consumer")
     return stages
 

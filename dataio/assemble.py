@@ -37,8 +37,19 @@ class _Row:
         return self.decode is not None and self.reason is None
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A batch read and drawn but not decoded; `cursor` is where the next one begins."""
+
+    rows: Sequence[_Row]
+    cursor: Mapping[str, int]
+
+
 class BatchBuilder:
-    """Makes the batch that follows a cursor. It keeps open readers and pipelines, but no state of the order."""
+    """Makes batches in three steps, `read`, `start` and `finish`; several may be under way.
+
+    It keeps open readers and pipelines, but no state of the order.
+    """
 
     def __init__(
         self,
@@ -65,13 +76,21 @@ class BatchBuilder:
             threads=data.threads,
         )
 
-    def build(self, cursor: Mapping[str, int]) -> Batch:
-        """The batch of the samples behind `cursor`. DataError when too many samples are bad or a shard is missing."""
+    def read(self, cursor: Mapping[str, int]) -> Prepared:
+        """The samples behind `cursor`, with their draws. DataError when a shard is missing."""
         rows = [self._look(stream, pick) for stream in self._streams for pick in stream.read(cursor[stream.role])]
-        decoded = self._dali.run([row.decode if row.alive else None for row in rows])
-        rows = [replace(row, reason=row.reason or decoded.bad.get(i)) for i, row in enumerate(rows)]
+        return Prepared(rows, {stream.role: stream.plan.advance(cursor[stream.role]) for stream in self._streams})
+
+    def start(self, prepared: Prepared) -> None:
+        """Begin to decode, on DALI's threads."""
+        self._dali.start([row.decode if row.alive else None for row in prepared.rows])
+
+    def finish(self, prepared: Prepared) -> Batch:
+        """The batch that was started first. DataError when too many samples are bad."""
+        decoded = self._dali.finish()
+        rows = [replace(row, reason=row.reason or decoded.bad.get(i)) for i, row in enumerate(prepared.rows)]
         rows = _without_valid_pixels(rows, decoded)
-        after = {stream.role: stream.plan.advance(cursor[stream.role]) for stream in self._streams}
+        after = prepared.cursor
         self._account(rows, any(stream.plan.ends_pass(after[stream.role]) for stream in self._streams))
         return self._compose(rows, decoded, after)
 
@@ -106,10 +125,9 @@ class BatchBuilder:
         self._quarantine.record(sum(row.pick.sample is not None for row in rows), bad, end_of_pass)
 
     def _compose(self, rows: Sequence[_Row], decoded: Decoded, after: Mapping[str, int]) -> Batch:
-        alive_B = torch.tensor([row.alive for row in rows]).to(self._device)
         dead = [i for i, row in enumerate(rows) if not row.alive]
         views = {name: _blanked(view, dead) for name, view in decoded.views.items()}
-        value_BHW, region_BHW = self._regions(rows, decoded, alive_B)
+        value_BHW, region_BHW = self._regions(rows, decoded, dead)
         cutmix(self._pastes(rows), views.values(), value_BHW, region_BHW)
         if not self._perturbs:
             views = dict.fromkeys(self._names, views["clean"])
@@ -118,21 +136,24 @@ class BatchBuilder:
             targets={} if value_BHW is None else {"disparity": Target(value_BHW=value_BHW, quantity="disparity")},
             region_BHW=region_BHW,
             # the host has seen the codes, not every rule that makes a pixel invalid: ask the device too
-            weight_B=(region_BHW > 0).flatten(1).any(1).to(torch.float32),
+            weight_B=region_BHW.flatten(1).any(1).to(torch.float32),
             roles=tuple((stream.role, stream.rows) for stream in self._streams),
             keys=tuple(row.pick.sample.key if row.pick.sample else "" for row in rows),
             cursor=after,
         )
 
-    def _regions(self, rows: Sequence[_Row], decoded: Decoded, alive_B: Tensor) -> tuple[Tensor | None, Tensor]:
-        shape = (len(rows), self._size, self._size)
+    def _regions(self, rows: Sequence[_Row], decoded: Decoded, dead: Sequence[int]) -> tuple[Tensor | None, Tensor]:
         if decoded.code_BHW is None:
-            return None, alive_B.to(torch.uint8)[:, None, None].expand(shape).clone()
-        sky_BHW = None if decoded.sky_BHW is None else decoded.sky_BHW.to(self._device)
-        value_BHW, valid_BHW = disparity(decoded.code_BHW.to(self._device), sky_BHW, [_rule(row) for row in rows])
-        untargeted_B = torch.tensor([row.stream.needs.target == "none" for row in rows]).to(self._device)
-        region_BHW = (valid_BHW | untargeted_B[:, None, None]) & alive_B[:, None, None]
-        return value_BHW * alive_B[:, None, None], region_BHW.to(torch.uint8)
+            shape = (len(rows), self._size, self._size)
+            return None, _blanked(torch.ones(shape, dtype=torch.uint8, device=self._device), dead)
+        sky_BHW = None if decoded.sky_BHW is None else decoded.sky_BHW.to(self._device, non_blocking=True)
+        code_BHW = decoded.code_BHW.to(self._device, non_blocking=True)
+        value_BHW, valid_BHW = disparity(code_BHW, sky_BHW, [_rule(row) for row in rows])
+        region_BHW = valid_BHW.view(torch.uint8)
+        for i, row in enumerate(rows):
+            if row.stream.needs.target == "none":
+                region_BHW[i].fill_(1)
+        return _blanked(value_BHW, dead), _blanked(region_BHW, dead)
 
     def _pastes(self, rows: Sequence[_Row]) -> list[Paste]:
         pastes = []

@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channel, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -41,24 +41,34 @@ def disparity(code_BHW: Tensor, sky_BHW: Tensor | None, rules: Sequence[TargetRu
 
     From a depth t: 1 / t, invalid where the code is 0 or t <= 0. Sky is disparity 0 and valid. A flat map becomes 0.
     """
-    value_BHW = code_BHW.to(torch.float32)
-    valid_BHW = value_BHW > 0
+    value_BHW = torch.empty(code_BHW.shape, dtype=torch.float32, device=code_BHW.device)
+    valid_BHW = torch.empty(code_BHW.shape, dtype=torch.bool, device=code_BHW.device)
     codes = torch.tensor([[rule.code.zero, rule.code.scale, rule.code.shift] for rule in rules], dtype=torch.float32)
-    zero_B11, scale_B11, shift_B11 = codes.to(code_BHW.device).T[:, :, None, None]
-    value_BHW.sub_(zero_B11).mul_(scale_B11).add_(shift_B11)
-    start = 0
-    # neighbours with one rule, usually a role's rows, are done together and in place: the maps are large
-    for (quantity, min_max), group in groupby((rule.quantity, rule.min_max) for rule in rules):
-        rows = slice(start, start + len(list(group)))
-        _finish(value_BHW[rows], valid_BHW[rows], None if sky_BHW is None else sky_BHW[rows], quantity, min_max)
-        start = rows.stop
+    codes_3B11 = codes.to(code_BHW.device).T[:, :, None, None]
+    for rows in _together(rules, code_BHW.is_cuda):
+        value, valid = value_BHW[rows], valid_BHW[rows]
+        zero, scale, shift = codes_3B11[:, rows]
+        torch.gt(value.copy_(code_BHW[rows]), 0, out=valid)
+        value.sub_(zero).mul_(scale).add_(shift)
+        rule = rules[rows.start]
+        _finish(value, valid, None if sky_BHW is None else sky_BHW[rows], rule.quantity, rule.min_max)
     return value_BHW, valid_BHW
+
+
+def _together(rules: Sequence[TargetRule], gpu: bool) -> Iterator[slice]:
+    """On a GPU neighbours with one rule, usually a role's rows; on a CPU each row alone, which its cache holds."""
+    start = 0
+    for _, group in groupby((rule.quantity, rule.min_max) for rule in rules):
+        stop = start + len(list(group))
+        step = stop - start if gpu else 1
+        yield from (slice(first, first + step) for first in range(start, stop, step))
+        start = stop
 
 
 def _finish(value_BHW: Tensor, valid_BHW: Tensor, sky_BHW: Tensor | None, quantity: Quantity, min_max: bool) -> None:
     if quantity == "depth_m":
         valid_BHW &= value_BHW > 0
-        value_BHW.masked_fill_(~valid_BHW, 1.0).reciprocal_()
+        value_BHW.reciprocal_()
     if sky_BHW is not None:
         is_sky_BHW = sky_BHW >= _SKY_FROM
         valid_BHW |= is_sky_BHW

@@ -38,31 +38,30 @@ def uniforms(count: int, *identity: int | str) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Geometry:
-    """What of the source image becomes the square input: edges as fractions of its height and width; then the flip."""
+    """The square input: cut out at (top, left) of the image resized to height x width; then the flip."""
 
-    top: float = 0.0
-    left: float = 0.0
-    bottom: float = 1.0
-    right: float = 1.0
+    height: int
+    width: int
+    top: int = 0
+    left: int = 0
     flip: bool = False
 
     @classmethod
     def draw(
         cls, perturbation: Perturbation, size: int, height: int, width: int, identity: tuple[int | str, ...]
     ) -> Geometry:
-        """The window of a `size` x `size` random crop after resizing the short side of height x width to `size`.
+        """A `size` x `size` random crop after resizing the short side of a height x width image to `size`.
 
         The crop starts at a whole pixel of the resized image, so a source of the right size is not resampled.
         """
         u_top, u_left, u_flip = uniforms(3, *identity, "geometry")
         scale = size / min(height, width)
         resized_h, resized_w = max(size, round(height * scale)), max(size, round(width * scale))
-        top, left = int(u_top * (resized_h - size + 1)), int(u_left * (resized_w - size + 1))
         return cls(
-            top=top / resized_h,
-            left=left / resized_w,
-            bottom=(top + size) / resized_h,
-            right=(left + size) / resized_w,
+            height=resized_h,
+            width=resized_w,
+            top=int(u_top * (resized_h - size + 1)),
+            left=int(u_left * (resized_w - size + 1)),
             flip=u_flip < perturbation.flip_p,
         )
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from dataio.assemble import BatchBuilder
+from dataio.assemble import BatchBuilder, Prepared
 from dataio.cache import Opener, ShardCache
-from dataio.dali_batch import VIEWS
+from dataio.dali_batch import AHEAD, VIEWS
 from dataio.plan import PLAN_VERSION
 from dataio.quarantine import Quarantine
 from dataio.spec import DataError, DataSpec, RoleNeeds
@@ -117,6 +118,7 @@ class Loader:
         self.close()
 
     def _produce(self) -> None:
+        _one_torch_thread()
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
@@ -128,13 +130,26 @@ class Loader:
             self._put(error)
 
     def _produce_batches(self) -> None:
+        """While DALI decodes two batches, this thread reads the next and composes the one before."""
         cursor: Mapping[str, int] = self._cursor
+        started: deque[Prepared] = deque()
+        failure: Exception | None = None
         while not self._stop.is_set():
-            batch = self._builder.build(behind_skipped(self._streams, self._skip, cursor))
+            try:
+                while failure is None and len(started) < AHEAD:
+                    prepared = self._builder.read(behind_skipped(self._streams, self._skip, cursor))
+                    self._builder.start(prepared)
+                    started.append(prepared)
+                    cursor = prepared.cursor
+            except Exception as error:  # noqa: BLE001  the batches before it come first
+                failure = error
+            if not started:
+                assert failure is not None
+                raise failure
+            batch = self._builder.finish(started.popleft())
             if self._device.type == "cuda":
                 # on this thread's own stream: the consumer then needs no event, and DALI may take its buffers back
                 torch.cuda.current_stream(self._device).synchronize()
-            cursor = batch.cursor
             self._put(batch)
 
     def _take(self) -> Batch | BaseException:
@@ -152,6 +167,19 @@ class Loader:
                 return
             except queue.Full:
                 continue
+
+
+def _one_torch_thread() -> None:
+    """From now on PyTorch works in the calling thread alone; other threads keep their number.
+
+    Its OpenMP threads wait for work by spinning: beside a busy network that costs far more than they save here.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # that also became the number of all threads to come, which another one takes back
+    other = threading.Thread(target=torch.set_num_threads, args=(count,))
+    other.start()
+    other.join()
 
 
 def _check(data: DataSpec, needs: Mapping[str, RoleNeeds], views: tuple[str, ...]) -> None:

@@ -47,7 +47,6 @@ class ShardSource:
     quarantined: Mapping[str, str] = field(default_factory=dict)  # key -> reason: not read
     label_index: Any = None  # a function that returns the label shard's ShardIndex
 
-
     def open_tar(self, tar: str, start: int, stop: int) -> BinaryIO:
         """Bytes [start, stop) of the tar; a copy of it is checked."""
         return self.opener(tar, start, stop, self.sha256)

@@ -21,7 +21,7 @@ COMMANDS = {
     "bench_data.py --device cpu --threads 1 --size 56 --batch 6 --images 12 --repeats 1": (
         "| ours |",
         "| DataLoader, webdataset, PIL |",
-        "| decode, geometry, colour |",
+        "| waiting for DALI |",
         "| disparity, CutMix |",
     ),
     "bench_model.py --device cpu --preset tiny --size 70 --repeats 1": ("float32", "bfloat16", "transformers"),

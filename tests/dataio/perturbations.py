@@ -1,7 +1,7 @@
 """NumPy reference of docs/perturbations.md, section by section, in double precision.
 
 Written from that text alone: no DALI, no torch, no Pillow, and of `dataio` only the dataclasses that carry the draws.
-Steps return what they are before rounding; `quantise` rounds. `clean` and `student` are whole views.
+Colour and blur are neither rounded nor clipped; `quantise` rounds. `clean` and `student` are whole views.
 
 Shape suffixes: H W pixels of any image, S those of the square output, C channel.
 """
@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
 RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 MID_GREY = 128.0
-NODES_PER_PIXEL = 32  # of the tabulated cubic kernel
+CPU_SHARPNESS, GPU_SHARPNESS = -0.75, -0.5  # Keys' a: OpenCV's, DALI's
+LONG = 16  # resized sides of so many outputs
+NODES_PER_PIXEL = 32  # of DALI's tabulated kernel
 BOX_ATTEMPTS = 256
 
 _MASK = (1 << 64) - 1
@@ -60,12 +63,11 @@ def geometry(strengths: Perturbation, size: int, height: int, width: int, identi
     u_top, u_left, u_flip = uniforms(3, *identity, "geometry")
     short = min(height, width)
     resized_h, resized_w = (max(size, round(side * (size / short))) for side in (height, width))
-    top, left = math.floor(u_top * (resized_h - size + 1)), math.floor(u_left * (resized_w - size + 1))
     return Geometry(
-        top=top / resized_h,
-        bottom=(top + size) / resized_h,
-        left=left / resized_w,
-        right=(left + size) / resized_w,
+        height=resized_h,
+        width=resized_w,
+        top=math.floor(u_top * (resized_h - size + 1)),
+        left=math.floor(u_left * (resized_w - size + 1)),
         flip=u_flip < strengths.flip_p,
     )
 
@@ -108,40 +110,59 @@ def cutmix_partner(own: int, share: int, seed: int, role: str, epoch: int, posit
 # ---- section 3: geometry
 
 
-def resize(image_HWC: npt.NDArray[Any], window: Geometry, size: int) -> Floats:
-    """The window of the image, `size` x `size`, by the cubic kernel; neither rounded nor clipped."""
-    height, width = image_HWC.shape[:2]
-    rows_SH = _cubic_weights(height, window.top, window.bottom, size)
-    columns_SW = _cubic_weights(width, window.left, window.right, size)
-    return np.einsum("ih,hjc->ijc", rows_SH, np.einsum("jw,hwc->hjc", columns_SW, image_HWC.astype(np.float64)))
+def resize(image_HWC: npt.NDArray[Any], window: Geometry, size: int) -> npt.NDArray[np.uint8]:
+    """The window of the resized image, as on a CPU: width, then height, each rounded; a long image once."""
+    rows_SH = _cubic_weights(image_HWC.shape[0], window.top, window.height, size, CPU_SHARPNESS)
+    columns_SW = _cubic_weights(image_HWC.shape[1], window.left, window.width, size, CPU_SHARPNESS)
+    resized = _along(1, columns_SW, image_HWC)
+    if max(window.height, window.width) <= LONG * size:
+        resized = quantise(resized).astype(np.float64)
+    return quantise(_along(0, rows_SH, resized))
 
 
-def source_places(side: int, start: float, end: float, size: int) -> Floats:
-    """Where the centres of the output's pixels lie in the source: pixel i covers [i, i + 1)."""
-    begin, stop = float(np.float32(start)) * side, float(np.float32(end)) * side
-    return begin + (np.arange(size) + 0.5) * (stop - begin) / size
+def resize_gpu(image_HWC: npt.NDArray[Any], window: Geometry, size: int) -> Floats:
+    """As on a GPU: another kernel, tabulated, neither rounded nor clipped."""
+    rows_SH = _cubic_weights(image_HWC.shape[0], window.top, window.height, size, GPU_SHARPNESS, NODES_PER_PIXEL)
+    columns_SW = _cubic_weights(image_HWC.shape[1], window.left, window.width, size, GPU_SHARPNESS, NODES_PER_PIXEL)
+    return _along(0, rows_SH, _along(1, columns_SW, image_HWC))
 
 
-def nearest_rows_columns(height: int, width: int, window: Geometry, size: int) -> tuple[Floats, Floats]:
-    """For each row and column of the output, its place in the source: its whole part is the pixel that is taken."""
-    rows = source_places(height, window.top, window.bottom, size)
-    columns = source_places(width, window.left, window.right, size)
+def _along(axis: int, weights: Floats, image_HWC: npt.NDArray[Any]) -> Floats:
+    return np.moveaxis(np.tensordot(weights, image_HWC.astype(np.float64), (1, axis)), 0, axis)
+
+
+def nearest_rows_columns(
+    height: int, width: int, window: Geometry, size: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """For each row and column of the output, the one of the source that is taken."""
+    rows = np.array([_holding(window.top + i, height, window.height) for i in range(size)])
+    columns = np.array([_holding(window.left + i, width, window.width) for i in range(size)])
     return rows, columns[::-1] if window.flip else columns
 
 
-def _cubic(distance: Floats) -> Floats:
+def _holding(pixel: int, side: int, resized: int) -> int:
+    """Pixel i of a side covers [i, i + 1): the one that holds the centre, on a border the one behind it."""
+    return math.floor(Fraction(2 * pixel + 1, 2) * Fraction(side, resized))
+
+
+def _cubic(distance: Floats, a: float) -> Floats:
+    """Keys (1981), equation 15 with his a free."""
     t = np.abs(distance)
-    near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+    near, far = (a + 2) * t**3 - (a + 3) * t**2 + 1, a * (t**3 - 5 * t**2 + 8 * t - 4)
     return np.where(t < 1, near, np.where(t < 2, far, 0.0))
 
 
-def _cubic_weights(side: int, start: float, end: float, size: int) -> Floats:
-    nodes = np.linspace(-2, 2, 4 * NODES_PER_PIXEL + 1)
-    centres = source_places(side, start, end, size) - 0.5
+def _cubic_weights(side: int, start: int, resized: int, size: int, a: float, nodes_per_pixel: int = 0) -> Floats:
+    centres = (start + np.arange(size) + 0.5) * side / resized - 0.5
     first = np.floor(centres).astype(int) - 1
     weights_SW = np.zeros((size, side))
     for tap in range(4):
-        weight = np.interp(centres - (first + tap), nodes, _cubic(nodes))
+        distance = centres - (first + tap)
+        if nodes_per_pixel:
+            nodes = np.linspace(-2, 2, 4 * nodes_per_pixel + 1)
+            weight = np.interp(distance, nodes, _cubic(nodes, a))
+        else:
+            weight = _cubic(distance, a)
         np.add.at(weights_SW, (np.arange(size), np.clip(first + tap, 0, side - 1)), weight)
     return weights_SW
 
@@ -198,12 +219,13 @@ def normalise(image_HWC: npt.NDArray[Any]) -> Floats:
 
 def clean(image_HWC: npt.NDArray[Any], window: Geometry, size: int) -> npt.NDArray[np.uint8]:
     """The clean view before normalisation."""
-    return flip(quantise(resize(image_HWC, window, size)), window)
+    return flip(resize(image_HWC, window, size), window)
 
 
-def student(image_HWC: npt.NDArray[Any], window: Geometry, draw: Photometric, size: int) -> npt.NDArray[np.uint8]:
+def student(image_HWC: npt.NDArray[Any], window: Geometry, draw: Photometric, size: int) -> Floats:
     """The student view before normalisation and CutMix."""
-    image = quantise(resize(image_HWC, window, size))
-    image = quantise(recolour(image, draw))
-    image = quantise(blur(image, draw.blur_sigma))
-    return flip(image, window)
+    return flip(perturb(resize(image_HWC, window, size), draw), window)
+
+
+def perturb(image_HWC: npt.NDArray[Any], draw: Photometric) -> Floats:
+    return np.clip(blur(recolour(image_HWC, draw), draw.blur_sigma), 0, 255)

@@ -77,7 +77,6 @@ def test_a_store_that_fails_ends_the_run_and_blames_no_sample(
         cache=str(tmp_path / "cache") if cached else None,
     )
     with Loader(spec, {"r": RoleNeeds()}, views=("clean",), seed=1) as loader:
-
         for shard in Dataset.open(far).shards:
             assert len(shard.index.samples) == 4  # parsed now, and remembered: only the samples are still to be read
 

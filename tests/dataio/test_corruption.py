@@ -31,7 +31,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from dataio.dali_batch import MEAN, STD, DaliBatch, Decoded, Row
+from dataio.dali_batch import MEAN, STD, DaliBatch, Row
 from dataio.dataset import Dataset
 from dataio.draws import Geometry
 from dataio.index import index_path
@@ -284,13 +284,13 @@ def test_20000_x_20000_pixels_are_never_decoded(tmp_path: Path, monkeypatch: pyt
     members = {"png": image, "depth.png": good(2)["depth.png"]}
     folder = write_dataset(tmp_path / "d", with_victim(members))
     fed: list[Row] = []
-    run = DaliBatch._run
+    start = DaliBatch.start
 
-    def spy(batch: DaliBatch, rows: Sequence[Row | None], bad: dict[int, str]) -> Decoded:
+    def spy(batch: DaliBatch, rows: Sequence[Row | None]) -> None:
         fed.extend(row for row in rows if row is not None)
-        return run(batch, rows, bad)
+        start(batch, rows)
 
-    monkeypatch.setattr(DaliBatch, "_run", spy)
+    monkeypatch.setattr(DaliBatch, "start", spy)
     began = time.monotonic()
     show(spec(folder), tmp_path / "quarantine.jsonl")
     assert time.monotonic() - began < 30
@@ -371,8 +371,7 @@ ODDITIES: dict[str, tuple[str, float, Callable[[], bytes]]] = {
 def crop_of(key: str, height: int, width: int, identity: tuple[int | str, ...]) -> tuple[slice, slice]:
     """The S x S pixels that PLAIN shows of a picture whose short side is S."""
     box = Geometry.draw(PLAIN, S, height, width, identity)
-    top, left = round(box.top * height), round(box.left * width)
-    return slice(top, top + S), slice(left, left + S)
+    return slice(box.top, box.top + S), slice(box.left, box.left + S)
 
 
 def pixels(view_CHW: torch.Tensor) -> np.ndarray:

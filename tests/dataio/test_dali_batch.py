@@ -5,14 +5,17 @@ import pytest
 import torch
 from PIL import Image
 
+from dataio import maps
 from dataio.compose import Paste, TargetRule, cutmix, disparity
-from dataio.dali_batch import MEAN, STD, DaliBatch, Row, self_test
+from dataio.dali_batch import AHEAD, MEAN, STD, DaliBatch, Row, self_test
+from dataio.dali_frames import FramePipeline
 from dataio.draws import Box, Geometry, Photometric
 from dataio.types import AffineCode
 
 from .fakes import jpeg, png, smooth
 
 S = 56
+TARGET = png(np.arange(60 * 80, dtype=np.uint16).reshape(60, 80))
 
 
 def pixels(view_CHW):
@@ -29,11 +32,9 @@ def test_self_test_passes():
 
 
 def test_self_test_notices_eight_bit_codes(monkeypatch):
-    import dataio.dali_batch as module
-
-    real = module._decode_codes
-    monkeypatch.setattr(module, "_decode_codes", lambda name, dtype: real(name, module.types.UINT8))
-    with pytest.raises(RuntimeError, match=r"16-bit|type"):
+    real = maps.decode_codes
+    monkeypatch.setattr(maps, "decode_codes", lambda png: real(png) >> 8)
+    with pytest.raises(RuntimeError, match="16 bits"):
         self_test()
 
 
@@ -92,12 +93,10 @@ def test_image_target_and_sky_get_the_same_crop_and_flip():
     sky_HW = (steep_HW > 0.5).astype(np.uint8) * 255
     row = {"image": png((image * 255).astype(np.uint8)), "target": png(small_HW), "sky": png(sky_HW)}
     for flip in (False, True):
-        geometry = Geometry(top=0.1, left=0.3, bottom=0.9, right=0.3 + 0.8 * height / width, flip=flip)
+        geometry = Geometry(height=70, width=105, top=7, left=31, flip=flip)
         decoded = batch_of(1, targets=True).run([Row(**row, geometry=geometry)])
         shown = pixels(decoded.views["clean"][0]) / 255
-        columns = (
-            np.linspace(geometry.left, geometry.right, S, endpoint=False) + (geometry.right - geometry.left) / 2 / S
-        )
+        columns = (31 + np.arange(S) + 0.5) / 105
         expected = columns[::-1] if flip else columns
         assert np.abs(shown[..., 0] - expected).max() < 0.015
         across = (decoded.code_BHW[0].numpy().astype(float) - 100) / 60000
@@ -111,7 +110,7 @@ def test_image_target_and_sky_get_the_same_crop_and_flip():
 def test_the_window_reads_across_its_edges_like_resize_then_crop():
     image = smooth(1, 112, 224)
     whole = batch_of(1, 112).run([Row(image=png(image[:, :112]))]).views["clean"][0]
-    part = batch_of(1, 112).run([Row(image=png(image), geometry=Geometry(right=0.5))]).views["clean"][0]
+    part = batch_of(1, 112).run([Row(image=png(image), geometry=Geometry(height=112, width=224))]).views["clean"][0]
     assert torch.equal(whole, part)  # no scaling: pixels as they are
 
 
@@ -212,6 +211,11 @@ def test_wrong_uses():
         batch_of(1, views=("left",))
     with pytest.raises(ValueError, match="1 rows for a batch of 2"):
         batch_of(2).run([None])
+    batch = batch_of(1)
+    for _ in range(AHEAD):
+        batch.start([None])
+    with pytest.raises(RuntimeError, match="2 batches are started"):
+        batch.start([None])
 
 
 def test_disparity_of_depths_and_labels():
@@ -265,7 +269,7 @@ def test_gpu_agrees_with_cpu():
     """The same definition with GPU operators: another JPEG decoder and another order of roundings, nothing more."""
     self_test("cuda")
     draws = [Photometric(), Photometric(brightness=1.2, hue_degrees=40.0), Photometric(blur_sigma=1.5, grayscale=True)]
-    geometry = Geometry(top=0.1, left=0.2, bottom=0.9, right=0.8, flip=True)
+    geometry = Geometry(height=70, width=93, top=7, left=20, flip=True)
     target = png(np.arange(120 * 160, dtype=np.uint16).reshape(120, 160))
     rows = [
         Row(image=jpeg(smooth(i, 120, 160)), target=target, photometric=draw, geometry=geometry)
@@ -283,14 +287,30 @@ def test_gpu_agrees_with_cpu():
             assert (here.views[name] - there.views[name].cpu()).abs().max() < 0.1  # 5 of 255
 
 
-def test_images_are_resized_by_a_cubic_kernel_with_a_half():
-    """DALI's cubic is Catmull-Rom, as Pillow's is when it enlarges, but for rounding; a linear one is far off."""
+def test_training_and_inference_resize_by_one_kernel():
+    """OpenCV's, a = -0.75, of `dataio.dali_frames`, but for roundings; Catmull-Rom, a = -0.5, is some levels off."""
     image_HWC = np.random.default_rng(0).integers(60, 196, (S // 2, S // 2, 3), dtype=np.uint8)
-    decoded = batch_of(1).run([Row(image=png(image_HWC))])
-    found_HWC, small = pixels(decoded.views["clean"][0]), Image.fromarray(image_HWC)
-    cubic_HWC, linear_HWC = (
-        np.asarray(small.resize((S, S), kernel), np.float32)
-        for kernel in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)
-    )
-    assert np.abs(found_HWC - cubic_HWC).max() < 6
-    assert np.abs(found_HWC - linear_HWC).max() > 15
+    found_HWC = pixels(batch_of(1).run([Row(image=png(image_HWC))]).views["clean"][0])
+    whole_1CHW, _ = FramePipeline(1, 1, "cpu").run([png(image_HWC)], (S, S))
+    assert np.abs(found_HWC - pixels(whole_1CHW[0]).clip(0, 255)).max() < 1.5
+    other_HWC = np.asarray(Image.fromarray(image_HWC).resize((S, S), Image.Resampling.BICUBIC), np.float32)
+    assert np.abs(found_HWC - other_HWC).max() > 5
+
+
+def test_two_batches_under_way_are_those_of_one_after_the_other():
+    """Also where the first of them, or the second, holds a damaged image."""
+    rows = [[Row(image=jpeg(smooth(3 * i + j, 60, 80)), target=TARGET) for j in range(3)] for i in range(4)]
+    for broken in (None, 0, 1, 3):
+        if broken is not None:
+            rows[broken][1] = Row(image=b"x", target=TARGET)
+        alone = [batch_of(3, targets=True).run(batch) for batch in rows]
+        together, found = batch_of(3, targets=True), []
+        together.start(rows[0])
+        for batch in rows[1:]:
+            together.start(batch)
+            found.append(together.finish())
+        found.append(together.finish())
+        for one, other in zip(alone, found, strict=True):
+            assert one.bad == other.bad
+            assert torch.equal(one.views["clean"], other.views["clean"])
+            assert torch.equal(one.code_BHW, other.code_BHW)

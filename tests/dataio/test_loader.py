@@ -11,6 +11,7 @@ from dataio.loader import Loader
 from dataio.plan import PLAN_VERSION
 from dataio.quarantine import Quarantine
 from dataio.spec import DataError, DataSpec, Perturbation, RoleNeeds, RoleSpec
+from dataio.stream import RoleStream
 
 from .fakes import jpeg, labelled, metadata, png, shards_of, smooth, unlabelled, write_dataset, write_labels
 
@@ -286,6 +287,45 @@ def test_a_shard_that_vanishes_is_raised_in_the_consumer(tmp_path):
             tar.unlink()
         with pytest.raises(DataError, match="missing"):
             next(loader)
+
+
+def test_what_comes_before_a_failure_is_handed_out(tmp_path, monkeypatch):
+    """The shard is gone while two batches decode: they are shown first."""
+    data = only(write_dataset(tmp_path / "d", shards_of([16], labelled)), shuffle_window=4, prefetch=1)
+    with Loader(data, {"labelled": RoleNeeds()}, views=("clean",), seed=0) as loader:
+        whole = [next(loader).keys for _ in range(3)]
+    read, times = RoleStream.read, []
+
+    def fail_late(stream, cursor):
+        times.append(cursor)
+        if len(times) == 4:
+            raise DataError("gone")
+        return read(stream, cursor)
+
+    monkeypatch.setattr(RoleStream, "read", fail_late)
+    with Loader(data, {"labelled": RoleNeeds()}, views=("clean",), seed=0) as loader:
+        assert [next(loader).keys for _ in range(3)] == whole
+        for _ in range(2):
+            with pytest.raises(DataError, match="gone"):
+                next(loader)
+
+
+def test_the_loaders_thread_alone_has_one_torch_thread(student_data, monkeypatch):
+    counts = []
+    record = Quarantine.record
+    monkeypatch.setattr(Quarantine, "record", lambda *args: (counts.append(torch.get_num_threads()), record(*args))[1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with Loader(student_data, STUDENT, views=("student",), seed=0) as loader:
+            next(loader)
+        later = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert (set(counts), torch.get_num_threads(), later) == ({1}, 3, [3])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_close_is_quick_idempotent_and_final(student_data):

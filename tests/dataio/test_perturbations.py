@@ -7,7 +7,6 @@ document's section 8. Shape suffixes: B batch, C channel, H W pixels.
 from __future__ import annotations
 
 import io
-import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from dataio import draws
+from dataio import draws, resize
 from dataio.compose import Paste, cutmix
 from dataio.dali_batch import DaliBatch, Row
 from dataio.draws import Box, Geometry, Photometric
@@ -79,10 +78,11 @@ def levels(view_BCHW: torch.Tensor) -> npt.NDArray[np.float64]:
     return (view_BHWC * reference.STD + reference.MEAN) * 255
 
 
-def assert_rounded(found: npt.NDArray[Any], exact: npt.NDArray[Any], slack: float) -> None:
-    """Whole grey levels, each at most half a level and `slack` from the exact value, clipped."""
-    assert np.abs(found - np.round(found)).max() < 1e-3
-    assert np.abs(np.round(found) - np.clip(exact, 0, 255)).max() <= 0.5 + slack
+def assert_near(found: npt.NDArray[Any], expected: npt.NDArray[Any], *, most: float, share: float) -> None:
+    """Grey levels: none differs by more than `most`, and no more than `share` of them by more than a tenth."""
+    error = np.abs(found.astype(float) - expected)
+    assert error.max() <= most
+    assert np.mean(error > 0.1) <= share
 
 
 def windows(size: int, height: int, width: int, count: int) -> list[Geometry]:
@@ -97,28 +97,41 @@ def test_resize_crop_and_flip(height: int, width: int, size: int) -> None:
     image_HWC = noise(height, height, width)
     chosen = windows(size, height, width, 6)
     assert {window.flip for window in chosen} == {False, True}
-    # no draw makes these: a window that ends inside pixels, stretched; the whole image, squeezed
-    chosen += [Geometry(top=0.13, bottom=0.71, left=0.29, right=0.77, flip=True), Geometry()]
+    # no draw makes these: both sides resized by factors of their own; the whole image, squeezed
+    chosen += [Geometry(height=size + 9, width=2 * size, top=4, left=size // 3), Geometry(height=size, width=size)]
     views, _ = decode([Row(image=png(image_HWC), geometry=window) for window in chosen], size)
     for found, window in zip(views["clean"], chosen, strict=True):
-        exact = reference.flip(reference.resize(image_HWC, window, size), window)
-        assert_rounded(found, exact, 0.02)
+        assert_near(found, reference.clean(image_HWC, window, size), most=2.01, share=0.03)
     assert np.array_equal(views["clean"], views["student"])
+
+
+@pytest.mark.parametrize("height, width", [(4, 3000), (3000, 4)])
+def test_long_images_are_not_resized_whole(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_HWC = noise(1, height, width)
+    chosen = windows(14, height, width, 40)
+    assert max(window.top + window.left for window in chosen) > 5000
+    monkeypatch.setattr(resize.F, "interpolate", None)
+    for window in chosen:
+        place = np.array([window.height, window.width, window.top, window.left], np.int32)
+        assert_near(
+            resize.resized_window(image_HWC, place, 14), reference.resize(image_HWC, window, 14), most=1, share=0.001
+        )
 
 
 def test_a_window_reads_what_lies_beyond_its_edges() -> None:
     """Crop after resize: the first column of a window mixes in the pixels on its left, as if it were not cut there."""
     image_HWC = noise(0, 84, 168)
-    window = Geometry(left=0.25, right=0.75)
+    window = Geometry(height=S, width=2 * S, left=S // 2)
     views, _ = decode([Row(image=png(image_HWC), geometry=window), Row(image=png(image_HWC[:, 42:126]))])
-    across = reference.quantise(reference.resize(image_HWC, window, S))
-    assert np.abs(views["clean"][0] - across).max() <= 1
+    assert np.abs(views["clean"][0] - reference.resize(image_HWC, window, S)).max() <= 2.01
     assert np.abs(views["clean"][0] - views["clean"][1])[:, 0].max() > 5
 
 
 def test_the_view_is_normalised_by_imagenets_numbers() -> None:
     image_HWC = noise(3, S, S)
-    _, decoded = decode([Row(image=png(image_HWC)), Row(image=png(image_HWC), geometry=Geometry(flip=True))])
+    _, decoded = decode(
+        [Row(image=png(image_HWC)), Row(image=png(image_HWC), geometry=Geometry(height=S, width=S, flip=True))]
+    )
     for view_CHW, expected in zip(decoded.views["clean"], (image_HWC, image_HWC[:, ::-1]), strict=True):
         assert view_CHW.dtype == torch.float32
         assert np.abs(view_CHW.numpy() - reference.normalise(expected)).max() < 1e-6
@@ -128,7 +141,7 @@ def test_the_view_is_normalised_by_imagenets_numbers() -> None:
 def test_colour(name: str) -> None:
     image_HWC, draw = noise(4, S, S), EXTREMES[name]
     views, _ = decode([Row(image=png(image_HWC), photometric=draw)])
-    assert_rounded(views["student"][0], reference.recolour(image_HWC, draw), 1e-4)
+    assert np.abs(views["student"][0] - reference.perturb(image_HWC, draw)).max() < 1e-3
     assert np.array_equal(views["clean"][0].round(), image_HWC)
 
 
@@ -138,14 +151,14 @@ def test_drawn_colours() -> None:
     assert sum(draw.grayscale and draw.brightness != 1 for draw in drawn) > 3
     views, _ = decode([Row(image=png(image_HWC), photometric=draw) for draw in drawn])
     for found, draw in zip(views["student"], drawn, strict=True):
-        assert_rounded(found, reference.recolour(image_HWC, draw), 1e-4)
+        assert np.abs(found - reference.perturb(image_HWC, draw)).max() < 1e-3
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_blur(sigma: float) -> None:
     image_HWC, draw = noise(6, S, S), Photometric(blur_sigma=sigma)
     views, _ = decode([Row(image=png(image_HWC), photometric=draw)])
-    assert_rounded(views["student"][0], reference.blur(image_HWC, sigma), 1e-3)
+    assert np.abs(views["student"][0] - reference.blur(image_HWC, sigma)).max() < 1e-3
 
 
 def test_sigma_0_is_off_and_0_1_hardly_on() -> None:
@@ -163,35 +176,21 @@ def test_everything_together(height: int, width: int, size: int) -> None:
     image_HWC = noise(height + 1, height, width)
     drawn = [reference.photometric(STRONG, (1, 0, f"{i}")) for i in range(12 if size < 518 else 4)]
     if size == S:
-        extremes = [_off_the_halves(draw) for draw in EXTREMES.values()]
-        drawn += [replace(draw, blur_sigma=sigma) for draw in extremes for sigma in (0.0, 0.1, 2.0)]
+        drawn += [replace(draw, blur_sigma=sigma) for draw in EXTREMES.values() for sigma in (0.0, 0.1, 2.0)]
     chosen = windows(size, height, width, len(drawn))
     rows = [
         Row(image=png(image_HWC), geometry=window, photometric=draw) for window, draw in zip(chosen, drawn, strict=True)
     ]
     views, decoded = decode(rows, size)
     for i, (window, draw) in enumerate(zip(chosen, drawn, strict=True)):
-        clean_HWC = reference.clean(image_HWC, window, size)
-        student_HWC = reference.student(image_HWC, window, draw, size)
-        assert_near(views["clean"][i], clean_HWC, most=1, share=0.005)
-        assert_near(views["student"][i], student_HWC, most=8, share=0.01)
-        # and exactly, from the clean view that DALI made: both views show the same pixels
+        assert_near(views["clean"][i], reference.clean(image_HWC, window, size), most=2.01, share=0.03)
+        # a level of the resize grows with contrast, brightness and the hue's matrix
+        assert_near(views["student"][i], reference.student(image_HWC, window, draw, size), most=12, share=0.06)
+        # and exactly, from the clean view that was made: both views show the same pixels
         seen_HWC = reference.flip(np.round(views["clean"][i]), window)
-        exact_HWC = reference.blur(reference.quantise(reference.recolour(seen_HWC, draw)), draw.blur_sigma)
-        assert np.mean(np.abs(views["student"][i] - reference.flip(exact_HWC, window)) > 0.51) < 0.005
-    assert np.abs(decoded.views["student"][0].numpy() - reference.normalise(views["student"][0].round())).max() < 1e-6
-
-
-def _off_the_halves(draw: Photometric) -> Photometric:
-    """Times 1.5, half of all levels end on a half, where single precision decides: a little less, none do."""
-    return replace(draw, brightness=draw.brightness * 0.9993, contrast=draw.contrast * 0.9993)
-
-
-def assert_near(found: npt.NDArray[Any], expected: npt.NDArray[Any], *, most: float, share: float) -> None:
-    """Grey levels: none differs by more than `most`, and no more than `share` of them at all."""
-    error = np.abs(np.round(found) - expected.astype(float))
-    assert error.max() <= most
-    assert np.mean(error > 0) <= share
+        exact_HWC = reference.flip(reference.perturb(seen_HWC, draw), window)
+        assert np.abs(views["student"][i] - exact_HWC).max() < 2e-3
+    assert np.abs(decoded.views["student"][0].numpy() - reference.normalise(views["student"][0])).max() < 1e-6
 
 
 # ---- codes and sky
@@ -211,16 +210,9 @@ def test_depth_and_sky_take_the_reference_pixels(height: int, width: int, size: 
             found_BHW = decoded.code_BHW.numpy().astype(np.int64)
             assert np.array_equal(found_BHW % 256, decoded.sky_BHW.numpy())
             for found_HW, window in zip(found_BHW, chosen, strict=True):
-                places = reference.nearest_rows_columns(target_h, target_w, window, size)[axis]
-                line = found_HW[:, 0] if axis == 0 else found_HW[0]
-                assert np.array_equal(found_HW, np.broadcast_to(line[:, None] if axis == 0 else line, (size, size)))
-                assert_taken(line, places, (target_h, target_w)[axis])
-
-
-def assert_taken(line: npt.NDArray[Any], places: npt.NDArray[Any], side: int) -> None:
-    """The pixel that holds the place; where that lies on the border of two, by single precision, either."""
-    allowed = [np.clip(np.floor(places + shift), 0, side - 1) for shift in (-1e-4, 1e-4)]
-    assert ((line == allowed[0]) | (line == allowed[1])).all()
+                taken = reference.nearest_rows_columns(target_h, target_w, window, size)[axis]
+                expected_HW = np.broadcast_to(taken[:, None] if axis == 0 else taken, (size, size))
+                assert np.array_equal(found_HW, expected_HW)
 
 
 # ---- CutMix
@@ -297,10 +289,10 @@ def as_often(count: int, of: int, p: float) -> bool:
 
 def test_crops_are_uniform_and_flips_fair() -> None:
     drawn = [Geometry.draw(Perturbation(), 56, 75, 56, (0, i % 7, f"{i}")) for i in range(COUNT)]
-    tops = [round(window.top * 75) for window in drawn]
+    tops = [window.top for window in drawn]
     assert set(tops) == set(range(20))
     assert stats.chisquare(np.bincount(tops)).pvalue > UNLIKELY
-    assert {(window.left, window.right) for window in drawn} == {(0.0, 1.0)}
+    assert {(window.left, window.width) for window in drawn} == {(0, 56)}
     flips = [window.flip for window in drawn]
     assert as_often(sum(flips), COUNT, 0.5)
     assert abs(np.corrcoef(tops, flips)[0, 1]) < 0.04
@@ -455,7 +447,7 @@ def test_what_the_loader_hands_out_is_what_the_text_says(tmp_path: Path) -> None
         for number, batch in zip(range(4), loader, strict=False):
             epoch, within = divmod(number, sum(sizes) // batch_size)
             share = batch_size // lanes
-            plain: dict[str, list[npt.NDArray[np.uint8]]] = {"clean": [], "student": []}
+            plain: dict[str, list[npt.NDArray[Any]]] = {"clean": [], "student": []}
             for key in batch.keys:
                 image_HWC = np.asarray(Image.open(io.BytesIO(source[key])))
                 height, width = image_HWC.shape[:2]
@@ -471,9 +463,9 @@ def test_what_the_loader_hands_out_is_what_the_text_says(tmp_path: Path) -> None
                 inside = np.zeros((S, S), bool) if box is None else inside_of(box, S)
                 pasted += box is not None
                 assert np.array_equal(batch.region_BHW[i], 1 + inside)
-                for name, most in (("clean", 1), ("student", 8)):
+                for name, most in (("clean", 2.01), ("student", 12)):
                     expected = np.where(inside[..., None], plain[name][partner], plain[name][i])
-                    assert_near(levels(batch.views[name][i : i + 1])[0], expected, most=most, share=0.01)
+                    assert_near(levels(batch.views[name][i : i + 1])[0], expected, most=most, share=0.06)
     assert pasted > 10
 
 
@@ -498,15 +490,11 @@ def test_a_gpu_agrees_with_the_reference(height: int, width: int, size: int) -> 
     codes_BHW = decode(rows, size, targets=True)[1].code_BHW.numpy()
     assert np.array_equal(decoded.code_BHW.cpu().numpy(), codes_BHW)  # decoded and cut in main memory on both
     for i, (window, draw) in enumerate(zip(chosen, drawn, strict=True)):
-        clean_HWC = reference.clean(image_HWC, window, size)
-        assert_near(views["clean"][i], clean_HWC, most=2, share=0.1)
+        clean_HWC = reference.flip(np.clip(reference.resize_gpu(image_HWC, window, size), 0, 255), window)
+        assert np.abs(views["clean"][i] - clean_HWC).max() <= 1.6
         seen_HWC = reference.flip(np.round(views["clean"][i]), window)
-        exact_HWC = reference.recolour(seen_HWC, draw)
-        if not math.ceil(3 * draw.blur_sigma):
-            assert np.abs(views["student"][i] - reference.flip(np.clip(exact_HWC, 0, 255), window)).max() <= 1.01
-        else:
-            exact_HWC = reference.blur(reference.quantise(exact_HWC), draw.blur_sigma)
-            assert np.abs(views["student"][i] - reference.flip(exact_HWC, window)).max() <= 2.01
+        exact_HWC = reference.flip(reference.perturb(seen_HWC, draw), window)
+        assert np.abs(views["student"][i] - exact_HWC).max() <= 0.1
 
 
 # ---- the picture

@@ -324,9 +324,7 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
         Encoder.from_preset(MLP, encoder_weights=tmp_path / "none")
 
 
-def test_a_file_that_may_not_be_read(
-    tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_may_not_be_read(tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "w.pth", state)
     path.chmod(0)
     if os.geteuid() == 0:  # who may read everything
