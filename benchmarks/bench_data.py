@@ -5,7 +5,8 @@
 Both read the same shards: photograph-like JPEGs (4:2:0) of 640 x 480 to 1024 x 768 pixels, a third labelled with 16-bit
 depth, two thirds with pseudo-labels beside them, and make batches of one labelled to two unlabelled images with the
 perturbations of launcher/recipes/student-v1-vits.yaml: decode, shorter side to the input size by a cubic kernel, random
-crop, flip, colour jitter, greyscale, blur, normalise; maps nearest, as disparity; CutMix within the batch.
+crop, flip, colour jitter, greyscale, blur, normalise; maps nearest, as disparity; CutMix within the batch. Theirs is
+what one would write: torchvision's resize of Pillow images antialiases, Pillow's blur is three boxes.
 
 Each repetition of each contestant is a process of its own, one after the other, taking turns in who begins; a ratio is
 taken within its repetition. What is measured are whole passes after a warm-up, from when the batches come at the

@@ -38,6 +38,11 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     errno.EMFILE: "too many open files: raise `ulimit -n`",
 }
+_MISSING = {
+    "read": "no such file or folder: check the path",
+    # parent folders are made, buckets are not
+    "write": "the bucket or folder does not exist: create it, or check the name",
+}
 
 
 class StorageError(OSError):
@@ -130,7 +135,7 @@ def open_range(path: str, start: int, stop: int | None = None) -> io.BufferedRea
         fs, name = _remote(path)
 
         def fetch(begin: int, end: int) -> bytes:
-            return bytes(remote.persistently(lambda: fs.cat_file(name, start=begin, end=end)))
+            return bytes(remote.persistently(lambda: fs.cat_file(name, start=begin, end=end), path))
 
         # a missing object shows at the first read: no request just to ask
         return io.BufferedReader(_Range(path, start, stop, fetch), min(_REMOTE_READ_BYTES, max(1, stop - start)))
@@ -145,7 +150,7 @@ def read_bytes(path: str) -> bytes:
     with _told(path, "read"):
         if is_url(path):
             fs, name = _remote(path)
-            return bytes(remote.persistently(lambda: fs.cat_file(name)))
+            return bytes(remote.persistently(lambda: fs.cat_file(name), path))
         with open(_local(path), "rb") as file:
             return file.read()
 
@@ -156,7 +161,7 @@ def exists(path: str) -> bool:
         if is_url(path):
             fs, name = _remote(path)
             fs.invalidate_cache()
-            return bool(remote.persistently(lambda: fs.exists(name)))
+            return remote.persistently(lambda: remote.exists(fs, name), path)
         return os.path.exists(_local(path))
 
 
@@ -166,7 +171,7 @@ def size(path: str) -> int:
         if is_url(path):
             fs, name = _remote(path)
             fs.invalidate_cache()
-            return int(remote.persistently(lambda: fs.size(name)))
+            return int(remote.persistently(lambda: fs.size(name), path))
         return os.stat(_local(path)).st_size
 
 
@@ -176,7 +181,7 @@ def listdir(path: str) -> list[str]:
         if is_url(path):
             fs, name = _remote(path)
             fs.invalidate_cache()
-            listed = remote.persistently(lambda: fs.ls(name, detail=False))
+            listed = remote.persistently(lambda: fs.ls(name, detail=False), path)
             found = [str(entry).rstrip("/") for entry in listed]
             names = {entry.rsplit("/", 1)[-1] for entry in found if entry.strip("/") != name.strip("/")}
         else:
@@ -314,11 +319,11 @@ def _remote_writer(path: str) -> Iterator[BinaryIO]:
             if not getattr(spool, "_rolled", True):
                 spool.seek(0)
                 content = spool.read()
-                remote.persistently(lambda: fs.pipe_file(name, content))
+                remote.persistently(lambda: fs.pipe_file(name, content), path)
             else:
                 spool.flush()
                 local = f"/proc/self/fd/{spool.fileno()}"
-                remote.persistently(lambda: fs.put_file(local, name))
+                remote.persistently(lambda: fs.put_file(local, name), path)
 
 
 def _local(path: str) -> str:
@@ -344,13 +349,13 @@ def _told(path: str, verb: str, aliases: tuple[str, ...] = ()) -> Iterator[None]
     except FileNotFoundError as error:
         if error.filename not in (None, path, _local(path), *aliases) and not is_url(path):
             raise
-        raise FileMissing(f"{path}: cannot {verb}: no such file or folder") from error
+        raise FileMissing(f"{path}: cannot {verb}: {_MISSING[verb]}") from error
     except OSError as error:
         if error.filename not in (None, path, _local(path), *aliases) and not is_url(path):
             raise
         reason = _REMEDIES.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
         if isinstance(error, remote.RemoteFailure):
-            reason += ": check the address, the credentials and the network"
+            reason = f"{error}: check the address, the credentials and the network"
         kind = Unreachable if is_url(path) else StorageError
         raise kind(f"{path}: cannot {verb}: {reason}") from error
     except NotImplementedError as error:

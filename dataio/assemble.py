@@ -74,6 +74,7 @@ class BatchBuilder:
             targets=self._targets,
             device=device,
             threads=data.threads,
+            pinned=data.pin_memory,
         )
 
     def read(self, cursor: Mapping[str, int]) -> Prepared:
@@ -93,6 +94,10 @@ class BatchBuilder:
         after = prepared.cursor
         self._account(rows, any(stream.plan.ends_pass(after[stream.role]) for stream in self._streams))
         return self._compose(rows, decoded, after)
+
+    def close(self) -> None:
+        """Let go of pipelines and threads, which hold much memory."""
+        self._dali.close()
 
     def _look(self, stream: RoleStream, pick: Pick) -> _Row:
         sample, slot = pick.sample, pick.slot

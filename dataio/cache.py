@@ -2,6 +2,10 @@
 
 A folder of a node's disk, shared by its ranks and by runs one after the other. What was used longest ago makes room. A
 reader that has a copy open keeps it even when it is removed meanwhile.
+
+A copy is made under a temporary name, at its full size from the start and locked by its maker, so that others count it
+and know whether the maker lives: what a killed one left is removed by whoever makes room or opens the cache next.
+Other files in the folder are neither counted nor removed.
 """
 
 from __future__ import annotations
@@ -10,17 +14,29 @@ import fcntl
 import hashlib
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from cluster import storage
 from cluster.storage import StorageError
 
+_FINISHED = re.compile(r"[0-9a-f]{32}")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{8}\.tmp")  # as cluster.storage.atomic_writer calls it
 _COPY_BYTES = 8 << 20
 _ATTEMPTS = 3  # of a copy whose checksum is wrong
+
+
+class _Dropped(Exception):
+    """Ends a copy that must not get its name."""
+
+
+class _Damaged(StorageError):
+    """A copy never had the checksum that it must have."""
 
 
 class Opener:
@@ -46,8 +62,11 @@ class Opener:
 class ShardCache:
     """`open_range` reads from the local copy, made at first use; files that are local anyway are read where they are.
 
-    `limit_bytes` bounds the finished copies together (those being made, one a reader, come on top); a shard that is
-    larger is streamed. Raises StorageError when the folder cannot be used.
+    `limit_bytes` bounds the finished copies and those being made together, at every moment and over all processes: a
+    shard that is larger, or finds no room beside what others are making, is streamed. On top come a copy that was
+    removed while a reader had it open, until that closes it, and empty lock files. Processes with different limits on
+    one folder each keep to their own whenever they open the cache or make a copy. Raises StorageError when the folder
+    cannot be made or written.
     """
 
     def __init__(self, folder: str, limit_bytes: int) -> None:
@@ -57,6 +76,11 @@ class ShardCache:
         self._folder, self._limit = Path(folder), limit_bytes
         self.hits = self.misses = 0
         self._told = False
+        try:
+            with self._locked("room"):
+                self._make_room(0)  # what was killed, or kept under a higher limit
+        except OSError as error:  # a full disk has no room for the lock file either
+            self._give_up(error)
 
     def open_range(self, path: str, start: int, stop: int, sha256: str | None = None) -> io.BufferedReader:
         """As `cluster.storage.open_range`; `sha256` is what the whole file must have (hexadecimal)."""
@@ -85,59 +109,88 @@ class ShardCache:
         return True
 
     def _fetch(self, path: str, copy: Path, sha256: str | None) -> bool:
-        """Make the copy, unless another process does meanwhile. False: it is too large, or cannot be written."""
+        """Make the copy, unless another process does meanwhile. False: there is no room, or it cannot be written."""
         size = storage.size(path)
         if size > self._limit:
             return False
-        with self._locked(copy.name[:2]):
-            if self._touch(copy):
-                return True
-            for attempt in range(_ATTEMPTS):
-                with self._locked("room"):
-                    self._make_room(size)
-                try:
-                    found = self._copy(path, size, copy)
-                except (storage.Unreachable, FileNotFoundError):
-                    raise
-                except StorageError as error:  # the cache's own disk: no reason to end a run
-                    self._give_up(error)
-                    return False
-                if sha256 is None or found == sha256:
-                    return True
-                copy.unlink(missing_ok=True)
-                if attempt == _ATTEMPTS - 1:
-                    raise StorageError(
-                        f"{path}: its SHA-256 is {found}, SHA256SUMS says {sha256}: the object or the list is damaged; "
-                        "restore it, or pack the dataset again"
-                    )
-        return True
+        try:
+            with self._locked(copy.name[:2]):
+                return self._touch(copy) or self._make(path, size, copy, sha256)
+        except (storage.Unreachable, storage.FileMissing, _Damaged):
+            raise
+        except OSError as error:  # the cache's own disk: no reason to end a run
+            self._give_up(error)
+            return False
 
-    def _give_up(self, error: StorageError) -> None:
+    def _make(self, path: str, size: int, copy: Path, sha256: str | None) -> bool:
+        """False: no room. Raises _Damaged after so many copies with a wrong checksum."""
+        for _ in range(_ATTEMPTS):
+            found = self._copy(path, size, copy, sha256)
+            if found is None or sha256 in (None, found):
+                return found is not None
+        raise _Damaged(
+            f"{path}: its SHA-256 is {found}, SHA256SUMS says {sha256}: the object or the list is damaged; "
+            "restore it, or pack the dataset again"
+        )
+
+    def _give_up(self, error: OSError) -> None:
         if not self._told:
-            print(f"warning: {error}; shards are streamed instead of copied", file=sys.stderr)
+            text = f"{self._folder}: {error}: make it writable, free space there, or choose another data.cache"
+            text = str(error) if isinstance(error, StorageError) else text
+            print(f"warning: {text}; shards are streamed instead of copied", file=sys.stderr)
         self._told = True
 
-    def _copy(self, path: str, size: int, copy: Path) -> str:
+    def _copy(self, path: str, size: int, copy: Path, sha256: str | None) -> str | None:
+        """The SHA-256 of what was copied; what is not as `sha256` wants it is dropped. None: there was no room."""
         digest = hashlib.sha256()
-        with storage.open_range(path, 0, size) as source, storage.atomic_writer(str(copy)) as target:
-            while block := source.read(_COPY_BYTES):
-                digest.update(block)
-                target.write(block)
+        with suppress(_Dropped), ExitStack() as unfinished:
+            target = self._reserve(size, copy, unfinished)
+            if target is None:
+                return None
+            with storage.open_range(path, 0, size) as source:
+                while block := source.read(_COPY_BYTES):
+                    digest.update(block)
+                    target.write(block)
+            if sha256 not in (None, digest.hexdigest()):
+                raise _Dropped
+            target.flush()
+            os.fsync(target.fileno())  # the slow part of finishing, before others have to wait for it
+            with self._locked("room"):  # while others count, a copy has one name: its first or its last
+                unfinished.close()
         return digest.hexdigest()
 
-    def _make_room(self, size: int) -> None:
-        copies = []
+    def _reserve(self, size: int, copy: Path, unfinished: ExitStack) -> BinaryIO | None:
+        """A file of `size` bytes that becomes `copy` when `unfinished` ends well. None: there is no room."""
+        with self._locked("room"):
+            if not self._make_room(size):
+                return None
+            target = unfinished.enter_context(storage.atomic_writer(str(copy)))
+            fcntl.flock(target, fcntl.LOCK_EX)
+            target.truncate(size)
+            return target
+
+    def _make_room(self, size: int) -> bool:
+        """Remove dead temporaries, then copies until `size` more bytes fit. False: they cannot, all copies stay.
+
+        The caller holds the lock "room".
+        """
+        copies, making = [], 0
         for file in self._folder.iterdir():
             with suppress(FileNotFoundError):
-                if file.suffix != ".lock" and not file.name.startswith("."):
+                if _UNFINISHED.fullmatch(file.name):
+                    making += _living_bytes(file)
+                elif _FINISHED.fullmatch(file.name):
                     found = file.stat()
                     copies.append((found.st_mtime, found.st_size, file))
-        used = sum(held for _, held, _ in copies)
+        if making + size > self._limit:
+            return False
+        used = making + sum(held for _, held, _ in copies)
         for _, held, file in sorted(copies):
             if used + size <= self._limit:
                 break
             file.unlink(missing_ok=True)
             used -= held
+        return True
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -145,3 +198,17 @@ class ShardCache:
         with (self._folder / f"{name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _living_bytes(temporary: Path) -> int:
+    """The size of a copy that a living process makes; 0 for what a dead one left, which is removed.
+
+    The caller holds the lock "room", under which makers lock their files. Raises FileNotFoundError when it just ended.
+    """
+    with temporary.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return os.fstat(file.fileno()).st_size
+        temporary.unlink(missing_ok=True)
+    return 0

@@ -1,8 +1,9 @@
 """Read a dataset once, all of it, and say what is in it: what cannot be used and why, sizes, values, duplicates.
 
 The judgement of a sample is the stream's own (`dataio.reader`, `dataio.header`), and every image and map is decoded.
+Sky masks of unlabelled photographs count too: streams with pseudo-labels read them.
 
-Shape suffixes: H W pixels.
+Shape suffixes: H W pixels, C channel.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,42 @@ from PIL import Image
 
 from cluster import storage
 from dataio import codec
-from dataio.dataset import SHARDS_NAME, SUMS_NAME, Dataset
-from dataio.header import look
+from dataio.dataset import SHARDS_NAME, SUMS_NAME, Dataset, Shard
+from dataio.header import FORMATS, decodes, in_colours, is_png, look, mask_decodes
+from dataio.maps import decode_codes
 from dataio.processes import in_processes
 from dataio.quarantine import QUARANTINE_NAME, REASONS, BadSample
-from dataio.reader import ShardSource, read_samples
+from dataio.reader import ShardSource, read_members, read_samples
 from dataio.spec import DataError, RoleNeeds
-from dataio.types import Quantity, Sample
+from dataio.types import AffineCode, Quantity, Sample
 
-HASH_BITS = 64
+HASH_BITS = 128
+MAX_DISTANCE = 16  # beyond it most pictures are relatives of some other
 _SHOWN = 3  # names, or sizes, on a line
 _CHUNK = 64  # samples a process reads at a time
-_SIDE = 9  # of the grey thumbnail behind a hash: 8 differences in a row
+_CELLS = 8  # differences in a row, and in a column, of the grey thumbnails behind a hash
+_THUMBNAIL = 16  # pixels of a side, in colours
+_LEVELS = 4  # of 255, on average: the same picture at another size and quality differs by one or two
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """What pictures are compared by: `difference_hash`, and 16 x 16 pixels in colours, uint8 RGB, row by row."""
+
+    hash: int
+    thumbnail: bytes
+
+    @classmethod
+    def of(cls, picture: Image.Image) -> Likeness:
+        """Of a picture of any mode and size."""
+        colours = in_colours(picture)
+        small = colours.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
+        return cls(difference_hash(colours), small.tobytes())
+
+    def levels(self, other: Likeness) -> float:
+        """The mean absolute difference of the thumbnails, 0 to 255."""
+        own, others = (np.frombuffer(data, np.uint8).astype(np.int16) for data in (self.thumbnail, other.thumbnail))
+        return float(np.abs(own - others).mean())
 
 
 @dataclass(frozen=True)
@@ -47,7 +72,7 @@ class Fact:
     size_hw: tuple[int, int] | None = None
     value: tuple[float, float, float] | None = None
     valid: float | None = None  # fraction of pixels with a value
-    hash: int | None = None
+    likeness: Likeness | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +133,14 @@ def check_dataset(
 ) -> CheckReport:
     """Read every sample of a dataset (folder or URL) in `workers` processes.
 
-    `distance` looks for duplicates: images whose 64-bit difference hashes differ in at most so many bits (0 finds the
-    same picture at other sizes and qualities; a few bits more also find slight edits, and, rarely, unlike pictures).
+    `distance` looks for duplicates: images whose 128-bit difference hashes differ in at most so many bits, and whose
+    thumbnails look alike: the same picture at other sizes and qualities, with more bits also slight edits, and, rarely,
+    unlike pictures.
     `checksums` reads every shard once more and compares it with SHA256SUMS.
     Raises DataError when the dataset cannot be opened at all, or has no such list.
     """
-    if distance is not None and not 0 <= distance <= HASH_BITS // 4:
-        raise DataError(f"distance is {distance}: it must be between 0 and {HASH_BITS // 4} bits")
+    if distance is not None and not 0 <= distance <= MAX_DISTANCE:
+        raise DataError(f"distance is {distance}: it must be between 0 and {MAX_DISTANCE} bits")
     dataset = Dataset.open(path)
     if checksums and any(shard.sha256 is None for shard in dataset.shards):
         raise DataError(f"{path}: no {SUMS_NAME} that lists all shards: pack again, or do without --checksums")
@@ -151,52 +177,41 @@ def write_quarantine(report: CheckReport) -> str:
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64 bits: whether each of 8 x 8 cells of the grey image is darker than its right neighbour."""
-    grey_HW = np.asarray(image.convert("L").resize((_SIDE, _SIDE - 1), Image.Resampling.BOX), np.int16)
-    bits = (grey_HW[:, :-1] < grey_HW[:, 1:]).ravel()
+    """128 bits: whether each of 8 x 8 cells of the grey image is darker than its right neighbour, and than its lower.
+
+    One direction alone is 0 for all that is uniform along it: plain colours, gradients, stripes.
+    """
+    grey = image.convert("L")
+    across_HW = np.asarray(grey.resize((_CELLS + 1, _CELLS), Image.Resampling.BOX), np.int16)
+    down_HW = np.asarray(grey.resize((_CELLS, _CELLS + 1), Image.Resampling.BOX), np.int16)
+    bits = np.concatenate([(across_HW[:, :-1] < across_HW[:, 1:]).ravel(), (down_HW[:-1] < down_HW[1:]).ravel()])
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def group_duplicates(hashes: Sequence[int], distance: int) -> list[list[int]]:
-    """Places of hashes at most `distance` bits apart, directly or over others: groups of two or more, in order.
+def group_duplicates(pictures: Sequence[Likeness], distance: int) -> list[list[int]]:
+    """Places of pictures that are like the first of their group: groups of two or more, in order.
 
-    Two hashes that differ in d bits agree in at least one of d + 1 pieces: only those are compared.
+    Alike are those whose hashes differ in at most `distance` bits and whose thumbnails differ by a few levels. What is
+    like the firsts of several groups is in the earliest. Chains of likes, whose ends may have nothing in common, do not
+    count. Two hashes that differ in d bits agree in at least one of d + 1 pieces: only those are compared.
     """
-    parent = list(range(len(hashes)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
     edges = [HASH_BITS * i // (distance + 1) for i in range(distance + 2)]
-    for low, high in pairwise(edges):
-        pieces: dict[int, list[int]] = defaultdict(list)
-        for i, bits in enumerate(hashes):
-            pieces[bits >> low & (1 << high - low) - 1].append(i)
-        for members in pieces.values():
-            for i, j in _pairs(members, hashes, distance):
-                parent[max(root(i), root(j))] = min(root(i), root(j))
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(hashes)):
-        groups[root(i)].append(i)
+    pieces = list(pairwise(edges))
+    firsts: list[dict[int, list[int]]] = [defaultdict(list) for _ in pieces]
+    groups: dict[int, list[int]] = {}
+    for i, picture in enumerate(pictures):
+        values = [picture.hash >> low & (1 << high - low) - 1 for low, high in pieces]
+        near = {j for known, value in zip(firsts, values, strict=True) for j in known.get(value, ())}
+        first = next((j for j in sorted(near) if _alike(pictures[j], picture, distance)), i)
+        groups.setdefault(first, []).append(i)
+        if first == i:
+            for known, value in zip(firsts, values, strict=True):
+                known[value].append(i)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _pairs(members: list[int], hashes: Sequence[int], distance: int) -> Iterator[tuple[int, int]]:
-    same: dict[int, int] = {}  # a flat piece is shared by many: equal hashes are joined without comparing all of them
-    different = []
-    for i in members:
-        first = same.setdefault(hashes[i], i)
-        if first == i:
-            different.append(i)
-        else:
-            yield first, i
-    if distance:
-        for i, j in combinations(different, 2):
-            if (hashes[i] ^ hashes[j]).bit_count() <= distance:
-                yield i, j
+def _alike(first: Likeness, other: Likeness, distance: int) -> bool:
+    return (first.hash ^ other.hash).bit_count() <= distance and first.levels(other) <= _LEVELS
 
 
 def _facts(dataset: Dataset, hashed: bool, part: tuple[int, int, int]) -> list[Fact]:
@@ -206,34 +221,52 @@ def _facts(dataset: Dataset, hashed: bool, part: tuple[int, int, int]) -> list[F
     source = ShardSource(tar=shard.tar, quantity=info.quantity, code=info.code, shard=shard)
     needs = RoleNeeds(target="none" if info.quantity is None else "disparity")
     samples = read_samples(source, range(start, stop), needs, exact=True)
+    if info.quantity is None:
+        samples = _with_sky(samples, shard, start)
     sizes = [sum(size for _, size in entry.members.values()) for entry in shard.index.samples[start:stop]]
     name = f"{SHARDS_NAME}/{shard.stem}.tar"
     return [_fact(sample, name, size, info.quantity, hashed) for sample, size in zip(samples, sizes, strict=True)]
+
+
+def _with_sky(samples: Sequence[Sample], shard: Shard, start: int) -> list[Sample]:
+    """Unlabelled samples, the first being the shard's `start`-th, with the sky masks that reading left out."""
+    entries = shard.index.samples[start : start + len(samples)]
+    masked = [
+        entry
+        for entry, sample in zip(entries, samples, strict=True)
+        if not sample.problem and any(name.lower() == "sky.png" for name in entry.members)
+    ]
+    found = read_members(shard.tar, masked, {"sky.png"})
+    for entry in masked:
+        found.setdefault(entry.key, {})
+    return [
+        sample
+        if sample.key not in found
+        else replace(sample, sky=found[sample.key]["sky.png"])
+        if found[sample.key]
+        else replace(sample, problem="unreadable_member")
+        for sample in samples
+    ]
 
 
 def _fact(sample: Sample, shard: str, size: int, quantity: Quantity | None, hashed: bool) -> Fact:
     bad = partial(Fact, sample.key, shard, size)
     if sample.problem:
         return bad(sample.problem)
-    header = look(sample if sample.code else Sample(key=sample.key, image=sample.image), sidecar=False)
+    header = look(sample, sidecar=False)
     if isinstance(header, str):
         return bad(header)
     size_hw = (header.height, header.width)
-    try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            if hashed:
-                image.draft("L", (4 * _SIDE, 4 * _SIDE))  # of a JPEG an eighth of the size: every byte is read still
-            image.load()
-            bits = difference_hash(image) if hashed else None
-    except Exception:  # noqa: BLE001  Pillow's plug-ins raise whatever they like on damaged files
+    likeness = _likeness(sample.image) if hashed else None
+    if (likeness is None or is_png(sample.image)) and not decodes(sample.image):
         return bad("bad_image", size_hw=size_hw)
+    if sample.sky is not None and not mask_decodes(sample.sky):
+        return bad("bad_target", size_hw=size_hw)
     if sample.target is None:
-        return Fact(sample.key, shard, size, size_hw=size_hw, hash=bits)
+        return Fact(sample.key, shard, size, size_hw=size_hw, likeness=likeness)
     assert quantity is not None
     try:
-        value_HW = (
-            codec.decode_png16(sample.target, sample.code) if sample.code else codec.decode_npy(sample.target, quantity)
-        )
+        value_HW = _map(sample.target, sample.code, quantity)
     except DataError:
         return bad("bad_target", size_hw=size_hw)
     if value_HW.shape != size_hw:
@@ -241,7 +274,29 @@ def _fact(sample: Sample, shard: str, size: int, quantity: Quantity | None, hash
     value, valid = _values(value_HW)
     if value is None and sample.sky is None:
         return bad("no_valid_pixels", size_hw=size_hw)
-    return Fact(sample.key, shard, size, size_hw=size_hw, value=value, valid=valid, hash=bits)
+    return Fact(sample.key, shard, size, size_hw=size_hw, value=value, valid=valid, likeness=likeness)
+
+
+def _likeness(image: bytes) -> Likeness | None:
+    """None when Pillow cannot decode all of it."""
+    try:
+        with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
+            picture.draft("RGB", (4 * _THUMBNAIL, 4 * _THUMBNAIL))  # of a JPEG less: every byte is read still
+            picture.load()
+            return Likeness.of(picture)
+    except Exception:  # noqa: BLE001  Pillow's plug-ins raise whatever they like on damaged files
+        return None
+
+
+def _map(target: bytes, code: AffineCode | None, quantity: Quantity) -> npt.NDArray[np.float32]:
+    """A target as it was packed, [H, W] in `quantity`. DataError when the stream could not decode it."""
+    if code is None:
+        return codec.decode_npy(target, quantity)
+    try:
+        decode_codes(target)  # which a PNG without its end fails and Pillow passes
+    except Exception as error:  # besides its own, it raises what Pillow and two libraries of zlib do
+        raise DataError(f"unreadable PNG ({error})") from error
+    return codec.decode_png16(target, code)
 
 
 def _values(value_HW: npt.NDArray[np.float32]) -> tuple[tuple[float, float, float] | None, float]:
@@ -280,6 +335,6 @@ def _report(dataset: Dataset, facts: list[Fact], distance: int | None) -> CheckR
 
 
 def _duplicates(good: list[Fact], distance: int) -> list[list[BadSample]]:
-    hashed = [fact for fact in good if fact.hash is not None]
-    groups = group_duplicates([fact.hash for fact in hashed if fact.hash is not None], distance)
-    return [[BadSample(hashed[i].key, hashed[i].shard, "duplicate") for i in group] for group in groups]
+    seen = [(fact, fact.likeness) for fact in good if fact.likeness is not None]
+    groups = group_duplicates([likeness for _, likeness in seen], distance)
+    return [[BadSample(seen[i][0].key, seen[i][0].shard, "duplicate") for i in group] for group in groups]

@@ -30,6 +30,7 @@ HALF_PRECISION_RANGE = 64  # max / min up to which a linear 16-bit code is nowhe
 _MAX_CODE = 65535
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _FILTER_NONE, _FILTER_UP = 0, 2  # of PNG (ISO/IEC 15948, section 9)
+MIN_SCALE = float(np.finfo(np.float32).tiny)  # below, 1 / depth is infinite in float32
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -174,8 +175,8 @@ def code_of(meta: Mapping[str, Any], default: AffineCode | None) -> AffineCode |
         shift=float(found.get("shift", base.shift)),
         zero=int(found.get("zero", base.zero)),
     )
-    if not code.scale > 0:
-        raise DataError(f"scale is {code.scale!r}: a number above 0 is needed")
+    if not code.scale >= MIN_SCALE:
+        raise DataError(f"scale is {code.scale!r}: a number above 0, at least {MIN_SCALE}, is needed")
     if code.scale * (_MAX_CODE + abs(code.zero)) + abs(code.shift) > _MAX_FLOAT32:
         raise DataError(f"scale {code.scale!r}, shift {code.shift!r}, zero {code.zero!r}: too large for float32")
     return code

@@ -68,7 +68,15 @@ class DaliBatch:
     """Decodes batches of exactly `batch` rows to `size` x `size` pixels on `device`; only the `views` asked for."""
 
     def __init__(
-        self, batch: int, size: int, *, views: Sequence[str], targets: bool, device: torch.device | str, threads: int
+        self,
+        batch: int,
+        size: int,
+        *,
+        views: Sequence[str],
+        targets: bool,
+        device: torch.device | str,
+        threads: int,
+        pinned: bool = True,
     ) -> None:
         unknown = set(views) - set(VIEWS)
         if unknown:
@@ -76,9 +84,9 @@ class DaliBatch:
         self._batch, self._size, self._threads = batch, size, threads
         self._views = tuple(view for view in VIEWS if view in views)
         self._device = torch.device(device)
-        self._maps = MapDecoder(size, threads, pinned=self._device.type == "cuda") if targets else None
+        self._maps = MapDecoder(size, threads, pinned=pinned and self._device.type == "cuda") if targets else None
         self._pipelines: dict[int, Any] = {}  # as many as batches are under way at once; built when needed
-        self._probe: Any = None
+        self._probe = Probe(self._device)
         self._started: deque[tuple[Sequence[Row | None], Started | None, int]] = deque()
         self.rebuilds = 0
 
@@ -114,11 +122,18 @@ class DaliBatch:
         except RuntimeError:
             del self._pipelines[turn]
             self.rebuilds += 1
-            bad = [i for i, row in enumerate(rows) if row is not None and not self._decodes(row.image)]
+            bad = [i for i, row in enumerate(rows) if row is not None and not self._probe.decodes(row.image)]
             if not bad:
                 raise
         self._schedule(turn, [None if i in bad else row for i, row in enumerate(rows)])
         return self._take(turn), dict.fromkeys(bad, "bad_image")
+
+    def close(self) -> None:
+        """Let go of pipelines and threads; what is under way is lost."""
+        self._started.clear()
+        self._pipelines.clear()
+        if self._maps is not None:
+            self._maps.close()
 
     def _schedule(self, turn: int, rows: Sequence[Row | None]) -> None:
         if turn not in self._pipelines:
@@ -132,6 +147,8 @@ class DaliBatch:
         tensors = [torch.from_dlpack(output.as_tensor()) for output in self._pipelines[turn].outputs()]
         if self._device.type == "cuda":  # there a batch outlives the run on another stream, which DALI cannot know
             tensors = [tensor.clone() for tensor in tensors]
+            # DALI gives its buffers to the other pipeline as soon as they are let go of here
+            torch.cuda.current_stream(self._device).synchronize()
         views = dict(zip(self._views, tensors, strict=True))
         if "student" in views:
             _clip(views["student"])
@@ -174,17 +191,26 @@ class DaliBatch:
             inputs["blur_window"] = [np.array(_blur_window(draw.blur_sigma), np.int32) for draw in draws]
         return inputs
 
-    def _decodes(self, image: bytes) -> bool:
-        if self._probe is None:
+
+class Probe:
+    """Tells of one image at a time whether DALI decodes it, on `device`."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._pipeline: Any = None  # built when needed, and anew behind an image that ended it
+
+    def decodes(self, image: bytes) -> bool:
+        """Whether an encoded image becomes pixels; never raises for a damaged one."""
+        if self._pipeline is None:
             gpu = self._device.type == "cuda"
             device_id = (self._device.index or 0) if gpu else None
-            self._probe = _define_probe(gpu, batch_size=1, num_threads=1, device_id=device_id)
-            self._probe.build()
+            self._pipeline = _define_probe(gpu, batch_size=1, num_threads=1, device_id=device_id)
+            self._pipeline.build()
         try:
-            self._probe.feed_input("image", _bytes([image]))
-            self._probe.run()
+            self._pipeline.feed_input("image", _bytes([image]))
+            self._pipeline.run()
         except RuntimeError:
-            self._probe = None
+            self._pipeline = None
             return False
         return True
 

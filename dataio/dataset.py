@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal, cast, get_args
 
 from cluster import storage
+from dataio.codec import MIN_SCALE
 from dataio.index import SampleEntry, ShardIndex, read_member
 from dataio.quarantine import read_quarantine
 from dataio.spec import DataError
@@ -99,7 +100,7 @@ class Dataset:
     def open(cls, path: str) -> Dataset:
         """Open a folder or URL; reads every index file once, and rebuilds the stale ones.
 
-        DataError, in one line with the remedy: no folder, no or wrong `dataset.json`, no shards, a shard cut or empty,
+        DataError, in one line with the remedy: no folder, no or wrong `dataset.json`, no shards, a shard cut,
         or another number of samples than stated.
         """
         info = DatasetInfo.read(path)
@@ -207,8 +208,8 @@ def _check_code(path: str, code: object, needed: bool) -> None:
         kind = int if key == "zero" else int | float
         if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(cast("float", value)):
             raise DataError(f"{path}: code.{key} is {value!r}: a number is needed")
-    if not code["scale"] > 0:
-        raise DataError(f"{path}: code.scale is {code['scale']!r}: a number above 0 is needed")
+    if not code["scale"] >= MIN_SCALE:
+        raise DataError(f"{path}: code.scale is {code['scale']!r}: a number above 0, at least {MIN_SCALE}, is needed")
 
 
 def _one_of(path: str, key: str, value: object, allowed: tuple[object, ...]) -> None:

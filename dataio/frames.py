@@ -60,8 +60,7 @@ def read_frames(dataset: Dataset, shard: Shard, sizer: Sizer) -> Iterator[Frame]
 
 def make_frame(index: int, sample: Sample, sizer: Sizer) -> Frame:
     """Look at the headers only; a problem is one of `dataio.quarantine.REASONS`."""
-    # a float map tells its size only when it is read
-    found = sample.problem or look(sample if sample.code else replace(sample, target=None), sidecar=False)
+    found = sample.problem or look(sample, sidecar=False)
     if isinstance(found, str):
         return Frame(index=index, sample=sample, problem=found)
     size_hw = (found.height, found.width)

@@ -85,7 +85,10 @@ class ShardIndex:
     @property
     def end(self) -> int:
         """The offset behind the last sample's data and their padding: where the end-of-archive blocks begin."""
-        _, offset, size = _parse(_lines(self.text)[-1])[-1]
+        lines = _lines(self.text)
+        if not lines:  # a shard without samples
+            return 0
+        _, offset, size = _parse(lines[-1])[-1]
         return _padded(offset + size)
 
     @property
@@ -95,7 +98,7 @@ class ShardIndex:
 
     @classmethod
     def build(cls, tar: str) -> ShardIndex:
-        """Scan the headers of `tar` (path or URL). DataError when it is cut, empty or unfit for an index."""
+        """Scan the headers of `tar` (path or URL). DataError when it is cut or unfit for an index."""
         return cls(_render(tar, _group(tar, _scan(tar))))
 
     @classmethod
@@ -104,7 +107,7 @@ class ShardIndex:
 
         A rebuilt index is written back when the folder can be written and `write` is set. Of a tar that was cut, an
         index made before tells what it should hold: it is kept, and reading finds the samples behind the cut bad.
-        Raises DataError when the tar is missing, cut and without such an index, empty or unfit for an index.
+        Raises DataError when the tar is missing, cut and without such an index, or unfit for an index.
         """
         if not storage.exists(tar):
             raise DataError(f"{tar}: missing: restore it, or pack the dataset again")
@@ -208,8 +211,9 @@ def _group(tar: str, members: Iterable[Member]) -> list[list[Member]]:
     """
     groups: list[list[Member]] = []
     extensions: set[str] = set()
-    last = None
+    last = other = None
     for name, offset, size in members:
+        other = name
         parts = split_name(name)
         if parts is None:
             continue
@@ -221,8 +225,8 @@ def _group(tar: str, members: Iterable[Member]) -> list[list[Member]]:
             groups.append([])
         extensions.add(extension)
         groups[-1].append((name, offset, size))
-    if not groups:
-        raise DataError(f"{tar}: holds no samples: delete it, or pack the dataset again")
+    if other is not None and not groups:
+        raise DataError(f"{tar}: holds no samples, but {other!r}: delete it, or pack the dataset again")
     return groups
 
 

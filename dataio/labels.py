@@ -176,8 +176,6 @@ class LabelStore:
                     if failure is not None:
                         failures.setdefault(failure, []).append(key)
                     tar.write({"__key__": key, **members})
-            if not keys:
-                raise DataError(f"{self.tar(stem)}: no samples to label: the source shard is empty")
             file.flush()
             _verify(self.tar(stem), file, hashed.digest())
         index = ShardIndex.build(self.tar(stem))

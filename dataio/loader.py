@@ -5,6 +5,7 @@ Its whole state is the `cursor` of the last batch used, one counter per role; pr
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections import deque
@@ -17,7 +18,7 @@ import torch
 from dataio.assemble import BatchBuilder, Prepared
 from dataio.cache import Opener, ShardCache
 from dataio.dali_batch import AHEAD, VIEWS
-from dataio.plan import PLAN_VERSION
+from dataio.plan import PLAN_VERSION, skipped_batches
 from dataio.quarantine import Quarantine
 from dataio.spec import DataError, DataSpec, RoleNeeds
 from dataio.stream import RoleStream
@@ -25,6 +26,7 @@ from dataio.types import Batch
 
 _PATCH = 14  # pixels of a ViT patch: the networks take no other multiples
 _POLL_S = 0.1
+_number_of_threads = threading.Lock()
 
 
 class Loader:
@@ -59,7 +61,7 @@ class Loader:
             for role in sorted(needs)
         ]
         self._seed, self._device = seed, torch.device(device)
-        self._skip = _batches(data)
+        self._skip = skipped_batches(data)
         self._cursor = _start(self._streams, cursor or {})
         self.quarantine = quarantine or Quarantine(None, data.max_bad_fraction)
         self._builder = BatchBuilder(
@@ -75,13 +77,19 @@ class Loader:
         roles = {stream.role: dict(stream.describe()) for stream in self._streams}
         return {"plan_version": PLAN_VERSION, "seed": self._seed, "roles": roles}
 
-    def read_counts(self) -> dict[str, int]:
-        """What was read so far, prefetched batches included: bytes, cache_hits, cache_misses."""
-        return self._opener.counts()
+    def seek(self, cursor: Mapping[str, int]) -> None:
+        """Continue after so many samples per role. Before the first batch only; DataError for no state of this plan."""
+        if self._thread is not None:
+            raise RuntimeError("the loader has started")
+        self._cursor = _start(self._streams, cursor)
 
     def samples(self, role: str) -> int:
         """How many samples one pass over the role has, on all ranks together."""
         return next(stream.plan.samples for stream in self._streams if stream.role == role)
+
+    def read_counts(self) -> dict[str, int]:
+        """What was read so far, prefetched batches included: bytes, cache_hits, cache_misses."""
+        return self._opener.counts()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -94,6 +102,8 @@ class Loader:
         if self._thread is None:
             self._thread = threading.Thread(target=self._produce, name="fathom-loader", daemon=True)
             self._thread.start()
+            # a thread that the interpreter's end meets inside DALI takes the process down
+            atexit.register(self.close)
         item = self._take()
         if isinstance(item, BaseException):
             self._failure = item
@@ -103,9 +113,11 @@ class Loader:
     def close(self) -> None:
         """Stop and join the thread, dropping what it prepared. May be called again."""
         self._stop.set()
+        atexit.unregister(self.close)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
             self._thread = None
+        self._builder.close()
         while not self._ready.empty():
             self._ready.get_nowait()
 
@@ -174,12 +186,13 @@ def _one_torch_thread() -> None:
 
     Its OpenMP threads wait for work by spinning: beside a busy network that costs far more than they save here.
     """
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # that also became the number of all threads to come, which another one takes back
-    other = threading.Thread(target=torch.set_num_threads, args=(count,))
-    other.start()
-    other.join()
+    with _number_of_threads:
+        count = torch.get_num_threads()
+        torch.set_num_threads(1)
+        # that also became the number of all threads to come, which another one takes back
+        other = threading.Thread(target=torch.set_num_threads, args=(count,))
+        other.start()
+        other.join()
 
 
 def _check(data: DataSpec, needs: Mapping[str, RoleNeeds], views: tuple[str, ...]) -> None:
@@ -200,15 +213,6 @@ def _check(data: DataSpec, needs: Mapping[str, RoleNeeds], views: tuple[str, ...
             raise DataError(f"data.{name} is {getattr(data, name)}: it must be at least 1")
     if not 0 <= data.max_bad_fraction <= 1:
         raise DataError(f"data.max_bad_fraction is {data.max_bad_fraction}: it must be between 0 and 1")
-
-
-def _batches(data: DataSpec) -> list[tuple[int, int]]:
-    """The stretches to pass over, in whole global batches that hold them. DataError for a stretch that is none."""
-    size = sum(role.batch for role in data.roles.values())
-    for start, stop in data.skip_samples:
-        if not 0 <= start < stop:
-            raise DataError(f"data.skip_samples: {start}:{stop} is no stretch of samples: FROM must be below TO")
-    return sorted((start // size, -(-stop // size)) for start, stop in data.skip_samples)
 
 
 def behind_skipped(

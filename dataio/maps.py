@@ -19,6 +19,7 @@ from isal import isal_zlib
 from PIL import Image
 
 from dataio.draws import Geometry
+from dataio.header import MAX_PIXELS
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER_END = 33  # signature, then IHDR with its length, name and checksum
@@ -46,10 +47,16 @@ class Started:
     _rows: Sequence[Future[None] | None]
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
-        """uint16 codes and uint8 sky masks [B, H, W], 0 where a row has none; and the rows that did not decode."""
+        """uint16 codes and uint8 sky masks [B, H, W], 0 where a row has none; and the rows that did not decode.
+
+        Raises MemoryError, which no row is to blame for.
+        """
         bad = []
         for i, row in enumerate(self._rows):
-            if row is not None and row.exception() is not None:
+            error = None if row is None else row.exception()
+            if error is not None:
+                if isinstance(error, MemoryError):
+                    raise error
                 bad.append(i)
                 self._code_BHW[i].zero_()
                 if self._sky_BHW is not None:
@@ -76,6 +83,10 @@ class MapDecoder:
             for i, row in enumerate(rows)
         ]
         return Started(code_BHW, sky_BHW, work)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
 
     def _decode(self, i: int, row: Maps, code_BHW: torch.Tensor, sky_BHW: torch.Tensor | None) -> None:
         if row.target is not None:
@@ -112,6 +123,8 @@ def _decode_plain(png: bytes) -> Codes | None:
     if png[:8] != _SIGNATURE or png[24:29] != _GREY_16:
         return None
     width, height = struct.unpack(">II", png[16:24])
+    if width * height > MAX_PIXELS:  # the header that Pillow read before may have been another
+        raise ValueError(f"{width} x {height} pixels")
     expected = height * (1 + 2 * width)
     inflate = isal_zlib.decompressobj()
     data = inflate.decompress(b"".join(_image_data(png)), expected + 1)

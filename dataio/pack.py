@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cluster import storage
@@ -37,12 +38,13 @@ def pack(
 
     `sky` names a function that finds the sky where the layout has no mask: `dataio.importers.base.sky_finder`.
 
-    What cannot be used is skipped and named in the report, among others: unreadable_image, missing_image,
+    What cannot be used is skipped and named in the report, among others: unreadable_image, too_large, missing_image,
     unknown_image_format, unreadable_depth, missing_depth, depth_not_16_bit, depth_size_differs, no_valid_depth,
     unusable_sky, rotated_by_exif (labelled only).
     The same call resumes; other arguments or other files are refused unless `restart` deletes what is there. Shards do
     not depend on `workers`.
-    Raises DataError (nothing to pack, two samples with one key, nothing usable) and StorageError (no space).
+    Raises DataError (nothing to pack, two samples with one key, nothing usable, `out` in the source or around it) and
+    StorageError (no space).
     """
     if not name:
         raise DataError("name is empty: give the dataset a name")
@@ -50,6 +52,7 @@ def pack(
         raise DataError(f"shard_bytes is {shard_bytes}: it must be at least 1")
     if sky is not None:
         sky_finder(sky)
+    _check_apart(importer.root, out)
     entries = list(importer.entries())
     if not entries:
         raise DataError(f"{importer.root}: nothing in it that the layout {importer.name!r} knows: check the path")
@@ -78,6 +81,22 @@ def pack(
     )
     items = in_processes(partial(make_item, importer, sky), todo, workers, _CHUNK)
     return packing.run(items, len(entries), info, {"shard_bytes": shard_bytes}, progress)
+
+
+def _check_apart(source: Path, out: str) -> None:
+    """DataError when one holds the other: packing again would take what was packed for photographs."""
+    if storage.is_url(out):
+        return
+    inside, outside = source.resolve(), Path(out.removeprefix("file://")).resolve()
+    if inside == outside:
+        where = "is the source itself"
+    elif inside in outside.parents:
+        where = f"lies inside the source, {source}"
+    elif outside in inside.parents:
+        where = f"holds the source, {source}"
+    else:
+        return
+    raise DataError(f"{out}: the output {where}: choose a folder apart from it")
 
 
 def _check_keys(importer: Importer, entries: list[Entry]) -> None:

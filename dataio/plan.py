@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataio.draws import raw_words
-from dataio.spec import DataError
+from dataio.spec import DataError, DataSpec
 
 T = TypeVar("T")
 
@@ -66,8 +66,7 @@ class RolePlan:
         self.samples = int(self._sizes.sum())
         if not self.samples:
             raise DataError(f"role {role!r} has no samples: its datasets are empty")
-        longest = -(-self.samples // lanes)
-        self._batches = -(-longest // self.share)  # of a pass
+        self._batches = pass_batches(self.samples, batch, lanes)
         self._passes: Recent[tuple[NDArray[np.int64], NDArray[np.int64]]] = Recent(2)  # lanes leave a pass together
         self._windows: Recent[NDArray[np.int64]] = Recent(lanes + 2)  # each lane is in a window of its own
 
@@ -163,6 +162,12 @@ class RolePlan:
         return np.argsort(words, kind="stable")
 
 
+def pass_batches(samples: int, batch: int, lanes: int) -> int:
+    """How many global batches show every sample once, the last and partial one included."""
+    longest_lane = -(-samples // lanes)
+    return -(-longest_lane // (batch // lanes))
+
+
 def check_lanes(role: str, batch: int, lanes: int, per_lane: int = 1) -> None:
     """DataError, naming the lane counts that would do, unless `lanes` divides `batch` into >= `per_lane` samples."""
     if batch < 1:
@@ -188,6 +193,15 @@ def lanes_of(role: str, lanes: int, rank: int, world_size: int) -> range:
             f"set data.roles.{role}.lanes to at least {world_size}, or run fewer ranks"
         )
     return range(rank, lanes, world_size)
+
+
+def skipped_batches(data: DataSpec) -> list[tuple[int, int]]:
+    """The stretches to pass over, in whole global batches that hold them. DataError for a stretch that is none."""
+    size = sum(role.batch for role in data.roles.values())
+    for start, stop in data.skip_samples:
+        if not 0 <= start < stop:
+            raise DataError(f"data.skip_samples: {start}:{stop} is no stretch of samples: FROM must be below TO")
+    return sorted((start // size, -(-stop // size)) for start, stop in data.skip_samples)
 
 
 class Recent(Generic[T]):

@@ -22,8 +22,9 @@ REASONS = {
     "missing_image": "the sample has no jpg, png or webp",
     "missing_target": "the sample has no depth, or its label failed",
     "no_valid_pixels": "no pixel of the crop has a depth",
+    "rotated_by_exif": "EXIF turns the image, and nobody turns its depth",
     "size_mismatch": "depth and image differ in size",
-    "too_large": "the image has more pixels than any photograph",
+    "too_large": "the image has over 100 megapixels, or one side over 10,000 times the other",
     "unsafe_name": "the member's name leads out of the shard",
     "unreadable_member": "the shard is cut or damaged where the sample lies; copy it again",
 }

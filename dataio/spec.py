@@ -88,8 +88,9 @@ class DataSpec:
     input_size: Annotated[int, Field(gt=0, multiple_of=14)] = 518  # pixels, square crop, a multiple of the patch size
     shuffle_window: Count = 512  # samples shuffled together; also what a resume may have to re-read
     max_bad_fraction: Fraction = 0.01  # of the samples seen so far; past it the run stops
-    threads: Count = 1  # DALI's decoding threads per rank
-    prefetch: Count = 2  # batches prepared ahead per rank
+    threads: Count = 1  # of DALI, for each of the two batches that it works on; as many for targets; per rank
+    prefetch: Count = 2  # finished batches that wait for the trainer, per rank; three more are under way
+    pin_memory: bool = True  # targets on their way to a GPU, which then copies them without waiting
     cache: str | None = None  # local folder for copies of shards that lie behind URLs
     cache_bytes: Count = 100 << 30  # of all copies together
     # Stretches [from, to) of the run's samples, counted over all roles in the order of the plan, that are passed over.

@@ -131,7 +131,9 @@ def layouts() -> int:
 def check(
     dataset: Annotated[str, typer.Argument(help="Folder or URL of a dataset.")],
     duplicates: Annotated[bool, typer.Option("--duplicates", help="Look for pictures that are there twice.")] = False,
-    distance: Annotated[int, typer.Option(min=0, max=16, help="Bits of 64 that duplicates' hashes may differ in.")] = 2,
+    distance: Annotated[
+        int, typer.Option(min=0, max=16, help="Bits of 128 that duplicates' hashes may differ in.")
+    ] = 2,
     checksums: Annotated[bool, typer.Option("--checksums", help="Compare the shards with SHA256SUMS.")] = False,
     quarantine: Annotated[
         bool,

@@ -58,7 +58,13 @@ def train(
 
     notice = "finishing the step and writing a checkpoint; Ctrl-C again ends at once"
     with StopFlag(notice=notice) as stop, Progress(settings.name, settings.steps, "steps") as bar:
-        outcome = run(settings, resume=resume, on_progress=show_step(bar), stop=stop)
+        outcome = run(
+            settings,
+            resume=resume,
+            on_progress=show_step(bar),
+            stop=stop,
+            say=lambda line: typer.echo(line, err=True),
+        )
     if outcome.quarantined:
         typer.echo(
             f"skipped {outcome.quarantined} bad samples; {outcome.folder}/quarantine.*.jsonl names them", err=True

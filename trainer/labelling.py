@@ -100,9 +100,7 @@ def describe(config: LabelConfig, dataset: Dataset) -> dict[str, Any]:
     """
     from model import DepthAnything
 
-    teacher = DepthAnything.from_pretrained(
-        config.weights, preset=config.preset, position_mode=config.position_mode
-    )
+    teacher = DepthAnything.from_pretrained(config.weights, preset=config.preset, position_mode=config.position_mode)
     if teacher.preset.head == "metric":
         raise ConfigError(
             f"weights: {config.weights} predicts metres; pseudo-labels are disparities, name a relative network"

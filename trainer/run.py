@@ -22,6 +22,7 @@ from cluster.progress import Progress
 from cluster.stop import StopFlag
 from dataio.dataset import Dataset
 from dataio.labels import LabelStore
+from dataio.plan import pass_batches, skipped_batches
 from dataio.spec import DataError
 from trainer.checkpoint import CheckpointError, find_checkpoint
 from trainer.config import ConfigError, TrainConfig, dump_config, parse_config, read_config
@@ -43,7 +44,9 @@ FIXED = ("seed", "task", "model", "data")
 # What changes no result in them.
 CHANGEABLE = {
     "model": frozenset({"activation_checkpointing"}),
-    "data": frozenset({"threads", "prefetch", "max_bad_fraction", "skip_samples", "cache", "cache_bytes"}),
+    "data": frozenset(
+        {"threads", "prefetch", "pin_memory", "max_bad_fraction", "skip_samples", "cache", "cache_bytes"}
+    ),
 }
 
 
@@ -73,13 +76,16 @@ def train(
     resume: bool = False,
     on_progress: Callable[[Mapping[str, Any]], None] | None = None,
     stop: StopFlag | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> TrainOutcome:
     """Train on `config.cluster.workers` ranks of an embedded or a given Ray cluster; returns when done or stopped.
+
+    `say` gets what is worth knowing before the first step.
 
     Raises ConfigError, DataError, WeightsError or StorageError for what the user can mend; whatever a rank raised
     otherwise.
     """
-    check_inputs(config)
+    samples = check_inputs(config)
     if resume and not os.path.exists(os.path.join(config.folder, "config.yaml")):
         raise ConfigError(f"{config.folder}: no run to resume; start it without --resume")
     with locked_folder(config.folder, "this run"):
@@ -90,7 +96,10 @@ def train(
         done = finished_step(journal)
         if checkpoint and done is not None and done >= config.steps:
             return TrainOutcome(folder=config.folder, step=done)
-        journal.write("started", resume=checkpoint, workers=config.cluster.workers)
+        facts = order_facts(config, samples)
+        journal.write("started", resume=checkpoint, workers=config.cluster.workers, **facts)
+        if say and (lines := order_lines(facts)):
+            say("\n".join(lines))
         try:
             outcome = run_ranks(config, checkpoint, on_progress, stop or StopFlag())
         except BaseException as error:
@@ -156,14 +165,16 @@ def forget_ranks(folder: str) -> None:
     shutil.rmtree(os.path.join(folder, TELEMETRY), ignore_errors=True)
 
 
-def check_inputs(config: TrainConfig) -> None:
-    """Everything that can be known to be wrong before a worker starts, cheapest first."""
+def check_inputs(config: TrainConfig) -> dict[str, int]:
+    """Everything that can be known to be wrong before a worker starts, cheapest first. Returns each role's samples."""
     from trainer.tasks.base import make_task
 
     task = make_task(config)
+    samples = dict.fromkeys(config.data.roles, 0)
     for role, spec in config.data.roles.items():
         for index, path in enumerate(spec.datasets):
             dataset = Dataset.open(path)
+            samples[role] += dataset.info.samples
             check_cut(dataset, config.data.max_bad_fraction)
             if spec.labels:
                 check_labels(role, spec.labels[index], dataset)
@@ -174,6 +185,33 @@ def check_inputs(config: TrainConfig) -> None:
     for name, file in task.files.items():
         if not storage.exists(file):
             raise ConfigError(f"{name}: {file}: no such file or folder")
+    return samples
+
+
+def order_facts(config: TrainConfig, samples: Mapping[str, int]) -> dict[str, Any]:
+    """How long a pass over each role is, and what of the order is passed over: `passes` and `passed_over`."""
+    roles = config.data.roles
+    passes = {
+        role: {"samples": samples[role], "steps": pass_batches(samples[role], spec.batch, spec.lanes)}
+        for role, spec in roles.items()
+        if not spec.weights and not spec.batch % spec.lanes
+    }
+    size = sum(spec.batch for spec in roles.values())
+    passed_over = [
+        {"steps": [first, stop], "samples": [first * size, stop * size]} for first, stop in skipped_batches(config.data)
+    ]
+    return {"passes": passes, "passed_over": passed_over}
+
+
+def order_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`order_facts` for people."""
+    lines = [
+        f"{role}: {one['samples']} samples, a pass is {one['steps']} steps" for role, one in facts["passes"].items()
+    ]
+    for stretch in facts["passed_over"]:
+        (first, stop), (start, end) = stretch["steps"], stretch["samples"]
+        lines.append(f"passes over {stop - first} global batches, samples {start}:{end} of the order")
+    return lines
 
 
 def check_cut(dataset: Dataset, max_bad_fraction: float) -> None:

@@ -127,15 +127,17 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             rank=context.rank,
             world_size=context.world_size,
             device=str(device),
-            cursor=dict(checkpoint.state.cursor) if checkpoint else None,
             quarantine=quarantine,
         )
         if checkpoint and dict(checkpoint.state.data) != loader.describe():
             loader.close()
+            field, was, found = first_difference("data", dict(checkpoint.state.data), loader.describe())
             raise CheckpointError(
-                f"{checkpoint.path}: was made with other data (its shards, labels or their order changed); "
-                "start a new run from its weights with model.weights"
+                f"{checkpoint.path}: was made with other data (its shards, labels or their order changed): {field} was "
+                f"{was!r} and is {found!r}; restore what it was, or start a new run from its weights with model.weights"
             )
+        if checkpoint:
+            loader.seek(checkpoint.state.cursor)
         return loader
 
     def _check_network(self, checkpoint: Checkpoint, module: nn.Module) -> None:

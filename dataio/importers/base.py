@@ -22,16 +22,17 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dataio.codec import DEPTH_MM, encode_map, has_values, read_png16
+from dataio import header
+from dataio.codec import DEPTH_MM, encode_map, has_values
 from dataio.shards import Item
 from dataio.spec import DataError
-from dataio.types import AffineCode, Quantity
+from dataio.types import AffineCode, Quantity, Sample
 
 IMAGE_EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
-_ORIENTATION = 0x0112  # the EXIF tag
+_UNUSABLE = {"bad_image": "unreadable_image"}  # reasons of the stream that have another name in a report
 
 Map = npt.NDArray[np.float32]
 SkyFinder = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.bool_]]
@@ -154,16 +155,24 @@ def as_key(path: str) -> str:
 
 
 def look(data: bytes) -> tuple[tuple[int, int] | None, bool]:
-    """((width, height), whether EXIF rotates it) after decoding all of an image; (None, False) when that fails."""
+    """((width, height) as displayed, whether EXIF turns it) of an image that a stream takes; else (None, False).
+
+    All of it is decoded.
+    """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            size, rotated = image.size, image.getexif().get(_ORIENTATION, 1) not in (0, 1)
-            if isinstance(image, ImageFile.ImageFile):
-                image.draft("RGB", (1, 1))  # JPEG: an eighth of the size, yet every byte is read
-            image.load()
-            return size, rotated
-    except Exception:  # noqa: BLE001  (Pillow's plug-ins raise whatever they like on damaged files)
+        return _look(data)
+    except BadItem:
         return None, False
+
+
+def _look(data: bytes) -> tuple[tuple[int, int], bool]:
+    """As `look`; BadItem unreadable_image (or of another format, whatever its name), too_large."""
+    found = header.look(Sample(key="", image=data), sidecar=False)
+    if isinstance(found, str):
+        raise BadItem(_UNUSABLE.get(found, found))
+    if not header.decodes(data):
+        raise BadItem("unreadable_image")
+    return (found.width, found.height), header.is_turned(data)
 
 
 def png_of(image_HWC: npt.NDArray[np.uint8]) -> bytes:
@@ -178,20 +187,18 @@ def make_item(importer: Importer, sky: str | None, entry: Entry) -> Item:
     try:
         members = _members(importer.read(entry), importer)
         if sky is not None and "sky.png" not in members:
-            members["sky.png"] = _found_sky(members, sky)
+            members["sky.png"] = _found_sky(members, sky, entry.name)
     except BadItem as bad:
         return Item(name=entry.name, problem=bad.reason)
     return Item(name=entry.name, key=entry.key, members=members)
 
 
 def _members(found: Found, importer: Importer) -> dict[str, bytes]:
-    size, rotated = look(found.image)
-    if size is None:
-        raise BadItem("unreadable_image")
+    size, turned = _look(found.image)
     members = {found.extension: found.image}
     meta = dict(found.meta)
     if importer.labelled:
-        if rotated:  # decoders turn such a picture, and nobody turns its depth map
+        if turned:  # decoders turn such a picture, and nobody turns its depth map
             raise BadItem("rotated_by_exif")
         meta |= _add_target(members, found, importer, size)
     _add_sky(members, found, size)
@@ -217,15 +224,25 @@ def sky_finder(name: str) -> SkyFinder:
     return cast("SkyFinder", found)
 
 
-def _found_sky(members: Mapping[str, bytes], name: str) -> bytes:
+def _found_sky(members: Mapping[str, bytes], name: str, photograph: str) -> bytes:
+    """The mask of the image as displayed, which is how streams show it. DataError when the function fails."""
     data = next(members[extension] for extension in IMAGE_EXTENSIONS.values() if extension in members)
-    with Image.open(io.BytesIO(data)) as image:
-        image_HWC = np.asarray(image.convert("RGB"))
-    sky_HW = np.asarray(sky_finder(name)(image_HWC))
+    try:
+        image_HWC = header.displayed(data)
+    except Exception as error:  # of a PNG that DALI takes and Pillow does not
+        raise BadItem("unreadable_image") from error
+    finder = sky_finder(name)
+    try:
+        sky_HW = np.asarray(finder(image_HWC))
+    except Exception as error:
+        raise DataError(
+            f"{photograph}: {name} failed with {type(error).__name__}: {error}; mend the function, or leave this "
+            "photograph out"
+        ) from error
     if sky_HW.shape != image_HWC.shape[:2] or sky_HW.dtype != np.bool_:
         raise DataError(
-            f"{name} returned {sky_HW.dtype} {sky_HW.shape} for an image of {image_HWC.shape[:2]}: a bool array of the "
-            "image's height and width is needed"
+            f"{photograph}: {name} returned {sky_HW.dtype} {sky_HW.shape} for an image of {image_HWC.shape[:2]}: a "
+            "bool array of the image's height and width is needed"
         )
     return png_of(sky_HW.astype(np.uint8) * 255)
 
@@ -234,13 +251,8 @@ def _add_target(members: dict[str, bytes], found: Found, importer: Importer, siz
     """Add the target; returns what KEY.json has to say of its code."""
     if found.coded is not None:
         png, code = found.coded
-        depth_size, _ = look(png)
-        if depth_size is None:
-            raise BadItem("unreadable_depth")
-        try:
-            valid = bool(read_png16(png).any())
-        except DataError as error:
-            raise BadItem("depth_not_16_bit") from error
+        code_HW = _codes(png)
+        depth_size, valid = code_HW.shape[::-1], bool(code_HW.any())
         extension = "depth.png"
     else:
         if found.value_HW is None:
@@ -261,10 +273,24 @@ def _add_target(members: dict[str, bytes], found: Found, importer: Importer, siz
     return {name: value for name, value in own.items() if value != common[name]}
 
 
+def _codes(png: bytes) -> npt.NDArray[np.uint16]:
+    """The codes of a depth map, [H, W], by the stream's decoder. BadItem unreadable_depth, depth_not_16_bit."""
+    from dataio.maps import decode_codes  # torch: slow, and not needed to list layouts
+
+    if header.png_size(png, "I;16") is None:
+        raise BadItem("unreadable_depth" if look(png)[0] is None else "depth_not_16_bit")
+    try:
+        return decode_codes(png)
+    except Exception as error:  # besides its own, it raises what Pillow and two libraries of zlib do
+        raise BadItem("unreadable_depth") from error
+
+
 def _add_sky(members: dict[str, bytes], found: Found, size: tuple[int, int]) -> None:
+    """Add the mask, which has the image's size as displayed. BadItem unusable_sky unless it is an 8-bit grey PNG."""
     if found.sky is None:
         return
     sky = found.sky if isinstance(found.sky, bytes) else png_of(found.sky.astype(np.uint8) * 255)
-    if look(sky)[0] != size:
+    sky_size = header.png_size(sky, "L")
+    if sky_size is None or (sky_size.width, sky_size.height) != size or not header.mask_decodes(sky):
         raise BadItem("unusable_sky")
     members["sky.png"] = sky

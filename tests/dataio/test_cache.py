@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
+import os
 import subprocess
 import threading
 from collections.abc import Mapping
@@ -213,30 +215,134 @@ def test_threads_make_one_copy(tmp_path: Path, far: str, monkeypatch: pytest.Mon
     assert found == [b"\3\3\3"] * 6 and len(made) == 1
 
 
+def test_what_is_being_copied_counts(tmp_path: Path, far: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = type(fsspec.filesystem("memory"))
+    whole, started, go = memory.cat_file, threading.Event(), threading.Event()
+
+    def slow(self: object, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        if name.endswith("3.tar"):
+            started.set()
+            assert go.wait(60)
+        return whole(self, name, start=start, end=end)
+
+    monkeypatch.setattr(memory, "cat_file", slow)
+    maker, other = (ShardCache(str(tmp_path), 4000) for _ in range(2))
+    thread = threading.Thread(target=lambda: maker.open_range(f"{far}/3.tar", 0, 1).read())
+    thread.start()
+    try:
+        assert started.wait(60)
+        assert held(tmp_path) == [3000]  # its whole size, before it has a byte
+        assert other.open_range(f"{far}/1.tar", 0, 1).read() == b"\1" and held(tmp_path) == [1000, 3000]
+        # no room, whatever would be removed: so nothing is
+        assert other.open_range(f"{far}/2.tar", 0, 1).read() == b"\2" and held(tmp_path) == [1000, 3000]
+    finally:
+        go.set()
+        thread.join()
+    assert held(tmp_path) == [1000, 3000] and unfinished(tmp_path) == []
+    assert (maker.misses, other.misses) == (1, 1)
+
+
+def unfinished(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_lower_limit_holds_from_the_opening_on_and_other_files_stay(tmp_path: Path, far: str) -> None:
+    (tmp_path / "notes.txt").write_bytes(b"x" * 5000)
+    cache = ShardCache(str(tmp_path), 10_000)
+    for size in (1, 2, 3):
+        cache.open_range(f"{far}/{size}.tar", 0, 1).read()
+    assert held(tmp_path) == [1000, 2000, 3000, 5000]
+    ShardCache(str(tmp_path), 3500)
+    assert held(tmp_path) == [3000, 5000]
+
+
+def test_a_copy_with_a_wrong_checksum_never_has_its_name(
+    tmp_path: Path, far: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named: list[object] = []
+    monkeypatch.setattr(os, "replace", lambda source, target: named.append(target))
+    with pytest.raises(StorageError, match="its SHA-256 is"):
+        ShardCache(str(tmp_path), 10_000).open_range(f"{far}/1.tar", 0, 5, "0" * 64)
+    assert named == [] and held(tmp_path) == []
+
+
+def test_a_copy_gets_its_name_while_nobody_counts(tmp_path: Path, far: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, named = os.replace, []
+
+    def counted_by_none(source: str, target: str) -> None:
+        with (tmp_path / "room.lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        named.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", counted_by_none)
+    assert ShardCache(str(tmp_path), 10_000).open_range(f"{far}/1.tar", 0, 1).read() == b"\1"
+    assert len(named) == 1
+
+
+def test_a_folder_that_cannot_be_locked_is_told_once_and_done_without(
+    tmp_path: Path, far: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "room.lock").mkdir()
+    cache = ShardCache(str(tmp_path), 10_000)
+    for size in (1, 2):
+        assert cache.open_range(f"{far}/{size}.tar", 0, 2).read() == bytes([size]) * 2
+    err = capsys.readouterr().err
+    assert err.count("warning: ") == 1 and f"{tmp_path}: " in err and "choose another data.cache" in err
+
+
+class _Stuck:
+    """A source that ends neither well nor badly."""
+
+    def __init__(self, ready: object) -> None:
+        self._ready, self._blocks = ready, [b"abc"]
+
+    def __enter__(self) -> _Stuck:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def read(self, _: int) -> bytes:
+        if not self._blocks:
+            self._ready.set()  # type: ignore[attr-defined]
+            threading.Event().wait()
+        return self._blocks.pop()
+
+
 def _hold(folder: str, ready: object, path: str) -> None:
     """In a process of its own: starts a copy that never ends."""
-    cache = ShardCache(folder, 10_000)
-
-    def stuck(*_: object) -> str:
-        (Path(folder) / ".half.tar.00000000.tmp").write_bytes(b"half")
-        ready.set()  # type: ignore[attr-defined]
-        threading.Event().wait()
-        return ""
-
-    cache._copy = stuck  # type: ignore[method-assign]
-    cache.open_range(path, 0, 1, "0" * 64)
+    storage.open_range = lambda *_: _Stuck(ready)  # type: ignore[assignment,return-value]
+    ShardCache(folder, 10).open_range(path, 0, 1, "0" * 64)
 
 
-def test_a_killed_reader_leaves_no_lock(tmp_path: Path) -> None:
-    source = tmp_path / "source.tar"
-    source.write_bytes(b"abcdef")
+def test_a_killed_reader_leaves_no_lock_and_no_file(tmp_path: Path) -> None:
+    for name in ("source", "other"):
+        (tmp_path / f"{name}.tar").write_bytes(b"abcdef")
+    source, other = (f"local://{tmp_path}/{name}.tar" for name in ("source", "other"))  # fsspec's name: URLs to us
+    sha256 = storage.sha256_file(other)
+    folder = tmp_path / "cache"
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Event()
-    url = f"local://{source}"  # fsspec's own name for this machine's files: a URL to us
-    child = spawn.Process(target=_hold, args=(str(tmp_path / "cache"), ready, url))
+    child = spawn.Process(target=_hold, args=(str(folder), ready, source))
     child.start()
-    assert ready.wait(60)
-    child.kill()
-    child.join()
-    cache = ShardCache(str(tmp_path / "cache"), 10_000)
-    assert cache.open_range(url, 1, 3, storage.sha256_file(str(source))).read() == b"bc"
+    try:
+        assert ready.wait(60)
+        # alive: its file stays, and counts, whoever opens the cache and wants room
+        cache = ShardCache(str(folder), 10)
+        assert cache.open_range(other, 1, 3, sha256).read() == b"bc"
+        assert held(folder) == [6] and len(unfinished(folder)) == 1
+    finally:
+        child.kill()
+        child.join()
+    assert cache.open_range(other, 1, 3, sha256).read() == b"bc"  # the same cache makes room
+    assert held(folder) == [6] and unfinished(folder) == []
+    assert cache.open_range(source, 1, 3, sha256).read() == b"bc"
+    assert held(folder) == [6]
+
+
+def test_what_a_killed_reader_left_goes_when_the_cache_is_opened(tmp_path: Path) -> None:
+    dead = tmp_path / f".{'0' * 32}.01234567.tmp"
+    dead.write_bytes(b"half")
+    ShardCache(str(tmp_path), 10)
+    assert unfinished(tmp_path) == []

@@ -12,10 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataio.check import CheckReport, check_dataset, difference_hash, group_duplicates, write_quarantine
+from dataio.check import (
+    HASH_BITS,
+    CheckReport,
+    Likeness,
+    check_dataset,
+    difference_hash,
+    group_duplicates,
+    write_quarantine,
+)
 from dataio.dataset import Dataset
 from dataio.frames import read_frames
+from dataio.importers.base import parse_options
+from dataio.importers.folder import Folder
 from dataio.loader import Loader
+from dataio.pack import pack
 from dataio.pack_synth import pack_synth
 from dataio.quarantine import BadSample, read_quarantine
 from dataio.spec import DataError, DataSpec, RoleNeeds, RoleSpec
@@ -99,6 +110,113 @@ def test_every_fault_is_named(tmp_path: Path) -> None:
     ]
 
 
+def encoded(image_HWC: np.ndarray, format: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(image_HWC).save(out, format, **options)
+    return out.getvalue()
+
+
+def mutations() -> dict[str, dict[str, bytes]]:
+    """Small files, whole, cut and zeroed in many places: key -> extension -> bytes."""
+    picture_HWC = smooth(3, 40, 60)
+    noise_HWC = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    files = {
+        "png": encoded(picture_HWC, "PNG"),
+        "noise-png": encoded(noise_HWC, "PNG"),
+        "grey-png": encoded(picture_HWC[..., 0], "PNG"),
+        "deep-png": encoded(picture_HWC[..., 0].astype(np.uint16) * 257, "PNG"),
+        "jpg": jpeg(picture_HWC),
+        "noise-jpg": jpeg(noise_HWC),
+        "progressive-jpg": jpeg(picture_HWC, progressive=True),
+        "webp": encoded(picture_HWC, "WEBP"),
+        "lossless-webp": encoded(noise_HWC, "WEBP", lossless=True),
+    }
+    found = {}
+    for name, data in files.items():
+        extension, size = name.rpartition("-")[2], len(data)
+        changed = {"whole": data, "first": bytes(8) + data[8:]}
+        changed |= {f"cut{cut}": data[:-cut] for cut in (1, 2, 4, 12, 13, 30, size // 4, size // 2)}
+        changed |= {
+            f"zero{start}-{stop}": data[:start] + bytes(stop - start) + data[stop:]
+            for start, stop in ((size // 2, size), (size * 3 // 4, size), (size // 2, size // 2 + 9), (size - 12, size))
+        }
+        found |= {f"{name}-{how}": {extension: mutated} for how, mutated in changed.items()}
+    return found
+
+
+def test_usable_is_what_the_stream_uses(tmp_path: Path) -> None:
+    """Of check, of the loader, and of pack, which gets the same files."""
+    files = mutations()
+    folder = write_dataset(tmp_path / "d", [files], with_depth=False)
+    shown = weights(folder)
+    used = {key for key in shown if shown[key] == {1.0}}
+    assert {f"{name}-whole" for name in ("png", "grey-png", "jpg", "webp")} <= used
+    assert {"png-cut1", "png-cut12", "jpg-cut30", "webp-cut30"} <= files.keys() - used
+    for distance in (None, 2):
+        bad = check_dataset(folder, distance=distance).bad
+        assert {sample.key for samples in bad.values() for sample in samples} == files.keys() - used, distance
+    (tmp_path / "files").mkdir()
+    for key, members in files.items():
+        for extension, data in members.items():
+            (tmp_path / "files" / f"{key}.{extension}").write_bytes(data)
+    importer = Folder(str(tmp_path / "files"), parse_options(Folder, {"role": "unlabelled"}))
+    report = pack(importer, str(tmp_path / "packed"), name="d")
+    assert report.skipped.keys() == {"unreadable_image"}
+    assert {name.rpartition(".")[0] for name in report.skipped["unreadable_image"]} == files.keys() - used
+
+
+def test_a_depth_map_without_its_end_is_bad_as_in_the_stream(tmp_path: Path) -> None:
+    whole = labelled(0)
+    files = {f"cut{cut}": {**whole, "depth.png": whole["depth.png"][:-cut]} for cut in (8, 12, 30)}
+    near = {**whole, "depth.png": whole["depth.png"][:-1]}  # which both take
+    folder = write_dataset(tmp_path / "d", [{"whole": whole, "near": near, **files}])
+    assert reasons(check_dataset(folder)) == {"bad_target": list(files)}
+    with Loader(spec(folder), {"r": RoleNeeds()}, views=("clean",), seed=1) as loader:
+        batch = next(loader)
+        batches = [batch, next(loader)]
+    shown = [(key, weight) for b in batches for key, weight in zip(b.keys, b.weight_B.tolist(), strict=True) if key]
+    assert {key for key, weight in shown if weight == 0} == files.keys() and len(shown) == 5
+
+
+def test_masks_of_unlabelled_photographs_are_looked_at(tmp_path: Path) -> None:
+    """Streams with pseudo-labels read them."""
+    mask = png(np.zeros((48, 56), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = {"jpg": jpeg(smooth(0, 48, 56))}
+    samples = {
+        "good": {**upright, "sky.png": mask},
+        "none": upright,
+        "wide": {**upright, "sky.png": png(np.zeros((56, 48), np.uint8))},
+        "colours": {**upright, "sky.png": png(np.zeros((48, 56, 3), np.uint8))},
+        "torn": {**upright, "sky.png": mask[: len(mask) // 2]},
+        "turned": {"jpg": jpeg(smooth(0, 56, 48), exif=exif), "sky.png": mask},
+        "askew": {"jpg": jpeg(smooth(0, 48, 56), exif=exif), "sky.png": mask},
+    }
+    folder = write_dataset(tmp_path / "d", [samples, {"later": samples["wide"]}], with_depth=False)
+    assert reasons(check_dataset(folder)) == {
+        "size_mismatch": ["wide", "askew", "later"],
+        "bad_target": ["colours", "torn"],
+    }
+
+
+def test_labelled_pictures_that_exif_turns_are_bad(tmp_path: Path) -> None:
+    def turned(orientation: int) -> bytes:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        return jpeg(smooth(0, 48, 56), exif=exif)
+
+    depth = labelled(0)["depth.png"]
+    plain = io.BytesIO()
+    np.save(plain, np.ones((48, 56), np.float32))
+    samples = {f"r{n}": {"jpg": turned(n), "depth.png": depth} for n in range(9)}
+    samples["npy"] = {"jpg": turned(3), "depth.npy": plain.getvalue()}
+    report = check_dataset(write_dataset(tmp_path / "d", [samples]))
+    assert reasons(report) == {"rotated_by_exif": [*(f"r{n}" for n in range(2, 9)), "npy"]}
+    photographs = {key: {"jpg": members["jpg"]} for key, members in samples.items()}
+    assert not check_dataset(write_dataset(tmp_path / "e", [photographs], with_depth=False)).bad
+
+
 def test_a_cut_shard_and_keys_met_twice(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "d", shards_of([4, 3], labelled))
     dataset = Dataset.open(folder)
@@ -156,30 +274,65 @@ def test_the_same_picture_at_another_size_and_quality_is_a_duplicate(tmp_path: P
     assert check_dataset(folder).duplicates == []
 
 
+def plain_pictures() -> dict[str, np.ndarray]:
+    """Pictures that are the same all along a row, or along a column too."""
+    rows_HWC = np.broadcast_to(np.linspace(0, 255, 48).astype(np.uint8)[:, None, None], (48, 56, 3))
+    stripes_HWC = np.zeros((48, 56, 3), np.uint8)
+    stripes_HWC[::2, :, 0], stripes_HWC[1::2, :, 1] = 255, 255
+    return {
+        "gradient": rows_HWC,
+        "gradient upside down": rows_HWC[::-1],
+        "white": np.full((48, 56, 3), 255, np.uint8),
+        "dark blue": np.broadcast_to(np.array([0, 0, 60], np.uint8), (48, 56, 3)),
+        "stripes": stripes_HWC,
+    }
+
+
+def test_plain_pictures_are_no_duplicates_of_each_other(tmp_path: Path) -> None:
+    grey_HW = smooth(0, 48, 56)[..., 0].astype(np.uint16)
+    deep = {"deep": png(grey_HW * 200), "deeper": png(grey_HW[::-1] * 257)}  # nearly all above 255
+    members = {key.replace(" ", "_"): {"png": png(picture_HWC)} for key, picture_HWC in plain_pictures().items()}
+    members |= {key: {"png": data} for key, data in deep.items()}
+    folder = write_dataset(tmp_path / "d", [members, {"again": members["white"]}], with_depth=False)
+    groups = check_dataset(folder, distance=16).duplicates
+    assert [[sample.key for sample in group] for group in groups] == [["white", "again"]]
+
+
 def test_a_hash_tells_pictures_apart() -> None:
     hashes = [difference_hash(Image.fromarray(smooth(seed, 60, 80))) for seed in range(40)]
     distances = [(a ^ b).bit_count() for i, a in enumerate(hashes) for b in hashes[:i]]
-    assert min(distances) > 6
+    assert min(distances) > 16
     assert difference_hash(Image.new("RGB", (5, 5))) == 0
+    across, down = (difference_hash(Image.linear_gradient("L").rotate(angle)) for angle in (90, 0))
+    assert across != down and 0 not in (across, down)
+
+
+def likeness(hash: int, *levels: int) -> Likeness:
+    return Likeness(hash, bytes(levels or (0,)))
+
+
+def test_groups_are_of_what_is_like_their_first_and_no_chains() -> None:
+    chain = [likeness(0), likeness(0b11), likeness(0b1111), likeness(0b111111)]
+    assert group_duplicates(chain, 2) == [[0, 1], [2, 3]]
+    assert group_duplicates(chain[1:], 2) == [[0, 1]]
+    shades = [likeness(7, level, level) for level in (0, 4, 5, 9, 100, 0)]
+    assert group_duplicates(shades, 0) == [[0, 1, 5], [2, 3]]
 
 
 @pytest.mark.parametrize("distance", [0, 1, 3, 16])
 def test_groups_are_those_of_comparing_all_with_all(distance: int) -> None:
     rng = np.random.default_rng(distance)
-    hashes = [int(x) for x in rng.integers(0, 2**63, 30)]
+    hashes = [int.from_bytes(rng.bytes(HASH_BITS // 8), "big") for _ in range(30)]
     for i in range(60):  # relatives of those before, some bits away
-        bits = sum(1 << int(bit) for bit in set(rng.integers(0, 64, rng.integers(1, distance + 3)).tolist()))
+        bits = sum(1 << int(bit) for bit in set(rng.integers(0, HASH_BITS, rng.integers(1, distance + 3)).tolist()))
         hashes.append(hashes[int(rng.integers(0, 30 + i))] ^ bits)
     hashes += hashes[:3]
-    related = [{i} for i in range(len(hashes))]
-    for i, a in enumerate(hashes):
-        for j, b in enumerate(hashes[:i]):
-            if (a ^ b).bit_count() <= distance and related[i] is not related[j]:
-                joined = related[i] | related[j]
-                for member in joined:
-                    related[member] = joined
-    wanted = sorted({tuple(sorted(group)) for group in related if len(group) > 1})
-    assert sorted(map(tuple, group_duplicates(hashes, distance))) == wanted
+    wanted: dict[int, list[int]] = {}
+    for i, bits in enumerate(hashes):
+        first = next((j for j in wanted if (hashes[j] ^ bits).bit_count() <= distance), i)
+        wanted.setdefault(first, []).append(i)
+    groups = [group for group in wanted.values() if len(group) > 1]
+    assert group_duplicates([likeness(bits) for bits in hashes], distance) == groups and groups
 
 
 @pytest.mark.parametrize("distance", [-1, 17])

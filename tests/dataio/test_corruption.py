@@ -170,14 +170,14 @@ def claimed_npy(shape: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(64)
 
 
-def huge_png(side: int = 20_000) -> bytes:
+def huge_png(width: int = 20_000, height: int = 20_000) -> bytes:
     """A sound PNG of one bit per pixel: 50 kB that decode to 1.2 GB of colours."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    ihdr = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(side * (1 + side // 8)), 1)
+    ihdr = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(height * (1 + (width + 7) // 8)), 1)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
@@ -212,7 +212,19 @@ FAULTS: dict[str, tuple[str, Callable[[], dict[str, bytes]]]] = {
     "only something else": ("missing_image", lambda: {"txt": b"a note"}),
     "20000 x 20000 PNG": ("too_large", lambda: {"png": huge_png(), "depth.png": good(2)["depth.png"]}),
     "20000 x 20000 JPEG": ("too_large", lambda: changed(jpg=huge_jpeg())),
+    "1 x 5000000 PNG": ("too_large", lambda: {"png": huge_png(1, 5_000_000), "depth.png": good(2)["depth.png"]}),
+    "5000000 x 1 PNG": ("too_large", lambda: {"png": huge_png(5_000_000, 1), "depth.png": good(2)["depth.png"]}),
     "20000 x 20000 depth": ("bad_target", lambda: changed(depth_png=huge_png())),
+    "JPEG turned by EXIF 2": ("rotated_by_exif", lambda: changed(jpg=turned_jpeg(2))),
+    "JPEG turned by EXIF 3": ("rotated_by_exif", lambda: changed(jpg=turned_jpeg(3))),
+    "JPEG turned by EXIF 6": ("rotated_by_exif", lambda: changed(jpg=turned_jpeg(6))),
+    "PNG turned by EXIF": (
+        "rotated_by_exif",
+        lambda: {"png": encoded(photograph(), "PNG", exif=turned(3)), "depth.png": good(2)["depth.png"]},
+    ),
+    "JPEG turned by EXIF with a float depth": (
+        "rotated_by_exif", lambda: {"jpg": turned_jpeg(3), "depth.npy": npy(ONES_HW)}
+    ),
     "wrong depth size": ("size_mismatch", lambda: changed(depth_png=png(np.ones((H, W + 1), np.uint16)))),
     "transposed depth": ("size_mismatch", lambda: changed(depth_png=png(np.ones((W, H), np.uint16)))),
     "wrong size of .npy": ("size_mismatch", lambda: depth(np.ones((H + 1, W), np.float32))),
@@ -362,7 +374,10 @@ ODDITIES: dict[str, tuple[str, float, Callable[[], bytes]]] = {
     "palette PNG": ("png", EXACT, lambda: encoded(photograph().quantize(64), "PNG")),
     "RGBA PNG": ("png", EXACT, lambda: encoded(photograph().convert("RGBA"), "PNG")),
     "WebP": ("webp", EXACT, lambda: encoded(photograph(), "WEBP", lossless=True)),
-    **{f"JPEG turned by EXIF {n}": ("jpg", BY_DCT, partial(turned_jpeg, n)) for n in range(1, 9)},
+    **{f"JPEG with EXIF {n}, upright": ("jpg", BY_DCT, partial(turned_jpeg, n)) for n in (0, 1)},
+}
+TURNED: dict[str, tuple[str, float, Callable[[], bytes]]] = {  # their maps are labels: of what was displayed
+    **{f"JPEG turned by EXIF {n}": ("jpg", BY_DCT, partial(turned_jpeg, n)) for n in range(2, 9)},
     "PNG turned by EXIF": ("png", EXACT, lambda: encoded(photograph(W, H), "PNG", exif=turned(6))),
     "WebP turned by EXIF": ("webp", EXACT, lambda: encoded(photograph(W, H), "WEBP", lossless=True, exif=turned(8))),
 }
@@ -415,6 +430,28 @@ def test_an_odd_picture_is_shown_as_it_is(tmp_path: Path, clean: Shown, oddity: 
         for i, key in enumerate(batch.keys):
             if key != VICTIM:
                 assert all(torch.equal(tensor, row(other, i)[name]) for name, tensor in row(batch, i).items()), key
+
+
+@pytest.mark.parametrize("oddity", TURNED)
+def test_a_turned_picture_with_labels_is_shown_as_it_is(tmp_path: Path, oddity: str) -> None:
+    extension, tolerance, make = TURNED[oddity]
+    shards = [
+        {key: {extension: make()} if key == VICTIM else {"jpg": members["jpg"]} for key, members in shard.items()}
+        for shard in clean_shards()
+    ]
+    folder = write_dataset(tmp_path / "d", shards, with_depth=False)
+    labels = write_labels(tmp_path / "labels", shards, H, W)
+    data = spec(folder, PLAIN, labels=(labels,))
+    plain = show(data, tmp_path / "plain.jsonl", {"r": RoleNeeds(sidecar=True)})
+    assert not plain.counts
+    expected_HWC = by_pillow(make())
+    assert expected_HWC.shape == (H, W, 3)
+    places = rows_of(plain, VICTIM)
+    assert len(places) == 2
+    for epoch, batch, i in places:
+        crop = crop_of(VICTIM, H, W, (SEED, epoch, VICTIM))
+        assert batch.weight_B[i] == 1 and batch.region_BHW[i].all()
+        assert np.abs(pixels(batch.views["clean"][i]) - expected_HWC[crop]).max() <= tolerance
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png"])
@@ -653,9 +690,18 @@ def test_names_that_an_index_cannot_hold_are_refused(tmp_path: Path, name: str, 
     _refused(folder, words)
 
 
-@pytest.mark.parametrize("entries", [[], [Entry("README", b"x")], [Entry("shards", type=tarfile.DIRTYPE)]])
-def test_a_tar_without_samples_is_refused(tmp_path: Path, entries: list[Entry]) -> None:
-    _refused(dataset_of(tmp_path / "d", entries, samples=6), "holds no samples: delete it, or pack")
+def test_a_tar_of_other_files_is_refused(tmp_path: Path) -> None:
+    _refused(dataset_of(tmp_path / "d", [Entry("README", b"x")], samples=6), "holds no samples, but 'README': delete")
+
+
+@pytest.mark.parametrize("entries", [[], [Entry("shards", type=tarfile.DIRTYPE)]])
+def test_an_empty_tar_is_a_shard_of_no_samples(tmp_path: Path, entries: list[Entry]) -> None:
+    folder = dataset_of(tmp_path / "d", entries, samples=6)
+    for _ in range(2):  # the second time with the index that the first has written
+        shown = show(spec(folder), tmp_path / "quarantine.jsonl")
+        assert not shown.counts
+        assert {key for batch in shown.batches for key in batch.keys if key} == set(clean_shards()[1])
+    assert [len(shard.index) for shard in Dataset.open(folder).shards] == [0, 6]
 
 
 def test_a_file_of_no_bytes_or_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataio import maps
+from dataio import dali_batch, maps
 from dataio.compose import Paste, TargetRule, cutmix, disparity
 from dataio.dali_batch import AHEAD, MEAN, STD, DaliBatch, Row, self_test
 from dataio.dali_frames import FramePipeline
@@ -314,3 +314,38 @@ def test_two_batches_under_way_are_those_of_one_after_the_other():
             assert one.bad == other.bad
             assert torch.equal(one.views["clean"], other.views["clean"])
             assert torch.equal(one.code_BHW, other.code_BHW)
+
+
+def test_image_and_target_damaged_is_a_bad_image():
+    assert batch_of(1, targets=True).run([Row(image=b"x", target=b"y")]).bad == {0: "bad_image"}
+
+
+def test_what_no_row_is_to_blame_for_is_raised(monkeypatch):
+    calls, real = [], dali_batch.resized_window
+
+    def fail_once(*args, size):
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+        return real(*args, size=size)
+
+    monkeypatch.setattr(dali_batch, "resized_window", fail_once)
+    batch, row = batch_of(1), Row(image=jpeg(smooth(0, S, S)))
+    with pytest.raises(RuntimeError, match="MemoryError"):
+        batch.run([row])
+    assert not batch.run([row]).bad  # and the next batch has a pipeline of its own
+
+
+def test_depths_of_0_and_below_are_no_measurement():
+    code_BHW = torch.tensor([[[999, 1000, 2000, 3000]]]).to(torch.uint16)
+    for min_max in (False, True):
+        rule = TargetRule(code=AffineCode(scale=0.001, zero=1000), quantity="depth_m", min_max=min_max)
+        value_BHW, valid_BHW = disparity(code_BHW, None, [rule])
+        assert valid_BHW.tolist() == [[[False, False, True, True]]]
+        assert torch.allclose(value_BHW, torch.tensor([[[0.0, 0.0, 1.0, 0.0 if min_max else 0.5]]]))
+
+
+def test_sky_begins_at_128():
+    sky_BHW = torch.tensor([[[127, 128]]], dtype=torch.uint8)
+    _, valid_BHW = disparity(torch.zeros(1, 1, 2).to(torch.uint16), sky_BHW, [TargetRule()])
+    assert valid_BHW.tolist() == [[[False, True]]]

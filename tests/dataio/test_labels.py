@@ -106,10 +106,11 @@ def test_an_exception_in_the_middle_leaves_nothing(store):
     assert not store.done("000000")
 
 
-def test_no_samples(store):
-    with pytest.raises(DataError, match="no samples"):
-        store.write_shard("000000", [])
-    assert list(files(store.path)) == ["labels.json"]
+def test_a_shard_of_no_samples_has_labels_for_none(store):
+    entry = store.write_shard("000000", [])
+    assert (entry.samples, entry.failed) == (0, 0)
+    assert store.done("000000")
+    assert store.write_shard("000000", []) == entry
 
 
 def test_bytes_that_the_disk_changes_are_noticed(store, monkeypatch):

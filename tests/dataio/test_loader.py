@@ -1,13 +1,16 @@
 import json
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dataio.draws import cutmix_partner
-from dataio.loader import Loader
+from dataio.loader import Loader, _one_torch_thread
 from dataio.plan import PLAN_VERSION
 from dataio.quarantine import Quarantine
 from dataio.spec import DataError, DataSpec, Perturbation, RoleNeeds, RoleSpec
@@ -18,12 +21,14 @@ from .fakes import jpeg, labelled, metadata, png, shards_of, smooth, unlabelled,
 STRONG = Perturbation(jitter_p=0.8, grayscale_p=0.2, blur_p=0.5, cutmix_p=0.7)
 STUDENT = {"labelled": RoleNeeds(), "unlabelled": RoleNeeds(sidecar=True)}
 S = 56
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def no_thread_left_behind():
     yield  # the kernels' threads stay by design, and an earlier test of this process may have started them
-    left = [thread.name for thread in threading.enumerate() if thread.name == "fathom-loader"]
+    mine = ("fathom-loader", "fathom-maps")
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith(mine)]
     assert not left, left
 
 
@@ -324,6 +329,53 @@ def test_the_loaders_thread_alone_has_one_torch_thread(student_data, monkeypatch
         thread.start()
         thread.join()
         assert (set(counts), torch.get_num_threads(), later) == ({1}, 3, [3])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_loader_left_open_is_closed_at_the_end_of_the_program(tmp_path):
+    """Before the interpreter takes its threads down, one of which would be inside DALI."""
+    folder = write_dataset(tmp_path / "d", shards_of([16], labelled))
+    program = f"""
+import atexit, threading
+from dataio.loader import Loader  # and DALI, which ends its pipelines behind this:
+from dataio.spec import DataSpec, RoleNeeds, RoleSpec
+atexit.register(lambda: print([t.name for t in threading.enumerate() if t.name == "fathom-loader"]))
+data = DataSpec(roles={{"r": RoleSpec(datasets=({folder!r},), batch=4)}}, input_size=56)
+loader = Loader(data, {{"r": RoleNeeds()}}, views=("clean",), seed=0)
+next(loader)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr[-2000:]
+
+
+def test_close_lets_go_of_what_was_prepared(tmp_path):
+    data = only(write_dataset(tmp_path / "d", shards_of([8], labelled)))
+    loader = Loader(data, {"labelled": RoleNeeds()}, views=("clean",), seed=0)
+    next(loader)
+    while loader._ready.empty():
+        time.sleep(0.01)
+    loader.close()
+    assert loader._ready.empty()
+
+
+def test_loaders_that_start_together_leave_the_number_of_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(200):
+            both = [threading.Thread(target=_one_torch_thread) for _ in range(2)]
+            for thread in both:
+                thread.start()
+            for thread in both:
+                thread.join()
+        counts = []
+        thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert counts == [2]
     finally:
         torch.set_num_threads(before)
 

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -76,6 +77,9 @@ def test_what_this_program_and_pillow_write(height, width, seed):
         "cut in a chunk's head": lambda data: data[:36],
         "cut in the pixels": lambda data: data[:-60],
         "no end": lambda data: data[:-12],
+        "a stream without its checksum": lambda data: with_pixels(lambda packed: packed[:-4]),
+        "a stream with half its checksum": lambda data: with_pixels(lambda packed: packed[:-2]),
+        "a stream with another checksum": lambda data: with_pixels(lambda packed: packed[:-1] + b"x"),
         "a changed byte": lambda data: data[:80] + bytes([data[80] ^ 1]) + data[81:],
         "fewer rows than claimed": lambda data: data[:20] + struct.pack(">I", 41) + data[24:],
         "more rows than claimed": lambda data: data[:20] + struct.pack(">I", 39) + data[24:],
@@ -94,6 +98,27 @@ def test_damage_is_an_error(damage):
     assert sky_BHW is None
     assert not code_BHW[1:3].numpy().any()
     assert np.array_equal(code_BHW[3].numpy(), SMOOTH_HW[:, :40])
+
+
+def with_pixels(change):
+    """As `written`, the compressed pixels changed, in a chunk that is whole."""
+    rows = np.zeros((40, 101), np.uint8)
+    rows[:, 1:] = SMOOTH_HW.astype(">u2").view(np.uint8)
+    header = struct.pack(">IIBBBBB", 50, 40, 16, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", change(zlib.compress(rows.tobytes()))), (b"IEND", b""))
+    return maps._SIGNATURE + b"".join(_chunk(*chunk) for chunk in chunks)
+
+
+def test_too_little_memory_is_nobodys_fault(monkeypatch):
+    assert np.array_equal(decode_codes(with_pixels(lambda packed: packed)), SMOOTH_HW)
+
+    def fail(png):
+        raise MemoryError
+
+    monkeypatch.setattr(maps, "decode_codes", fail)
+    started = MapDecoder(40, 1, pinned=False).start([Maps(target=b"", sky=None, geometry=WHOLE)])
+    with pytest.raises(MemoryError):
+        started.result()
 
 
 def written_with_filter(kind):
@@ -144,3 +169,28 @@ def test_pillow_reads_what_is_written_here():
     for filters in ((0,), (2,), (4,), (0, 1, 2, 3, 4)):
         with Image.open(io.BytesIO(written(SMOOTH_HW, filters))) as image:
             assert np.array_equal(np.asarray(image), SMOOTH_HW)
+
+
+def test_another_signature_is_no_png():
+    with pytest.raises(Exception, match=r"."):
+        decode_codes(b"\0" + written(SMOOTH_HW)[1:])
+
+
+@pytest.mark.parametrize("filters", [(0, 2), (4,)])
+def test_codes_are_in_this_machines_order(filters):
+    assert decode_codes(written(SMOOTH_HW, filters)).dtype.str == np.dtype(np.uint16).str
+
+
+def test_rows_are_decoded_side_by_side(monkeypatch):
+    both = threading.Barrier(2)
+    monkeypatch.setattr(maps, "decode_codes", lambda png: (both.wait(10), SMOOTH_HW)[1])
+    rows = [Maps(target=b"", sky=None, geometry=WHOLE)] * 2
+    assert not MapDecoder(40, 2, pinned=False).start(rows).result()[2]
+
+
+def test_a_second_header_does_not_get_round_the_limit():
+    """Pillow, which `dataio.header` asks, takes the last one."""
+    data = written(SMOOTH_HW)
+    large = _chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 16, 0, 0, 0, 0))
+    with pytest.raises(ValueError, match="60000 x 60000 pixels"):
+        decode_codes(data[:8] + large + data[8:])

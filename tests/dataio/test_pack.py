@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from cluster import storage
 from dataio import synth
+from dataio.check import check_dataset
 from dataio.codec import code_of, decode_png16
 from dataio.dataset import Dataset
 from dataio.importers.base import parse_options
@@ -204,6 +207,83 @@ def test_every_cut_picture_is_found(source, tmp_path, ending, part):
     assert report.skipped == {"unreadable_image": [f"cut.{ending}"]}
 
 
+def turned(path: Path, orientation: int, size: tuple[int, int] = (40, 30)) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(path, size, exif=exif)
+
+
+def test_what_no_stream_takes_is_left_out_with_its_reason(source, tmp_path, capfd):
+    for format in ("GIF", "TIFF"):
+        Image.new("RGB", (40, 30)).save(source / f"{format}.jpg", format)
+    Image.new("1", (10_500, 10_500)).save(source / "large.png")
+    Image.new("1", (9_900, 9_900)).save(source / "near.png")  # more than Pillow warns of
+    Image.new("1", (20_001, 2)).save(source / "long.png")
+    script = (
+        "import sys; from dataio.importers import get_importer; from dataio.importers.base import parse_options\n"
+        "from dataio.pack import pack; folder = get_importer('folder')\n"
+        "importer = folder(sys.argv[1], parse_options(folder, {'role': 'unlabelled'}))\n"
+        "print(pack(importer, sys.argv[2], name='d'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(source), str(tmp_path / "out")],
+        cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert done.stdout == (
+        "packed 7 samples, skipped 2 too_large (large.png, long.png); 2 unreadable_image (GIF.jpg, TIFF.jpg)\n"
+    )
+    assert "Warning" not in done.stderr
+
+
+def test_depth_maps_and_masks_are_judged_as_the_stream_does(source, tmp_path):
+    for name in ("tiff", "endless", "colours", "torn", "jpeg"):
+        pair(source, name)
+    Image.fromarray(np.full((30, 40), 9, np.uint16)).save(source / "tiff.depth.png", "TIFF")
+    (source / "endless.depth.png").write_bytes((source / "endless.depth.png").read_bytes()[:-12])
+    Image.new("RGB", (40, 30)).save(source / "colours.sky.png")
+    picture(source / "torn.sky.png")
+    noise_HW = np.random.default_rng(0).integers(0, 255, (30, 40), np.uint8)
+    Image.fromarray(noise_HW).save(source / "torn.sky.png")
+    (source / "torn.sky.png").write_bytes((source / "torn.sky.png").read_bytes()[:700])
+    Image.new("L", (40, 30)).save(source / "jpeg.sky.png", "JPEG")
+    report = pack_folder(str(source), str(tmp_path / "out"), **LABELLED)
+    assert report.packed == 6
+    assert report.skipped == {
+        "unreadable_depth": ["endless.jpg", "tiff.jpg"],
+        "unusable_sky": ["colours.jpg", "jpeg.jpg", "torn.jpg"],
+    }
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_labelled_pictures_that_exif_turns(source, tmp_path, orientation):
+    pair(source, "turned")
+    turned(source / "turned.jpg", orientation)
+    report = pack_folder(str(source), str(tmp_path / "out"), **LABELLED)
+    assert report.skipped == ({"rotated_by_exif": ["turned.jpg"]} if orientation in range(2, 9) else {})
+
+
+@pytest.mark.parametrize(("orientation", "mask", "fits"), [(3, (40, 30), 1), (6, (30, 40), 1), (6, (40, 30), 0)])
+def test_a_mask_has_the_size_of_the_picture_as_displayed(tmp_path, orientation, mask, fits):
+    turned(tmp_path / "source" / "a.jpg", orientation)
+    picture(tmp_path / "source" / "b.jpg")
+    Image.new("L", mask, 255).save(tmp_path / "source" / "a.sky.png")
+    report = pack_folder(str(tmp_path / "source"), str(tmp_path / "out"), **UNLABELLED)
+    assert report.skipped == ({} if fits else {"unusable_sky": ["a.jpg"]})
+    assert not check_dataset(str(tmp_path / "out")).bad
+
+
+@pytest.mark.parametrize("out", ["source", "source/packed", "source/a/../packed", "link", "link/packed", "."])
+def test_output_and_source_must_lie_apart(source, tmp_path, out):
+    (tmp_path / "link").symlink_to(source)
+    before = tree(tmp_path)
+    with pytest.raises(DataError, match="choose a folder apart from it"):
+        pack_folder(str(source), str(tmp_path / out), **LABELLED)
+    with pytest.raises(DataError, match="choose a folder apart from it"):
+        pack_folder(str(source), f"file://{tmp_path / out}", **LABELLED)
+    assert tree(tmp_path) == before
+    assert pack_folder(str(source), str(tmp_path / "source2"), **LABELLED).packed == 6  # no folder inside, for its name
+
+
 def test_nothing_usable(tmp_path):
     picture(tmp_path / "source" / "a.jpg")
     with pytest.raises(DataError, match=r"no usable sample.*1 missing_depth \(a\.jpg\)"):
@@ -221,10 +301,11 @@ def test_two_photographs_with_one_key(tmp_path, names):
 
 
 def test_no_source(tmp_path):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no such folder"):
         pack_folder(str(tmp_path / "nowhere"), str(tmp_path / "out"), **LABELLED)
     with pytest.raises(DataError, match="no photographs"):
-        pack_folder(str(tmp_path), str(tmp_path / "out"), **LABELLED)
+        pack_folder(str(tmp_path / "empty"), str(tmp_path / "out"), **LABELLED)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,13 @@ def test_long_images_are_not_resized_whole(height: int, width: int, monkeypatch:
         )
 
 
+def test_sixteen_times_the_side_is_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resize.F, "grid_sample", None)
+    for place in ((14, 16 * 14, 0, 5), (16 * 14, 14, 5, 0)):
+        found = resize.resized_window(np.zeros((20, 20, 3), np.uint8), np.array(place, np.int32), 14)
+        assert found.shape == (14, 14, 3)
+
+
 def test_a_window_reads_what_lies_beyond_its_edges() -> None:
     """Crop after resize: the first column of a window mixes in the pixels on its left, as if it were not cut there."""
     image_HWC = noise(0, 84, 168)

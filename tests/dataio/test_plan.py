@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataio.plan import PLAN_VERSION, RolePlan, check_lanes, lanes_of
+from dataio.plan import PLAN_VERSION, RolePlan, check_lanes, lanes_of, pass_batches
 from dataio.spec import DataError
 
 
@@ -152,3 +152,13 @@ def test_a_larger_batch_can_go_on_from_the_counter():
 def test_refusals_name_the_remedy(make, words):
     with pytest.raises(DataError, match=words):
         make()
+
+
+@given(samples=st.integers(1, 60), lanes=st.integers(1, 5), share=st.integers(1, 4))
+def test_the_batches_of_a_pass_are_counted_the_partial_one_included(samples, lanes, share):
+    plan = RolePlan("r", [samples], batch=lanes * share, lanes=lanes, window=7, seed=0)
+    consumed = batches = 0
+    while not (batches and plan.ends_pass(consumed)):
+        consumed, batches = plan.advance(consumed), batches + 1
+    assert batches == pass_batches(samples, lanes * share, lanes)
+    assert consumed == samples

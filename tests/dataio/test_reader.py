@@ -223,7 +223,12 @@ GREY16 = png(np.ones((48, 56), np.uint16))
     [
         (Sample(key="k", image=jpeg(smooth(0, 48, 56)), target=GREY16), False, header.ImageSize(48, 56)),
         (Sample(key="k", image=_orientated(6)), False, header.ImageSize(56, 48)),
-        (Sample(key="k", image=_orientated(6), target=GREY16), False, "size_mismatch"),
+        (Sample(key="k", image=_orientated(6)), True, header.ImageSize(56, 48)),
+        *[(Sample(key="k", image=_orientated(n), target=GREY16), False, "rotated_by_exif") for n in range(2, 9)],
+        *[(Sample(key="k", image=_orientated(n), target=GREY16), False, header.ImageSize(48, 56)) for n in (0, 1, 9)],
+        (Sample(key="k", image=_orientated(6), target=GREY16), True, header.ImageSize(56, 48)),
+        (Sample(key="k", image=_orientated(3), target=b"npy", quantity="depth_m"), False, "rotated_by_exif"),
+        (Sample(key="k", image=_orientated(1), target=b"npy", quantity="depth_m"), False, header.ImageSize(48, 56)),
         (Sample(key="k", image=jpeg(smooth(0, 40, 56)), target=GREY16), False, "size_mismatch"),
         (Sample(key="k", image=jpeg(smooth(0, 40, 56)), target=GREY16), True, header.ImageSize(40, 56)),
         (Sample(key="k", image=jpeg(smooth(0, 48, 56)), target=png(np.ones((48, 56), np.uint8))), False, "bad_target"),
@@ -238,16 +243,76 @@ def test_headers_tell_what_cannot_work(sample, sidecar, expected):
     assert header.look(sample, sidecar=sidecar) == expected
 
 
-@pytest.mark.parametrize("side", [10_001, 20_000])
+@pytest.mark.parametrize(
+    ("height", "width", "fits"),
+    [
+        (10_000, 10_000, True),
+        (10_001, 10_001, False),
+        (20_000, 20_000, False),
+        (1, 10_000, True),
+        (1, 10_001, False),
+        (20_001, 2, False),
+        (5_000_000, 1, False),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_absurd_sizes_are_refused_before_decoding(side):
+def test_absurd_sizes_are_refused_before_decoding(height, width, fits):
     import struct
     import zlib
 
-    ihdr = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    ihdr = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     image = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr))
     image += struct.pack(">I", 100) + b"IDAT" + bytes(104)
-    assert header.look(Sample(key="k", image=image), sidecar=False) == "too_large"
+    expected = header.ImageSize(height, width) if fits else "too_large"
+    assert header.look(Sample(key="k", image=image), sidecar=False) == expected
+
+
+@pytest.mark.parametrize("extension", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_an_image_is_displayed_as_exif_says(orientation, extension):
+    from PIL import Image, ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(smooth(0, 48, 56)).save(file, extension, exif=exif)
+    with Image.open(file) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    found = header.displayed(file.getvalue())
+    assert np.array_equal(found, expected)
+    assert header.is_turned(file.getvalue()) == (orientation in range(2, 9))
+    size = header.look(Sample(key="k", image=file.getvalue()), sidecar=False)
+    assert size == header.ImageSize(*found.shape[:2])
+
+
+def test_the_orientation_is_the_one_that_dali_sees():
+    """EXIF behind a PNG's pixels counts, XMP in a JPEG does not."""
+    from PIL import Image
+
+    from dataio.dali_frames import FramePipeline
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(smooth(0, 48, 56)).save(file, "PNG", exif=exif)
+    early = file.getvalue()
+    start = early.index(b"eXIf") - 4
+    chunk = early[start : start + 12 + int.from_bytes(early[start : start + 4], "big")]
+    late = early.replace(chunk, b"")
+    late = late[:-12] + chunk + late[-12:]
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    noted = jpeg(smooth(0, 48, 56), xmp=xmp)
+    for image, turned in ((early, True), (late, True), (noted, False)):
+        size = header.look(Sample(key="k", image=image), sidecar=False)
+        assert size == (header.ImageSize(56, 48) if turned else header.ImageSize(48, 56))
+        shown = FramePipeline(1, 1, "cpu").run([image], (size.height, size.width))[0][0].mean(0).numpy()
+        plain = header.displayed(image).mean(-1)
+        assert np.corrcoef(shown.ravel(), plain.ravel())[0, 1] > 0.99
+
+
+def test_sixteen_bits_of_grey_are_not_clipped():
+    grey_HW = smooth(0, 48, 56)[..., 0]
+    assert np.array_equal(header.displayed(png(grey_HW.astype(np.uint16) * 257)), np.repeat(grey_HW[..., None], 3, -1))
 
 
 def test_quarantine_names_once_and_stops_past_the_fraction(tmp_path):

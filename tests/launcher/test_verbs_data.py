@@ -115,6 +115,7 @@ def test_sky_from_a_function_of_the_user_s(fathom: Run, tmp_path: Path) -> None:
         "import numpy as np\n"
         "def upper(image_HWC):\n    return np.arange(image_HWC.shape[0])[:, None] + 0 * image_HWC[..., 0] < 3\n"
         "def wrong(image_HWC):\n    return image_HWC[..., 0]\n"
+        "def broken(image_HWC):\n    return image_HWC['sky']\n"
     )
     status, _, err = fathom("pack", "photos", "packed", "--sky", "my_sky_of_this_test:upper", "--workers", "1",
                               "--role", "unlabelled")  # fmt: skip
@@ -125,8 +126,42 @@ def test_sky_from_a_function_of_the_user_s(fathom: Run, tmp_path: Path) -> None:
         masks[entry.key] = np.asarray(Image.open(io.BytesIO(shard.read(entry, "sky.png") or b"")))
     assert (masks["a"][:3] == 255).all() and not masks["a"][3:].any()
     assert not masks["b"].any()  # its own mask
-    for function, words in (("wrong", "returned uint8 (8, 12)"), ("absent", "no attribute 'absent'"), ("", "name a")):
-        status, _, err = fathom("pack", "photos", "other", "--sky", f"my_sky_of_this_test:{function}", "--workers", "1")
+    for function, words in (
+        ("wrong", "a.jpg: my_sky_of_this_test:wrong returned uint8 (8, 12)"),
+        ("broken", "a.jpg: my_sky_of_this_test:broken failed with IndexError: only integers"),
+        ("absent", "no attribute 'absent'"),
+        ("", "name a"),
+    ):
+        arguments = ("--sky", f"my_sky_of_this_test:{function}", "--workers", "1")
+        status, _, err = fathom("pack", "photos", f"other{function}", *arguments)
         assert status == 2 and words in err
     status, _, err = fathom("pack", "photos", "other", "--sky", "no_such_module_here:f")
     assert status == 2 and "no_such_module_here" in err
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_sky_is_found_in_the_picture_as_displayed(fathom: Run, tmp_path: Path, orientation: int) -> None:
+    """A picture whose upper part is bright when EXIF turned it: so is its mask, and training shows both so."""
+    shown_HWC = np.zeros((24, 40, 3), np.uint8)
+    shown_HWC[:8] = 255
+    undo = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(shown_HWC).transpose(undo).save(tmp_path / "photos" / "a.png", exif=exif)
+    (tmp_path / "bright_sky_of_this_test.py").write_text("def bright(image_HWC):\n    return image_HWC[..., 0] > 127\n")
+    status, _, err = fathom("pack", "photos", "packed", "--sky", "bright_sky_of_this_test:bright", "--workers", "1")
+    assert status == 0, err
+    (shard,) = Dataset.open("packed").shards
+    (entry,) = shard.index.samples
+    mask_HW = np.asarray(Image.open(io.BytesIO(shard.read(entry, "sky.png") or b"")))
+    assert np.array_equal(mask_HW > 127, shown_HWC[..., 0] > 127)
+    assert fathom("check", "packed", "--workers", "1")[0] == 0
+
+
+def test_packing_into_the_source_is_refused(fathom: Run, tmp_path: Path) -> None:
+    photograph(tmp_path / "photos" / "a.jpg")
+    for source, out in (("photos", "photos"), ("photos", "photos/packed"), ("photos", ".")):
+        status, _, err = fathom("pack", source, out)
+        assert status == 2 and "choose a folder apart from it" in err and "Traceback" not in err
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.jpg"]

@@ -18,6 +18,8 @@ from dataio.codec import decode_png16, label_code
 from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset
 from dataio.labels import LabelStore, LedgerEntry, plan_digest
+from dataio.loader import Loader
+from dataio.spec import DataSpec, RoleNeeds, RoleSpec
 from tests.dataio.fakes import jpeg, smooth, unlabelled, write_dataset
 from trainer.config import ConfigError, LabelConfig, parse_config
 from trainer.inference import Predictor
@@ -268,3 +270,15 @@ def test_a_png_is_labelled_like_a_jpeg(weights: str, tmp_path: Path) -> None:
     found = read(label(config_of(data, weights), tmp_path / "labels")[0], ["000000"])
     a_HW, b_HW = disparity(found["a"]), disparity(found["b"])
     assert np.abs(a_HW - b_HW).max() < 0.1 * np.ptp(a_HW)
+
+
+def test_a_shard_without_samples_has_a_label_shard_without_labels(weights: str, tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", [{}, {f"k{i}": unlabelled(i, 48, 56) for i in range(3)}], with_depth=False)
+    store, entries = label(config_of(folder, weights), tmp_path / "labels")
+    assert [(entry.samples, entry.failed) for entry in entries] == [(0, 0), (3, 0)]
+    store.complete_for(Dataset.open(folder))
+    role = RoleSpec(datasets=(folder,), labels=(store.path,), batch=3, lanes=1)
+    with Loader(
+        DataSpec(roles={"r": role}, input_size=28), {"r": RoleNeeds(sidecar=True)}, views=("clean",), seed=0
+    ) as it:
+        assert next(it).weight_B.tolist() == [1, 1, 1]

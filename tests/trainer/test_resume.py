@@ -171,8 +171,8 @@ def test_other_data_another_order_and_another_encoder_are_refused(runs: dict[str
         refused, 1, tmp_path / "ranks", tmp_path / "runs", str(runs["data"]), [as_large, smaller],
         [str(checkpoint), str(other_encoder)],
     )  # fmt: skip
-    assert "was made with other data" in messages[0] and "step_00000002" in messages[0]
-    assert "13 samples consumed is no state of a plan" in messages[1]
-    assert "was made with other data" in messages[2]
+    for message, field in zip(messages, ("roles.labelled.datasets", "roles.labelled.datasets", "seed"), strict=False):
+        assert "step_00000002: was made with other data" in message
+        assert f"data.{field} was " in message
     assert "was trained with another frozen encoder" in messages[3]
     assert messages[4] == "went on"

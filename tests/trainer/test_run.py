@@ -5,18 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
 from dataio.dataset import Dataset
 from dataio.labels import LabelStore
-from dataio.spec import DataError
+from dataio.spec import DataError, DataSpec
 from tests.dataio.fakes import labelled, shards_of, unlabelled, write_dataset
 from trainer import run
 from trainer.config import ConfigError, TrainConfig, dump_config, parse_config, read_config
-from trainer.run import check_inputs, first_difference, prepare_folder, refuse_changes, train
+from trainer.run import (
+    check_inputs,
+    first_difference,
+    order_facts,
+    order_lines,
+    prepare_folder,
+    refuse_changes,
+    train,
+)
 
 
 def write_labels(folder: Path, dataset: Dataset, made_of: Mapping[str, Any] | None) -> str:
@@ -200,3 +210,19 @@ def test_there_must_be_a_run_to_resume(places: dict[str, str], tmp_path: Path) -
     with pytest.raises(ConfigError, match="student: no run to resume; start it without --resume"):
         train(student(places, places["mine_labels"], tmp_path), resume=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_length_of_a_pass_and_what_is_passed_over_are_told(tmp_path: Path) -> None:
+    values = {"batch": 12, "lanes": 4, "datasets": ["u"]}
+    data = {"roles": {"labelled": {"batch": 6, "datasets": ["l"]}, "unlabelled": values}, "skip_samples": [[40, 55]]}
+    config = SimpleNamespace(data=TypeAdapter(DataSpec).validate_python(data))
+    facts = order_facts(config, {"labelled": 13, "unlabelled": 4001})
+    assert facts == {
+        "passes": {"labelled": {"samples": 13, "steps": 3}, "unlabelled": {"samples": 4001, "steps": 334}},
+        "passed_over": [{"steps": [2, 4], "samples": [36, 72]}],
+    }
+    assert order_lines(facts) == [
+        "labelled: 13 samples, a pass is 3 steps",
+        "unlabelled: 4001 samples, a pass is 334 steps",
+        "passes over 2 global batches, samples 36:72 of the order",
+    ]

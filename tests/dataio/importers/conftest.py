@@ -64,8 +64,8 @@ class Importing:
 
 
 @pytest.fixture
-def importing(tmp_path: Path) -> Importing:
-    return Importing(tmp_path)
+def importing(tmp_path_factory: pytest.TempPathFactory) -> Importing:
+    return Importing(tmp_path_factory.mktemp("packed"))
 
 
 def write_image(path: Path, size_wh: tuple[int, int] = (12, 8), seed: int = 0) -> bytes:
