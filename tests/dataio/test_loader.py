@@ -26,10 +26,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def no_thread_left_behind():
-    yield  # the kernels' threads stay by design, and an earlier test of this process may have started them
-    mine = ("fathom-loader", "fathom-maps")
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith(mine)]
-    assert not left, left
+    before = set(threading.enumerate())  # an earlier test's may wait for the garbage collector; the kernels' stay
+    yield
+    names = [thread.name for thread in threading.enumerate() if thread not in before]
+    assert not [name for name in names if name.startswith(("fathom-loader", "fathom-maps"))]
 
 
 @pytest.fixture(scope="module")
