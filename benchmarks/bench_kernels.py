@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common import command_line, hardware
 from benchmarks.kernel_providers import FLOOR, OURS, Case, Outputs, Provider, cases, floors, providers
 
 PASSES = ("forward", "backward", "both")
@@ -202,25 +202,9 @@ def plot(path: Path, results: dict[Case, Times]) -> None:
     pyplot.close(figure)
 
 
-def hardware(device: str) -> str:
-    """The hardware's name and nothing else of the machine."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def parse() -> argparse.Namespace:
     """Command line."""
-    description, example, *rest = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
-        description="\n\n".join([description, *rest]),
-        epilog=f"Example:\n{example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__)
     cuda = torch.cuda.is_available()
     parser.add_argument("--operators", nargs="+", choices=["K1", "K2"], default=["K1", "K2"])
     parser.add_argument("--batch", type=int, nargs="+", help="32 8 64 on CUDA, 8 on a CPU")

@@ -404,6 +404,22 @@ def rows_of(shown: Shown, key: str) -> list[tuple[int, Batch, int]]:
     ]
 
 
+def shown_places(
+    shown: Shown, expected_HWC: np.ndarray, tolerance: float
+) -> list[tuple[Batch, int, tuple[slice, slice]]]:
+    """(batch, row, crop) of the two times that VICTIM is shown; asserts that it is shown whole, and these pixels."""
+    assert expected_HWC.shape == (H, W, 3)
+    places = rows_of(shown, VICTIM)
+    assert len(places) == 2
+    found = []
+    for epoch, batch, i in places:
+        crop = crop_of(VICTIM, H, W, (SEED, epoch, VICTIM))
+        assert batch.weight_B[i] == 1 and batch.region_BHW[i].all()
+        assert np.abs(pixels(batch.views["clean"][i]) - expected_HWC[crop]).max() <= tolerance
+        found.append((batch, i, crop))
+    return found
+
+
 @pytest.mark.parametrize("oddity", ODDITIES)
 def test_an_odd_picture_is_shown_as_it_is(tmp_path: Path, clean: Shown, oddity: str) -> None:
     extension, tolerance, make = ODDITIES[oddity]
@@ -411,14 +427,7 @@ def test_an_odd_picture_is_shown_as_it_is(tmp_path: Path, clean: Shown, oddity: 
     folder = write_dataset(tmp_path / "d", with_victim({extension: image, "depth.png": png(code_HW)}))
     plain = show(spec(folder, PLAIN), tmp_path / "plain.jsonl")
     assert not plain.counts
-    expected_HWC = by_pillow(image)
-    assert expected_HWC.shape == (H, W, 3)
-    places = rows_of(plain, VICTIM)
-    assert len(places) == 2
-    for epoch, batch, i in places:
-        crop = crop_of(VICTIM, H, W, (SEED, epoch, VICTIM))
-        assert batch.weight_B[i] == 1 and batch.region_BHW[i].all()
-        assert np.abs(pixels(batch.views["clean"][i]) - expected_HWC[crop]).max() <= tolerance
+    for batch, i, crop in shown_places(plain, by_pillow(image), tolerance):
         disparity_HW = 1000.0 / code_HW[crop]
         wanted_HW = (disparity_HW - disparity_HW.min()) / np.ptp(disparity_HW)
         assert np.abs(batch.targets["disparity"].value_BHW[i].numpy() - wanted_HW).max() < 1e-4
@@ -444,14 +453,7 @@ def test_a_turned_picture_with_labels_is_shown_as_it_is(tmp_path: Path, oddity: 
     data = spec(folder, PLAIN, labels=(labels,))
     plain = show(data, tmp_path / "plain.jsonl", {"r": RoleNeeds(sidecar=True)})
     assert not plain.counts
-    expected_HWC = by_pillow(make())
-    assert expected_HWC.shape == (H, W, 3)
-    places = rows_of(plain, VICTIM)
-    assert len(places) == 2
-    for epoch, batch, i in places:
-        crop = crop_of(VICTIM, H, W, (SEED, epoch, VICTIM))
-        assert batch.weight_B[i] == 1 and batch.region_BHW[i].all()
-        assert np.abs(pixels(batch.views["clean"][i]) - expected_HWC[crop]).max() <= tolerance
+    shown_places(plain, by_pillow(make()), tolerance)
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png"])
