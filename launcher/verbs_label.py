@@ -45,7 +45,8 @@ def run(
     """
     from cluster.progress import Progress
     from cluster.stop import StopFlag, exit_status
-    from trainer.config import LabelConfig, absolute_paths, parse_config
+    from trainer.config import absolute_paths, parse_config
+    from trainer.config_label import LabelConfig
     from trainer.labelling import run_labelling
 
     values = {

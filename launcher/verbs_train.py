@@ -48,7 +48,8 @@ def train(
     """
     from cluster.progress import Progress
     from cluster.stop import StopFlag, exit_status
-    from trainer.config import TrainConfig, read_config
+    from trainer.config import read_config
+    from trainer.config_train import TrainConfig
 
     stretches = [list(_stretch(text)) for text in skip_samples or ()]
     added = [f"data.skip_samples={json.dumps(stretches)}"] if stretches else []
@@ -96,7 +97,8 @@ def evaluate(config: ConfigArgument, overrides: OverridesOption = None) -> int:
       fathom evaluate evaluate.yaml --set out=evaluation/teacher --set max_depth=10
     """
     from cluster.progress import Progress
-    from trainer.config import EvaluateConfig, read_config
+    from trainer.config import read_config
+    from trainer.config_evaluate import EvaluateConfig
 
     settings = read_config(EvaluateConfig, config, overrides or [])
     from trainer.evaluate import evaluate as run

@@ -26,11 +26,14 @@ OWNERS: dict[str, tuple[str, ...]] = {
 }
 # Files that answer at once: nothing of HEAVY while they are imported.
 LIGHT = (
-    "launcher/*", "trainer/config.py", "dataio/spec.py", "dataio/types.py", "kernels/__init__.py", "model/types.py",
+    "launcher/*", "trainer/config*.py", "dataio/spec.py", "dataio/types.py", "kernels/__init__.py", "model/types.py",
 )  # fmt: skip
 HEAVY = ("torch", "torchvision", "timm", "ray", "deepspeed", "nvidia", "triton", "webdataset")
 # What launcher's modules may import of the other rooms at module level; the rest inside the verb that needs it.
-LIGHT_MODULES = ("trainer.config", "dataio.spec", "dataio.types", "model.types")
+LIGHT_MODULES = (
+    "trainer.config", "trainer.config_train", "trainer.config_label", "trainer.config_evaluate", "dataio.spec",
+    "dataio.types", "model.types",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

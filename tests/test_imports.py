@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.layers import ARROWS, imports
+from tests.layers import ARROWS, LIGHT_MODULES, imports
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "ray", "deepspeed", "nvidia.dali", "triton", "timm")
-LIGHT_MODULES = ("trainer.config", "dataio.spec", "dataio.types", "model.types")
 # Import name -> distribution, where the two differ.
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "prometheus_client": "prometheus-client", "nvidia": "nvidia-dali"}
 # Comes with a declared package and in the version that this one wants.

@@ -1,5 +1,6 @@
 """One way to read a configuration: YAML file, `--set a.b=c` overrides, strict types, errors that say what to change.
 
+The sections themselves are in config_train.py, config_label.py and config_evaluate.py.
 Imports no torch: `fathom train --help` and submitting a job must answer at once.
 """
 
@@ -9,16 +10,12 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from dataio.spec import DataSpec
-from model.presets import PositionMode
-from trainer.schedule import Decay
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 # Keys whose values are paths, wherever they stand; a task's own option that names a file belongs here too.
 PATHS = frozenset({"runs", "encoder_weights", "weights", "dataset", "out", "frozen_encoder", "cache"})
@@ -35,175 +32,6 @@ class Section(BaseModel):
     """Base of every section: unknown keys are refused, values are frozen once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class TaskSection(BaseModel):
-    """`kind` names a module of trainer/tasks; every other key belongs to that task's own Options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    kind: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class ModelSection(Section):
-    """Which network, and what it starts from."""
-
-    preset: str = "v2-vits"
-    encoder_weights: str | None = Field(
-        default=None, description="file of a pre-trained encoder, DINOv2's for instance"
-    )
-    weights: str | None = Field(default=None, description="file or folder of a whole network to start from")
-    position_mode: PositionMode | None = Field(
-        default=None, description="how position embeddings are resized; null: as the weights' file says, else official"
-    )
-    readout: Literal["ignore", "project"] | None = Field(
-        default=None, description="the class token in the decoder (DPT eq. 3); null: as in the weights, else ignore"
-    )
-    fusion: Literal["interpolate", "even"] | None = Field(
-        default=None, description="even: every rise of the decoder is x2, for grids of even sides"
-    )
-    activation_checkpointing: bool = Field(
-        default=False, description="recompute the encoder's blocks in the backward pass: less memory, more time"
-    )
-
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimSection(Section):
-    """AdamW with two learning rates (arXiv 2401.10891, section 4: the decoder's is ten times the encoder's)."""
-
-    encoder_lr: float = Field(default=5e-6, ge=0)
-    decoder_lr: float = Field(default=5e-5, ge=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    schedule: Decay = "linear"
-    warmup_samples: int = Field(default=0, ge=0)
-    clip: float = Field(default=0.0, ge=0, description="largest gradient norm; 0 does not clip")
-
-
-class EngineSection(Section):
-    """How the step is carried out; nothing here changes what is computed, but for rounding."""
-
-    zero_stage: Literal[1, 2] = 2
-    precision: Literal["bf16", "fp32"] = "bf16"
-    micro_batch: int | None = Field(default=None, ge=1, description="rows per forward pass and rank; null: all at once")
-    max_skipped_steps: int = Field(default=20, ge=1, description="consecutive steps without an update before giving up")
-
-
-class ClusterSection(Section):
-    """Where it runs: `address: null` is an embedded one-node Ray."""
-
-    address: str | None = None
-    workers: int = Field(default=1, ge=1)
-    threads: int = Field(default=1, ge=1, description="CPU threads of one worker")
-    use_gpu: bool = False
-
-
-class CheckpointSection(Section):
-    every: int = Field(default=1000, ge=1, description="steps")
-    keep: int = Field(default=2, ge=1)
-
-
-class TrainConfig(Section):
-    """A whole training run."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    runs: str = Field(default_factory=lambda: os.path.abspath("runs"))  # workers stand in another folder
-    seed: int = Field(default=0, ge=0)
-    steps: int = Field(ge=1)
-    task: TaskSection
-    model: ModelSection
-    data: DataSpec
-    optim: OptimSection = OptimSection()
-    engine: EngineSection = EngineSection()
-    cluster: ClusterSection = ClusterSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    log_every: int = Field(default=10, ge=1)
-    preview_every: int = Field(default=500, ge=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> TrainConfig:
-        problems = [*_role_problems(self)]
-        for start, stop in self.data.skip_samples:
-            if not 0 <= start < stop:
-                problems.append(f"data.skip_samples: {start}:{stop} is no stretch of samples; from must be below to")
-        total = self.steps * self.global_batch
-        if not self.data.roles:
-            problems.append("data.roles: is empty; name at least one role and its datasets")
-        elif self.optim.warmup_samples >= total:
-            problems.append(
-                f"optim.warmup_samples: {self.optim.warmup_samples} must be less than the run's {total} samples"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-    @property
-    def global_batch(self) -> int:
-        return sum(spec.batch for spec in self.data.roles.values())
-
-    @property
-    def folder(self) -> str:
-        return os.path.join(self.runs, self.name)
-
-
-def _role_problems(config: TrainConfig) -> Iterator[str]:
-    """What no single field of a role can tell."""
-    from dataio.mix import quotas
-    from dataio.plan import check_lanes
-
-    for role, spec in config.data.roles.items():
-        at = f"data.roles.{role}"
-        if not spec.datasets:
-            yield f"{at}.datasets: is empty; name at least one dataset folder"
-        if spec.labels and len(spec.labels) != len(spec.datasets):
-            yield f"{at}.labels: {len(spec.labels)} folders for {len(spec.datasets)} datasets; name one each"
-        if spec.weights and spec.datasets:
-            try:
-                quotas(role, spec.weights, len(spec.datasets))
-            except ValueError as error:
-                yield f"{at}.weights: {str(error).removeprefix(f'role {role!r}: ')}"
-        try:
-            check_lanes(role, spec.batch, spec.lanes, per_lane=2 if spec.perturbation.cutmix_p > 0 else 1)
-        except ValueError as error:
-            yield f"{at}.lanes: {str(error).removeprefix(f'role {role!r}: ')}"
-        if config.cluster.workers > spec.lanes:
-            yield f"{at}.lanes: {spec.lanes} cannot feed {config.cluster.workers} cluster.workers; raise the lanes"
-
-
-class LabelConfig(Section):
-    """One pseudo-labelling job: a teacher over an unlabelled dataset."""
-
-    dataset: str
-    weights: str
-    preset: str | None = None
-    position_mode: PositionMode | None = None
-    out: str | None = Field(default=None, description="folder of sidecars; default: labels/ inside the dataset")
-    input_size: int = Field(default=518, multiple_of=14, gt=0)
-    flip: bool = Field(default=True, description="average the predictions of the image and its mirror image")
-    precision: Literal["bf16", "fp32"] = "fp32"
-    batch: int = Field(default=8, ge=1)
-    cluster: ClusterSection = ClusterSection()
-
-
-class EvaluateConfig(Section):
-    """Weights against labelled datasets, under both published protocols (recipes of MoGe and of the V2 paper)."""
-
-    weights: str
-    preset: str | None = None
-    position_mode: PositionMode | None = None
-    datasets: tuple[str, ...] = Field(min_length=1)
-    input_size: int = Field(default=518, multiple_of=14, gt=0)
-    max_depth: float | None = Field(default=None, gt=0, description="metres; farther pixels are left out")
-    limit: int | None = Field(default=None, ge=1, description="only the first N samples of each dataset")
-    batch: int = Field(default=8, ge=1)
-    threads: int = Field(default=2, ge=1)
-    use_gpu: bool = False
-    out: str = "evaluation"
 
 
 C = TypeVar("C", bound=BaseModel)

@@ -20,7 +20,7 @@ import torch
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
-from trainer.config import EngineSection, OptimSection
+from trainer.config_train import EngineSection, OptimSection
 from trainer.engine_ops import prepare_cpu_operator
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -25,7 +25,7 @@ from dataio.dataset import Dataset
 from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
 from dataio.show import colorize
 from dataio.spec import DataError
-from trainer.config import EvaluateConfig
+from trainer.config_evaluate import EvaluateConfig
 from trainer.inference import Predictor, sizer
 from trainer.metrics import MetricMean, best_constant_metrics, depth_metrics, relative_depth_metrics
 

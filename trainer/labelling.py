@@ -20,7 +20,8 @@ from cluster.telemetry import Exporter
 from dataio.dataset import Dataset
 from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
 from dataio.labels import LabelSample, LabelStore, LedgerEntry, plan_digest
-from trainer.config import ConfigError, LabelConfig
+from trainer.config import ConfigError
+from trainer.config_label import LabelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

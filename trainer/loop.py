@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.worker import WorkerContext
 from dataio.types import Batch
-from trainer.config import TrainConfig
+from trainer.config_train import TrainConfig
 from trainer.engine import Engine, StepResult
 from trainer.schedule import factor
 from trainer.tasks.base import Task
@@ -74,7 +74,8 @@ class Loop:
             record = self.train_step(batch, waited=time.perf_counter() - started)
             on_step(record, batch)
             self.give_up_if_diverged(record)
-            if self.step % self.config.checkpoint.every == 0 and self.step < self.config.steps:
+            every = self.config.checkpoint.every
+            if every and self.step % every == 0 and self.step < self.config.steps:
                 on_checkpoint()
         on_checkpoint()
         return None

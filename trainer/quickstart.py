@@ -18,15 +18,10 @@ from cluster import storage
 from cluster.lock import locked_folder
 from cluster.progress import Progress
 from cluster.stop import StopFlag
-from trainer.config import (
-    ConfigError,
-    EvaluateConfig,
-    LabelConfig,
-    TrainConfig,
-    absolute_paths,
-    apply_override,
-    parse_config,
-)
+from trainer.config import ConfigError, absolute_paths, apply_override, parse_config
+from trainer.config_evaluate import EvaluateConfig
+from trainer.config_label import LabelConfig
+from trainer.config_train import TrainConfig
 from trainer.journal import Journal
 from trainer.run import first_difference, show_step, train
 

@@ -19,7 +19,7 @@ from dataio.loader import Loader
 from dataio.show import colorize
 from dataio.types import Batch
 from model.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from trainer.config import TrainConfig
+from trainer.config_train import TrainConfig
 from trainer.journal import Journal
 from trainer.loop import Loop, StepRecord
 from trainer.tasks.base import Task

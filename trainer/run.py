@@ -25,7 +25,8 @@ from dataio.labels import LabelStore
 from dataio.plan import pass_batches, skipped_batches
 from dataio.spec import DataError
 from trainer.checkpoint import CheckpointError, find_checkpoint
-from trainer.config import ConfigError, TrainConfig, dump_config, parse_config, read_config
+from trainer.config import ConfigError, dump_config, parse_config, read_config
+from trainer.config_train import TrainConfig
 from trainer.journal import Journal, read_json_lines
 
 PACKAGES = (

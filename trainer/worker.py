@@ -24,7 +24,7 @@ from trainer.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from trainer.config import TrainConfig
+from trainer.config_train import TrainConfig
 from trainer.engine import MOMENTS, Engine
 from trainer.loop import Loop, step_seed
 from trainer.record import Recorder
@@ -196,4 +196,5 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
 def micro_batch_count(config: TrainConfig, world_size: int) -> int:
     """Forward passes per step, the same on every rank: the largest share of a batch cut by `engine.micro_batch`."""
     share = sum(spec.batch // spec.lanes * (-(-spec.lanes // world_size)) for spec in config.data.roles.values())
-    return -(-share // config.engine.micro_batch) if config.engine.micro_batch else 1
+    size = config.engine.micro_batch
+    return -(-share // size) if isinstance(size, int) else 1

@@ -26,7 +26,8 @@ from tests.end_to_end.cli import (
 )
 from tests.end_to_end.conftest import World
 from trainer.checkpoint import verify_checkpoint
-from trainer.config import TrainConfig, read_config
+from trainer.config import read_config
+from trainer.config_train import TrainConfig
 
 pytestmark = pytest.mark.timeout(1800)  # the commands have a limit of their own
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from dataio.types import Batch, Target
-from trainer.config import TrainConfig, parse_config
+from trainer.config import parse_config
+from trainer.config_train import TrainConfig
 from trainer.tasks.base import Task, make_task
 
 SIZE = 28  # 2 x 2 patches

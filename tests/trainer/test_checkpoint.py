@@ -30,7 +30,7 @@ from trainer.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from trainer.config import TrainConfig
+from trainer.config_train import TrainConfig
 from trainer.run import prepare_folder, with_earlier_skips
 
 

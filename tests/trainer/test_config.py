@@ -13,17 +13,10 @@ import pytest
 import yaml
 
 from launcher import recipes
-from trainer.config import (
-    ConfigError,
-    EvaluateConfig,
-    LabelConfig,
-    TrainConfig,
-    absolute_paths,
-    apply_override,
-    dump_config,
-    parse_config,
-    read_config,
-)
+from trainer.config import ConfigError, absolute_paths, apply_override, dump_config, parse_config, read_config
+from trainer.config_evaluate import EvaluateConfig
+from trainer.config_label import LabelConfig
+from trainer.config_train import TrainConfig
 from trainer.tasks.base import make_task
 
 VALUES: dict[str, Any] = {
@@ -79,7 +72,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_right_one(change: dict[str, 
 
 def test_an_unknown_key_that_resembles_none_lists_them() -> None:
     message = refusal(checkpoint__zzz=1)
-    assert "checkpoint.zzz: unknown key; known keys: every, keep" in message
+    assert "checkpoint.zzz: unknown key; known keys: every, every_minutes, keep, keep_best" in message
 
 
 def test_every_mistake_is_named_at_once() -> None:
@@ -96,7 +89,7 @@ def test_every_mistake_is_named_at_once() -> None:
         ({"name": "a b"}, "name: found 'a b'"),
         ({"name": "../up"}, "name: found '../up'"),
         ({"engine__precision": "fp16"}, "engine.precision: found 'fp16'; input should be 'bf16' or 'fp32'"),
-        ({"engine__zero_stage": 3}, "engine.zero_stage: found 3; input should be 1 or 2"),
+        ({"engine__zero_stage": 4}, "engine.zero_stage: found 4; input should be 0, 1, 2 or 3"),
         ({"optim__schedule": "step"}, "optim.schedule: found 'step'; input should be 'constant', 'linear'"),
         ({"optim__betas": [0.9, 1.0]}, "optim.betas.1: found 1.0; input should be less than 1"),
         ({"optim__betas": [0.9]}, "optim.betas.1: missing"),
@@ -155,7 +148,7 @@ def test_cutmix_needs_two_samples_per_lane() -> None:
     assert f"{ROLE}.lanes" in message and "CutMix needs at least 2 samples per lane; lanes may be 1, 2, 4" in message
 
 
-@pytest.mark.parametrize("missing", ["name", "steps", "task", "model", "data"])
+@pytest.mark.parametrize("missing", ["name", "task", "model", "data"])
 def test_a_missing_section_is_named(missing: str) -> None:
     given = values()
     del given[missing]
@@ -322,8 +315,8 @@ def test_other_commands_are_checked_too() -> None:
 
 def test_reading_a_configuration_imports_nothing_heavy() -> None:
     code = (
-        "import sys, trainer.config as c\n"
-        f"c.parse_config(c.TrainConfig, {VALUES!r})\n"
+        "import sys, trainer.config as c, trainer.config_train as t\n"
+        f"c.parse_config(t.TrainConfig, {VALUES!r})\n"
         "print([m for m in ('torch', 'ray', 'deepspeed', 'nvidia', 'webdataset') if m in sys.modules])"
     )
     root = Path(__file__).resolve().parents[2]
@@ -331,3 +324,31 @@ def test_reading_a_configuration_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=root
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": None}, "steps: found None"),
+        ({"passes": {"labelled": 1}}, "steps: give steps or passes; both are given"),
+        ({"passes": {"labelled": 0}}, "passes.labelled: found 0; input should be greater than 0"),
+        ({"engine__cpu_offload": True, "engine__zero_stage": 0}, "engine.cpu_offload: needs engine.zero_stage 1, 2"),
+        ({"engine__micro_batch": "largest"}, "engine.micro_batch"),
+        ({"checkpoint__every": None}, "checkpoint.every: null needs checkpoint.every_minutes"),
+        ({"checkpoint__keep_best": 1}, "checkpoint.keep_best: needs validation.datasets"),
+        ({"optim__ema_decay": 1.0}, "optim.ema_decay: found 1.0"),
+        ({"optim__optimizer": "sgd"}, "optim.optimizer: found 'sgd'; input should be 'adamw' or 'adam'"),
+    ],
+)
+def test_contradictions_are_named(change: dict[str, Any], words: str) -> None:
+    assert words in refusal(**change)
+
+
+def test_the_length_is_steps_or_passes_of_one_role() -> None:
+    given = values()
+    del given["steps"]
+    assert "steps: give steps or passes; neither is given" in refusal(given=given)
+    assert "passes: found" in refusal(given=given | {"passes": {"labelled": 1.0, "other": 1.0}})
+    assert "name one of the roles ['labelled']" in refusal(given=given | {"passes": {"other": 1.0}})
+    config = parse_config(TrainConfig, given | {"passes": {"labelled": 20}})
+    assert (config.steps, config.passes) == (0, {"labelled": 20.0})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.trainer.ranks import run_ranks
-from trainer.config import EngineSection, OptimSection
+from trainer.config_train import EngineSection, OptimSection
 from trainer.engine import MOMENTS, Engine, deepspeed_config
 
 RATES = [{"encoder": 1e-3, "decoder": 1e-2}, {"encoder": 5e-4, "decoder": 5e-3}] * 2

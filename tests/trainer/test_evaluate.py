@@ -18,7 +18,8 @@ from dataio.dataset import Dataset
 from dataio.spec import DataError
 from model.presets import get_preset
 from tests.dataio.fakes import jpeg, png, smooth, unlabelled, write_dataset
-from trainer.config import EvaluateConfig, parse_config
+from trainer.config import parse_config
+from trainer.config_evaluate import EvaluateConfig
 from trainer.evaluate import DatasetResult, evaluate, predictions
 
 INPUT = 28

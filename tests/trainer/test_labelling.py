@@ -21,7 +21,8 @@ from dataio.labels import LabelStore, LedgerEntry, plan_digest
 from dataio.loader import Loader
 from dataio.spec import DataSpec, RoleNeeds, RoleSpec
 from tests.dataio.fakes import jpeg, smooth, unlabelled, write_dataset
-from trainer.config import ConfigError, LabelConfig, parse_config
+from trainer.config import ConfigError, parse_config
+from trainer.config_label import LabelConfig
 from trainer.inference import Predictor
 from trainer.labelling import Labeller, describe, in_order, pad_batch
 

@@ -13,7 +13,8 @@ import torch
 from model import DepthAnything, get_preset
 from model.save import save_encoder
 from trainer.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from trainer.config import ConfigError, ModelSection
+from trainer.config import ConfigError
+from trainer.config_train import ModelSection
 from trainer.tasks.student import TrainingTask as StudentTask
 from trainer.tasks.teacher import TrainingTask as TeacherTask
 

@@ -8,7 +8,8 @@ import pytest
 
 from dataio.spec import Perturbation
 from launcher import recipes
-from trainer.config import TrainConfig, read_config
+from trainer.config import read_config
+from trainer.config_train import TrainConfig
 from trainer.tasks.base import make_task
 
 LABELLED_IMAGES, UNLABELLED_IMAGES, TEACHER_EPOCHS = 1_500_000, 62_000_000, 20

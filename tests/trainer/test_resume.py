@@ -16,7 +16,8 @@ from dataio.spec import DataError
 from tests.dataio.fakes import labelled, shards_of, write_dataset
 from tests.trainer.ranks import run_ranks
 from trainer.checkpoint import CheckpointError, load_checkpoint
-from trainer.config import TrainConfig, parse_config
+from trainer.config import parse_config
+from trainer.config_train import TrainConfig
 
 CASES = [(stage, precision) for stage in (1, 2) for precision in ("fp32", "bf16")]
 STEPS, HALF = 4, 2

@@ -17,7 +17,8 @@ from dataio.labels import LabelStore
 from dataio.spec import DataError, DataSpec
 from tests.dataio.fakes import labelled, shards_of, unlabelled, write_dataset
 from trainer import run
-from trainer.config import ConfigError, TrainConfig, dump_config, parse_config, read_config
+from trainer.config import ConfigError, dump_config, parse_config, read_config
+from trainer.config_train import TrainConfig
 from trainer.run import (
     check_inputs,
     first_difference,

@@ -15,7 +15,8 @@ from dataio.types import Batch
 from model.types import DepthPrediction
 from tests.trainer.batches import SIZE, share, task_of, train_config
 from trainer.checkpoint import fingerprint
-from trainer.config import ConfigError, TrainConfig
+from trainer.config import ConfigError
+from trainer.config_train import TrainConfig
 from trainer.losses import feature_alignment_loss
 from trainer.tasks import base, pretext
 from trainer.tasks.base import make_task, task_names

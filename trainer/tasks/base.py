@@ -22,7 +22,8 @@ from dataio.spec import RoleNeeds
 from dataio.types import Batch
 from model import DepthAnything, get_preset
 from model.save import record_of
-from trainer.config import ConfigError, ModelSection, Section, TrainConfig, parse_config
+from trainer.config import ConfigError, Section, parse_config
+from trainer.config_train import ModelSection, TrainConfig
 
 Forward = Callable[..., Any]  # the trainable network as the engine wraps it
 

@@ -26,7 +26,8 @@ from dataio.types import Batch
 from model import DepthAnything
 from model.save import save_encoder
 from model.vit import Encoder
-from trainer.config import ModelSection, Section
+from trainer.config import Section
+from trainer.config_train import ModelSection
 from trainer.tasks.base import Forward, Task, encoder_decoder_groups, weight_of
 
 PATCH = 14

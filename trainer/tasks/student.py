@@ -18,7 +18,8 @@ from dataio.spec import RoleNeeds
 from dataio.types import Batch
 from model import Encoder
 from trainer.checkpoint import fingerprint
-from trainer.config import ConfigError, ModelSection, Section
+from trainer.config import ConfigError, Section
+from trainer.config_train import ModelSection
 from trainer.losses import feature_alignment_loss, regional_affine_invariant_loss
 from trainer.tasks.base import DepthTask, Forward, weight_of
 

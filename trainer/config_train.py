@@ -1,0 +1,224 @@
+"""The configuration of a training run. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dataio.spec import DataSpec
+from model.presets import PositionMode
+from trainer.config import Section
+from trainer.schedule import Decay
+
+
+class TaskSection(BaseModel):
+    """`kind` names a module of trainer/tasks; every other key belongs to that task's own Options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    kind: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class ModelSection(Section):
+    """Which network, and what it starts from."""
+
+    preset: str = "v2-vits"
+    encoder_weights: str | None = Field(
+        default=None, description="file of a pre-trained encoder, DINOv2's for instance"
+    )
+    weights: str | None = Field(default=None, description="file or folder of a whole network to start from")
+    position_mode: PositionMode | None = Field(
+        default=None, description="how position embeddings are resized; null: as the weights' file says, else official"
+    )
+    readout: Literal["ignore", "project"] | None = Field(
+        default=None, description="the class token in the decoder (DPT eq. 3); null: as in the weights, else ignore"
+    )
+    fusion: Literal["interpolate", "even"] | None = Field(
+        default=None, description="even: every rise of the decoder is x2, for grids of even sides"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute the encoder's blocks in the backward pass: less memory, more time"
+    )
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimSection(Section):
+    """Two learning rates (arXiv 2401.10891, section 4: the decoder's is ten times the encoder's), one schedule.
+
+    The schedule is a function of samples seen, so neither the batch size nor the number of ranks changes it.
+    """
+
+    optimizer: Literal["adamw", "adam"] = Field(
+        default="adamw", description="adam adds weight_decay to the gradient, as torch.optim.Adam does"
+    )
+    encoder_lr: float = Field(default=5e-6, ge=0)
+    decoder_lr: float = Field(default=5e-5, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    decay_norms_and_biases: bool = Field(
+        default=True, description="false: vectors (norms, biases, LayerScale) and embeddings are not decayed"
+    )
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    schedule: Decay = "linear"
+    power: float = Field(default=0.9, gt=0, description="exponent of the poly schedule")
+    warmup_samples: int = Field(default=0, ge=0)
+    clip: float = Field(default=0.0, ge=0, description="largest gradient norm; 0 does not clip")
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="keep a moving average of the weights; the export and validation use it"
+    )
+
+
+class EngineSection(Section):
+    """How the step is carried out; nothing here changes what is computed, but for rounding."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    cpu_offload: bool = Field(default=False, description="optimizer states in main memory; needs zero_stage 1 to 3")
+    precision: Literal["bf16", "fp32"] = "bf16"
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        default=None, description="rows per forward pass and rank; auto: the largest that fits; null: all at once"
+    )
+    max_skipped_steps: int = Field(default=20, ge=1, description="consecutive steps without an update before giving up")
+    debug: bool = Field(default=False, description="check invariants before and after every step; slow")
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> EngineSection:
+        if self.cpu_offload and not self.zero_stage:
+            raise ValueError("engine.cpu_offload: needs engine.zero_stage 1, 2 or 3, found 0")
+        return self
+
+
+class ClusterSection(Section):
+    """Where it runs: `address: null` is an embedded one-node Ray."""
+
+    address: str | None = None
+    workers: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, description="CPU threads of one worker")
+    use_gpu: bool = False
+
+
+class CheckpointSection(Section):
+    """When to save, and what stays. A run also saves at its end and when it is stopped."""
+
+    every: int | None = Field(default=1000, ge=1, description="steps; null: by the clock alone")
+    every_minutes: float | None = Field(default=None, gt=0)
+    keep: int = Field(default=2, ge=1, description="newest checkpoints that stay")
+    keep_best: int = Field(default=0, ge=0, description="checkpoints with the best validation score that stay as well")
+
+
+class ValidationSection(Section):
+    """Held-out labelled datasets, measured while training; needs a task whose network predicts depth."""
+
+    datasets: tuple[str, ...] = ()
+    every: int = Field(default=1000, ge=1, description="steps")
+    limit: int | None = Field(default=None, ge=1, description="only the first N samples of each dataset")
+    protocol: str | None = Field(default=None, description="a name of trainer/protocols.py; null: by the head")
+    metric: str = Field(default="abs_rel", description="what checkpoint.keep_best goes by")
+    max_depth: float | None = Field(default=None, gt=0, description="metres; farther pixels are left out")
+    input_size: int | None = Field(default=None, multiple_of=14, gt=0, description="null: data.input_size")
+    batch: int = Field(default=8, ge=1)
+
+
+class WandbSection(Section):
+    """Weights & Biases, where it is installed."""
+
+    project: str
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class TrackSection(Section):
+    """Where else the logged numbers go, beside metrics.jsonl and Prometheus."""
+
+    tensorboard: bool = True
+    wandb: WandbSection | None = None
+
+
+class TrainConfig(Section):
+    """A whole training run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs: str = Field(default_factory=lambda: os.path.abspath("runs"))  # workers stand in another folder
+    seed: int = Field(default=0, ge=0)
+    steps: int = Field(default=0, ge=1, description="optimizer steps; or say passes")  # 0: not known yet
+    passes: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="instead of steps: how often the run goes through one role, {unlabelled: 1}"
+    )
+    task: TaskSection
+    model: ModelSection
+    data: DataSpec
+    optim: OptimSection = OptimSection()
+    engine: EngineSection = EngineSection()
+    cluster: ClusterSection = ClusterSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    validation: ValidationSection = ValidationSection()
+    track: TrackSection = TrackSection()
+    log_every: int = Field(default=10, ge=1)
+    preview_every: int = Field(default=500, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        problems = [*_role_problems(self), *_length_problems(self)]
+        for start, stop in self.data.skip_samples:
+            if not 0 <= start < stop:
+                problems.append(f"data.skip_samples: {start}:{stop} is no stretch of samples; from must be below to")
+        if not self.data.roles:
+            problems.append("data.roles: is empty; name at least one role and its datasets")
+        if self.checkpoint.every is None and self.checkpoint.every_minutes is None:
+            problems.append("checkpoint.every: null needs checkpoint.every_minutes")
+        if self.checkpoint.keep_best and not self.validation.datasets:
+            problems.append("checkpoint.keep_best: needs validation.datasets to tell which checkpoint is best")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def global_batch(self) -> int:
+        return sum(spec.batch for spec in self.data.roles.values())
+
+    @property
+    def folder(self) -> str:
+        return os.path.join(self.runs, self.name)
+
+
+def _length_problems(config: TrainConfig) -> Iterator[str]:
+    """How long the run is; with `passes` that is known once the datasets are open."""
+    if bool(config.steps) == bool(config.passes):
+        found = "both are given" if config.steps else "neither is given"
+        yield f"steps: give steps or passes; {found}"
+    if config.passes and (len(config.passes) > 1 or not config.passes.keys() <= config.data.roles.keys()):
+        yield f"passes: found {config.passes}; name one of the roles {sorted(config.data.roles)}"
+    total = config.steps * config.global_batch
+    if config.steps and config.data.roles and config.optim.warmup_samples >= total:
+        yield f"optim.warmup_samples: {config.optim.warmup_samples} must be less than the run's {total} samples"
+
+
+def _role_problems(config: TrainConfig) -> Iterator[str]:
+    """What no single field of a role can tell."""
+    from dataio.mix import quotas
+    from dataio.plan import check_lanes
+
+    for role, spec in config.data.roles.items():
+        at = f"data.roles.{role}"
+        if not spec.datasets:
+            yield f"{at}.datasets: is empty; name at least one dataset folder"
+        if spec.labels and len(spec.labels) != len(spec.datasets):
+            yield f"{at}.labels: {len(spec.labels)} folders for {len(spec.datasets)} datasets; name one each"
+        if spec.weights and spec.datasets:
+            try:
+                quotas(role, spec.weights, len(spec.datasets))
+            except ValueError as error:
+                yield f"{at}.weights: {str(error).removeprefix(f'role {role!r}: ')}"
+        try:
+            check_lanes(role, spec.batch, spec.lanes, per_lane=2 if spec.perturbation.cutmix_p > 0 else 1)
+        except ValueError as error:
+            yield f"{at}.lanes: {str(error).removeprefix(f'role {role!r}: ')}"
+        if config.cluster.workers > spec.lanes:
+            yield f"{at}.lanes: {spec.lanes} cannot feed {config.cluster.workers} cluster.workers; raise the lanes"
