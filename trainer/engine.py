@@ -4,27 +4,29 @@ With engine_ops.py the only importer of deepspeed. Its configuration is generate
 DeepSpeed ignores unknown top-level keys without a word. What was measured about it is in docs/log.md; the traps this
 file avoids:
 
-* ZeRO 1 and 2 link the optimizer's states to parameters after the first group only; `_link_states` does it for all.
-* ZeRO's own checkpoints load at one world size only; ours are whole tensors by parameter name.
+* ZeRO's own checkpoints load at one world size only, its universal ones forget frozen parameters and, at stage 3, the
+  groups' hyper-parameters; ours are named parts (engine_state.py), and every step sets the hyper-parameters again.
+* Stage 0 in fp32 applies a non-finite gradient without a word: the norm is ours there, and such a step is dropped.
 * Gradients are averaged over ranks by the engine, so the loop multiplies its loss by the world size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from trainer.config_train import EngineSection, OptimSection
 from trainer.engine_ops import prepare_cpu_operator
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-Groups = Mapping[str, list[tuple[str, nn.Parameter]]]
+from trainer.engine_state import MOMENTS, FragmentState, Joiner, PartitionState, Span, State, WholeState
+from trainer.optim import Groups, apply_settings, decay_groups, make_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,13 @@ class StepResult:
 
     grad_norm: float
     skipped: bool
+
+
+class Parts(Protocol):
+    """Where parts of named tensors come from when a state is loaded: a checkpoint's reader."""
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flat tensor, on the CPU. KeyError when there is none of that name."""
 
 
 class Engine:
@@ -54,25 +63,43 @@ class Engine:
         micro_batches: int,
         device: torch.device,
     ) -> None:
-        self.groups = {name: list(parameters) for name, parameters in groups.items() if parameters}
-        self.precision, self.device = engine.precision, device
-        optimizer = torch.optim.AdamW(
-            [{"params": [p for _, p in ps], "name": name, "lr": 0.0} for name, ps in self.groups.items()],
-            betas=optim.betas,
-            weight_decay=optim.weight_decay,
-        )
-        config = deepspeed_config(optim, engine, micro_batches)
+        self.groups = decay_groups(groups, optim)
+        self.precision, self.device, self.stage = engine.precision, device, engine.zero_stage
+        self._optim = optim
+        self._shapes = {name: p.shape for name, p in module.named_parameters()}
         prepare_cpu_operator()
         self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=module.to(device), optimizer=optimizer, config=config, dist_init_required=False
+            model=module.to(device),
+            optimizer=make_optimizer(self.groups, optim),
+            config=deepspeed_config(optim, engine, micro_batches),
+            dist_init_required=False,
         )
         self.applied_steps = 0
+        self._state = self._make_state()
+        self._joiner = Joiner(self.spans, self._shapes, dist.get_world_size())
+
+    def _make_state(self) -> State:
+        if self.stage == 0:
+            return WholeState(self._optimizer, self.groups, dist.get_rank(), dist.get_world_size())
+        if self.stage == 3:
+            return PartitionState(self._optimizer, self.module, self.groups, dist.get_rank())
+        return FragmentState(self._optimizer, self.groups)
 
     @property
     def module(self) -> nn.Module:
-        """The network itself, whole on every rank (ZeRO 1 and 2 keep parameters whole)."""
+        """The network itself; at stage 3 its parameters are partitioned, and its forward pass is a collective."""
         network: nn.Module = self._engine.module
         return network
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, in the order of the groups."""
+        return {name: parameter for named in self.groups.values() for name, parameter in named}
+
+    @property
+    def spans(self) -> dict[str, Span]:
+        """Which stretch of each parameter this rank answers for."""
+        return self._state.spans
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -90,59 +117,126 @@ class Engine:
 
     def step(self, learning_rates: Mapping[str, float]) -> StepResult:
         """Clip, update, clear gradients: on all ranks or, when any gradient is not finite, on none."""
-        for group in self._optimizer.optimizer.param_groups:
-            group["lr"] = learning_rates[group["name"]]
-        self._engine.step()
-        skipped = bool(self._optimizer.overflow)
-        self.applied_steps += not skipped
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(grad_norm=float("nan") if norm is None else float(norm), skipped=skipped)
+        apply_settings(self.param_groups, self._optim, learning_rates)
+        result = self._plain_step() if self.stage == 0 else self._zero_step()
+        self.applied_steps += not result.skipped
+        return result
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Moments by `moment/parameter name`, whole, fp32, on the CPU. A collective: every rank must call it."""
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's groups, with their hyper-parameters as the next step will use them."""
+        inner = self._optimizer if self.stage == 0 else self._optimizer.optimizer
+        groups: list[dict[str, Any]] = inner.param_groups
+        return groups
+
+    def _zero_step(self) -> StepResult:
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(grad_norm=float(norm), skipped=bool(self._optimizer.overflow))
+
+    def _plain_step(self) -> StepResult:
+        parameters = list(self.trained.values())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        grad_norm = float(norm)  # the gradients are all-reduced: every rank decides the same
+        skipped = not torch.isfinite(norm).item()
+        if skipped:
+            for parameter in parameters:
+                parameter.grad = None  # the optimizer leaves parameters without a gradient alone
+        elif self._optim.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._optim.clip, norm)
+        self._engine.step()
+        return StepResult(grad_norm=grad_norm, skipped=skipped)
+
+    # What a checkpoint holds.
+
+    def weight_part(self, name: str) -> Tensor:
+        """This rank's stretch of a trainable parameter as it is now: a flat view."""
+        return self._state.weight(name)
+
+    def whole(self, parts: Mapping[str, Tensor], *, everywhere: bool = False) -> dict[str, Tensor]:
+        """Whole tensors out of all ranks' parts (see `spans`), on rank 0 or everywhere. A collective."""
+        return self._joiner.whole(parts, everywhere=everywhere)
+
+    def whole_weights(self, *, everywhere: bool = False) -> dict[str, Tensor]:
+        """The network's whole state dict, fp32, on the device. A collective at stage 3; {} where it was not asked."""
+        if self.stage < 3:
+            return dict(self.module.state_dict())
+        parts = {name: self.weight_part(name) for name in self.spans}
+        joined = self.whole(parts, everywhere=everywhere)
+        return joined | dict(self.module.named_buffers()) if joined else {}
+
+    def moment_parts(self) -> dict[str, Tensor]:
+        """This rank's stretches of the moments by `moment/parameter name`: flat views; {} before the first update."""
         if not self.applied_steps:
             return {}
-        self._link_states()
+        if isinstance(self._state, FragmentState):
+            self._state.link()
         return {
-            f"{moment}/{name}": safe_get_full_optimizer_state(parameter, moment).detach().cpu().clone()
-            for parameters in self.groups.values()
-            for name, parameter in parameters
+            f"{moment}/{name}": self._state.moment(moment, name)
+            for name in self.trained
             for moment in MOMENTS
+            if len(self.spans[name])
         }
 
-    def load_optimizer_state(self, state: Mapping[str, Tensor], applied_steps: int) -> None:
-        """Restore what `optimizer_state` gave, on any number of ranks. Raises KeyError for a missing parameter."""
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Moments by `moment/parameter name`, whole, on every rank's CPU: for tests and small networks. A collective."""
+        parts = self.moment_parts()
+        found: dict[str, Tensor] = {}
+        for moment in MOMENTS if self.applied_steps else ():
+            empty = torch.empty(0, device=self.device)
+            named = {name: parts.get(f"{moment}/{name}", empty).to(self.device) for name in self.trained}
+            whole = self.whole(named, everywhere=True)
+            found |= {f"{moment}/{name}": whole[name].cpu() for name in self.trained}
+        return found
+
+    def load_optimizer_state(self, moments: Parts, applied_steps: int) -> None:
+        """Restore moments, on any number of ranks and at any stage. Raises KeyError for a missing parameter."""
         self.applied_steps = applied_steps
         if not applied_steps:
             return
-        inner = self._optimizer.optimizer
-        for group in inner.param_groups:
-            for flat in group["params"]:  # the state must exist before it can be set; a dummy step would move weights
-                moments = {moment: torch.zeros_like(flat.data) for moment in MOMENTS}
-                inner.state[flat] = {"step": torch.tensor(float(applied_steps)), **moments}
-        self._link_states()
-        for parameters in self.groups.values():
-            for name, parameter in parameters:
-                for moment in MOMENTS:
-                    safe_set_full_optimizer_state(parameter, state[f"{moment}/{name}"].to(self.device), moment)
+        self._state.create(applied_steps)
+        for name, parameter in self._shapes.items():
+            if name not in self.trained:
+                continue
+            span = Span(start=0, stop=parameter.numel()) if self.stage == 0 else self.spans[name]
+            for moment in MOMENTS if len(span) else ():
+                value = moments.part(f"{moment}/{name}", span.start, span.stop)
+                self._state.set_moment(moment, name, value.to(self.device))
+
+    def optimizer_steps(self) -> set[int]:
+        """The update counts that the optimizer's states hold: one number, `applied_steps`, or none before the first."""
+        return self._state.steps()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients by name between the last `backward` and `step`. A collective; for tests and checks."""
+        found = {name: safe_get_full_grad(parameter) for name, parameter in self.trained.items()}
+        return {name: gradient.detach().clone() for name, gradient in found.items() if gradient is not None}
+
+    @contextlib.contextmanager
+    def whole_module(self) -> Iterator[nn.Module]:
+        """The network with whole parameters inside the block, for reading. A collective at stage 3."""
+        if self.stage < 3:
+            yield self.module
+            return
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            yield self.module
 
     def close(self) -> None:
         self._engine.destroy()
 
-    def _link_states(self) -> None:
-        # DeepSpeed links once, after the first group's step, so the other groups' states stay unreadable (0.19.8).
-        self._optimizer._hp_optimizer_states_linked = False
-        self._optimizer._lazy_init_hp_params_optimizer_state()
-
 
 def deepspeed_config(optim: OptimSection, engine: EngineSection, micro_batches: int) -> dict[str, Any]:
     """DeepSpeed's dictionary. The micro-batch size is nominal: our loss carries its own global denominators."""
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": False}
+    if engine.cpu_offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
-        "zero_optimization": {"stage": engine.zero_stage, "overlap_comm": False},
-        "gradient_clipping": optim.clip,
+        "zero_optimization": zero,
+        "gradient_clipping": optim.clip if engine.zero_stage else 0.0,  # at stage 0 the engine clips
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
     if engine.precision == "bf16":

@@ -1,10 +1,11 @@
-"""DeepSpeed behind the engine: against plain AdamW, on one rank and on two, through a saved state and back."""
+"""DeepSpeed behind the engine: against plain PyTorch, at every ZeRO stage, on one to three ranks, through a saved state
+and back at another stage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,33 +13,72 @@ from torch import Tensor, nn
 
 from tests.trainer.ranks import run_ranks
 from trainer.config_train import EngineSection, OptimSection
-from trainer.engine import MOMENTS, Engine, deepspeed_config
+from trainer.engine import Engine, deepspeed_config
+from trainer.engine_state import MOMENTS
+from trainer.schedule import factor
 
-RATES = [{"encoder": 1e-3, "decoder": 1e-2}, {"encoder": 5e-4, "decoder": 5e-3}] * 2
-ROWS = 4
-CASES = [(stage, clip) for stage in (1, 2) for clip in (0.0, 0.1)]
+ROWS = 6
+STAGES = (0, 1, 2, 3)
+
+
+class Case(NamedTuple):
+    """One way to be set up."""
+
+    stage: int
+    clip: float = 0.0
+    optimizer: str = "adamw"
+    bare: bool = True  # norms and biases are decayed too
+    offload: bool = False
+
+    @property
+    def optim(self) -> OptimSection:
+        return OptimSection(
+            weight_decay=0.1, clip=self.clip, optimizer=self.optimizer, decay_norms_and_biases=self.bare,
+            betas=(0.8, 0.95), eps=1e-7,
+        )  # fmt: skip
+
+
+CASES = [
+    *(Case(stage) for stage in STAGES),
+    *(Case(stage, clip=0.1, optimizer="adam", bare=False) for stage in STAGES),
+    *(Case(stage, offload=True) for stage in (1, 2, 3)),
+]
 
 
 class Network(nn.Module):
-    """Two groups of several parameters, odd sizes, and one that is frozen."""
+    """Two groups of several parameters, odd sizes, a norm, an embedding, a buffer, and one that is frozen."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.encoder = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+        self.encoder = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1, 5))
         self.decoder = nn.Sequential(nn.Linear(3, 11), nn.Linear(11, 1))
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.register_buffer("offset", torch.tensor([0.25]))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.decoder(self.frozen(self.encoder(x).tanh()))
-        return out
+        out: Tensor = self.decoder(self.frozen(self.encoder(x + self.pos_embed[0]).tanh()))
+        return out + self.offset
 
     def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         return {
-            "encoder": [(n, p) for n, p in named if n.startswith("encoder")],
+            "encoder": [(n, p) for n, p in named if not n.startswith("decoder")],
             "decoder": [(n, p) for n, p in named if n.startswith("decoder")],
         }
+
+
+class Whole(dict[str, Tensor]):
+    """Whole tensors as what a checkpoint's reader gives."""
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        return self[name].reshape(-1)[start:stop]
+
+
+def rates(step: int) -> dict[str, float]:
+    scale = factor(step * ROWS, 200 * ROWS, 10 * ROWS, "cosine")
+    return {"encoder": 1e-3 * scale, "decoder": 1e-2 * scale}
 
 
 def inputs(step: int) -> Tensor:
@@ -49,12 +89,11 @@ def loss_of(output: Tensor) -> Tensor:
     return (output - 3).square().mean()
 
 
-def make(stage: int, clip: float, network: Network | None = None) -> Engine:
+def make(case: Case, network: Network | None = None, precision: str = "fp32") -> Engine:
     network = network or Network()
-    optim = OptimSection(weight_decay=0.1, clip=clip)
-    section = EngineSection(zero_stage=stage, precision="fp32")
+    section = EngineSection(zero_stage=case.stage, precision=precision, cpu_offload=case.offload)
     device = torch.device("cpu")
-    return Engine(network, network.groups(), optim=optim, engine=section, micro_batches=2, device=device)
+    return Engine(network, network.groups(), optim=case.optim, engine=section, micro_batches=2, device=device)
 
 
 def advance(engine: Engine, steps: Iterable[int], rank: int, world_size: int) -> list[float]:
@@ -63,139 +102,259 @@ def advance(engine: Engine, steps: Iterable[int], rank: int, world_size: int) ->
     for step in steps:
         pieces = inputs(step)[rank::world_size].chunk(2)
         for index, piece in enumerate(pieces):
-            engine.backward(loss_of(engine(piece)) / 2, last=index == 1)
-        norms.append(engine.step(RATES[step]).grad_norm)
+            engine.backward(loss_of(engine(piece)) * len(piece) * world_size / ROWS, last=index == 1)
+        norms.append(engine.step(rates(step)).grad_norm)
     return norms
 
 
 def facts(engine: Engine, norms: list[float]) -> dict[str, Any]:
-    weights = {name: tensor.detach().clone() for name, tensor in engine.module.state_dict().items()}
-    return {"weights": weights, "moments": engine.optimizer_state(), "norms": norms, "applied": engine.applied_steps}
+    weights = {name: t.detach().clone() for name, t in engine.whole_weights(everywhere=True).items()}
+    groups = [{k: v for k, v in entry.items() if k not in ("params", "lr")} for entry in engine.param_groups]
+    rates_now = {entry["name"]: entry["lr"] for entry in engine.param_groups}
+    parts = {name: engine.weight_part(name).clone() for name in engine.trained}
+    return {
+        "weights": weights, "moments": engine.optimizer_state(), "norms": norms, "applied": engine.applied_steps,
+        "groups": groups, "rates": rates_now, "steps": engine.optimizer_steps(), "parts": parts, "spans": engine.spans,
+    }  # fmt: skip
 
 
-def trained(rank: int, world_size: int) -> dict[Any, Any]:
-    """Two steps of every case."""
+def trained(rank: int, world_size: int, steps: int) -> dict[Case, Any]:
+    """Some steps of every case."""
     found = {}
     for case in CASES:
-        engine = make(*case)
-        assert engine.optimizer_state() == {}
-        found[case] = facts(engine, advance(engine, range(2), rank, world_size))
+        engine = make(case)
+        assert engine.optimizer_state() == {} and engine.moment_parts() == {}
+        found[case] = facts(engine, advance(engine, range(steps), rank, world_size))
         engine.close()
     return found
 
 
-def continued(rank: int, world_size: int, saved: dict[Any, Any]) -> dict[Any, Any]:
-    """Two more steps from what `trained` gave, in another process."""
+def continued(rank: int, world_size: int, saved: dict[Case, Any], stages: Mapping[int, int]) -> dict[Case, Any]:
+    """Two more steps from what `trained` gave, in another process and perhaps at another stage."""
     found = {}
     for case in CASES:
         network = Network()
+        with torch.no_grad():
+            network.frozen.weight.zero_()  # what the constructor makes is not what was saved
         network.load_state_dict(saved[case]["weights"])
-        engine = make(*case, network)
-        engine.load_optimizer_state(saved[case]["moments"], saved[case]["applied"])
+        target = case._replace(stage=stages.get(case.stage, case.stage)) if not case.offload else case
+        engine = make(target, network)
+        engine.load_optimizer_state(Whole(saved[case]["moments"]), saved[case]["applied"])
         restored = engine.optimizer_state()
         found[case] = facts(engine, advance(engine, range(2, 4), rank, world_size)) | {"restored": restored}
         engine.close()
     return found
 
 
-def plain(clip: float, steps: int) -> dict[str, Any]:
+def plain(case: Case, steps: int) -> dict[str, Any]:
     """The same in plain PyTorch on the whole batch."""
     network = Network()
-    groups = network.groups()
-    optimizer = torch.optim.AdamW([{"params": [p for _, p in groups[name]]} for name in groups], weight_decay=0.1)
+    entries = []
+    for group, named in network.groups().items():
+        for name, p in named:
+            decays = case.bare or (p.ndim > 1 and name != "pos_embed")
+            entries.append({"params": [p], "weight_decay": 0.1 if decays else 0.0, "group": group})
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[case.optimizer]
+    optimizer = kind(entries, lr=0.0, betas=(0.8, 0.95), eps=1e-7)
     norms = []
     for step in range(steps):
         optimizer.zero_grad()
         loss_of(network(inputs(step))).backward()
-        trainable = [p for named in groups.values() for _, p in named]
-        norms.append(float(nn.utils.clip_grad_norm_(trainable, clip if clip else float("inf"))))
-        for group, name in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] = RATES[step][name]
+        trainable = [entry["params"][0] for entry in entries]
+        norms.append(float(nn.utils.clip_grad_norm_(trainable, case.clip or float("inf"))))
+        for entry in optimizer.param_groups:
+            entry["lr"] = rates(step)[entry["group"]]
         optimizer.step()
-    moments = {f"{m}/{n}": optimizer.state[p][m] for m in MOMENTS for named in groups.values() for n, p in named}
+    names = [name for named in network.groups().values() for name, _ in named]
+    parameters = dict(network.named_parameters())
+    moments = {f"{m}/{n}": optimizer.state[parameters[n]][m] for m in MOMENTS for n in names}
     return {"weights": network.state_dict(), "moments": moments, "norms": norms}
 
 
+OTHER = {0: 3, 1: 2, 2: 0, 3: 1}
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Any, Any]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("engine")
-    pair = run_ranks(trained, 2, folder / "two")
-    alone = run_ranks(trained, 1, folder / "one")[0]
+    pair = run_ranks(trained, 2, folder / "two", 2)
+    alone = run_ranks(trained, 1, folder / "one", 2)[0]
     return {
         "two": pair[0],
         "two, rank 1": pair[1],
         "one": alone,
-        "two, then one": run_ranks(continued, 1, folder / "continued_one", pair[0])[0],
-        "one, then two": run_ranks(continued, 2, folder / "continued_two", alone)[1],
+        "two, then one": run_ranks(continued, 1, folder / "a", pair[0], {})[0],
+        "one, then three": run_ranks(continued, 3, folder / "b", alone, {})[1],
+        "two, then two at another stage": run_ranks(continued, 2, folder / "c", pair[0], OTHER)[1],
     }
 
 
-def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4) -> bool:
     return found.keys() == expected.keys() and all(
-        torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected
+        torch.allclose(found[name], expected[name], rtol=rtol, atol=1e-6) for name in expected
     )
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("ranks", ["one", "two", "two, rank 1"])
-def test_it_is_plain_adamw(runs: dict[str, dict[Any, Any]], ranks: str, case: tuple[int, float]) -> None:
-    found, expected = runs[ranks][case], plain(case[1], 2)
+def test_it_is_plain_pytorch(runs: dict[str, Any], ranks: str, case: Case) -> None:
+    found, expected = runs[ranks][case], plain(case, 2)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
     assert close(found["weights"], expected["weights"])
-    assert found["applied"] == 2
+    assert found["applied"] == 2 and found["steps"] == {2}
+
+
+def test_over_a_hundred_steps_it_is_plain_pytorch(tmp_path: Path) -> None:
+    """Every stage, with warm-up and cosine decay of both rates, clipping, Adam and AdamW."""
+    found = run_ranks(trained, 2, tmp_path, 100)[0]
+    for case in CASES:
+        expected = plain(case, 100)
+        assert found[case]["norms"] == pytest.approx(expected["norms"], rel=2e-3, abs=1e-3), case
+        weights, start = expected["weights"], Network().state_dict()
+        moved = sum(float((weights[n] - start[n]).square().sum()) for n in weights) ** 0.5
+        apart = sum(float((found[case]["weights"][n] - weights[n]).square().sum()) for n in weights) ** 0.5
+        assert apart <= 1e-3 * moved, case  # rounding grows with every step
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("ranks", ["one", "two", "two, rank 1"])
-def test_the_moments_of_every_group_can_be_read(
-    runs: dict[str, dict[Any, Any]], ranks: str, case: tuple[int, float]
-) -> None:
+def test_the_moments_of_every_group_can_be_read(runs: dict[str, Any], ranks: str, case: Case) -> None:
+    """Stages 1 and 2 of DeepSpeed link the states of the first group only."""
     moments = runs[ranks][case]["moments"]
-    assert close(moments, plain(case[1], 2)["moments"])
+    assert close(moments, plain(case, 2)["moments"])
     assert all(moment.abs().max() > 0 for moment in moments.values())
     assert not any("frozen" in name for name in moments)
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("before", "after"), [("two", "two, then one"), ("one", "one, then two")])
-def test_a_state_goes_on_on_another_number_of_ranks(
-    runs: dict[str, dict[Any, Any]], before: str, after: str, case: tuple[int, float]
-) -> None:
-    saved, found, expected = runs[before][case], runs[after][case], plain(case[1], 4)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("two", "two, then one"), ("one", "one, then three"), ("two", "two, then two at another stage")],
+)
+def test_a_state_goes_on_on_other_ranks_and_stages(runs: dict[str, Any], before: str, after: str, case: Case) -> None:
+    saved, found, expected = runs[before][case], runs[after][case], plain(case, 4)
     assert all(torch.equal(found["restored"][name], moment) for name, moment in saved["moments"].items())
     assert found["restored"].keys() == saved["moments"].keys()
     assert close(found["weights"], expected["weights"])
     assert close(found["moments"], expected["moments"])
-    assert found["applied"] == 4
+    assert found["applied"] == 4 and found["steps"] == {4}
 
 
-def test_clipping_changes_the_step(runs: dict[str, dict[Any, Any]]) -> None:
-    clipped, free = runs["two"][2, 0.1], runs["two"][2, 0.0]
-    assert min(free["norms"]) > 0.2
-    assert clipped["norms"][0] == pytest.approx(free["norms"][0])  # the norm before clipping is what is reported
-    length = sum(float(m.square().sum()) for name, m in clipped["moments"].items() if name.startswith("exp_avg/"))
-    assert length**0.5 <= 0.1
+@pytest.mark.parametrize("case", CASES)
+def test_every_group_keeps_its_own_hyper_parameters(runs: dict[str, Any], case: Case) -> None:
+    """DeepSpeed's universal load at stage 3 gives every group those of the first."""
+    for which in ("two", "two, then one", "one, then three"):
+        groups = {entry["name"]: entry for entry in runs[which][case]["groups"]}
+        bare = {} if case.bare else {"encoder.not_decayed": 0.0, "decoder.not_decayed": 0.0}
+        assert {n: e["weight_decay"] for n, e in groups.items()} == {"encoder": 0.1, "decoder": 0.1} | bare
+        assert all(entry["betas"] == (0.8, 0.95) and entry["eps"] == 1e-7 for entry in groups.values())
+        step = 1 if which == "two" else 3
+        expected = {name: rates(step)[name.split(".")[0]] for name in groups}
+        assert runs[which][case]["rates"] == expected
 
 
-def test_frozen_parameters_stay_as_they_are(runs: dict[str, dict[Any, Any]]) -> None:
-    for name, tensor in Network().frozen.state_dict().items():
-        assert torch.equal(runs["two, then one"][2, 0.0]["weights"][f"frozen.{name}"], tensor)
+@pytest.mark.parametrize("case", CASES)
+def test_parts_of_all_ranks_make_every_parameter_whole(runs: dict[str, Any], case: Case) -> None:
+    first, second = runs["two"][case], runs["two, rank 1"][case]
+    for name in first["parts"]:
+        whole = first["weights"][name].reshape(-1)
+        covered = torch.zeros(len(whole), dtype=torch.int)
+        for found in (first, second):
+            span = found["spans"][name]
+            covered[span.start : span.stop] += 1
+            assert torch.equal(found["parts"][name], whole[span.start : span.stop])
+        assert bool((covered == 1).all())
+
+
+def test_clipping_changes_the_step(runs: dict[str, Any]) -> None:
+    for stage in STAGES:
+        case = Case(stage, clip=0.1, optimizer="adam", bare=False)
+        clipped, free = runs["two"][case], runs["two"][Case(stage)]
+        assert min(free["norms"]) > 0.2
+        assert clipped["norms"][0] == pytest.approx(free["norms"][0])  # what is reported is the norm before clipping
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_frozen_parameters_and_buffers_are_saved_and_come_back(runs: dict[str, Any], case: Case) -> None:
+    """DeepSpeed's universal checkpoints leave frozen parameters as the constructor made them."""
+    fresh = Network()
+    for which in ("two", "two, then one", "two, then two at another stage"):
+        weights = runs[which][case]["weights"]
+        assert weights.keys() == fresh.state_dict().keys()
+        for name in ("frozen.weight", "frozen.bias", "offset"):
+            assert torch.equal(weights[name], fresh.state_dict()[name])
+
+
+def bad_steps(rank: int, world_size: int) -> dict[tuple[int, str], Any]:
+    """A good step, one whose gradient is not finite on rank 1 alone, a good one."""
+    found = {}
+    for stage in STAGES:
+        for precision in ("fp32", "bf16"):
+            engine = make(Case(stage, clip=1.0), precision=precision)
+            rows = inputs(0)[rank::world_size]
+            results, weights, moments = [], [], []
+            for step in range(3):
+                loss = loss_of(engine(rows)) * (float("nan") if step == 1 and rank == 1 else 1.0)
+                engine.backward(loss, last=True)
+                results.append(engine.step(rates(step + 5)))
+                weights.append({n: t.clone() for n, t in engine.whole_weights(everywhere=True).items()})
+                moments.append(engine.optimizer_state())
+            found[stage, precision] = (
+                [r.skipped for r in results], weights, moments, engine.applied_steps, engine.optimizer_steps()
+            )  # fmt: skip
+            engine.close()
+    return found
+
+
+def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
+    """Nor does it count as an update; DeepSpeed's stage 0 applies it in fp32."""
+    for found in run_ranks(bad_steps, 2, tmp_path):
+        for (stage, precision), (skipped, weights, moments, applied, steps) in found.items():
+            assert skipped == [False, True, False], (stage, precision)
+            assert all(torch.equal(weights[1][name], weights[0][name]) for name in weights[0])
+            assert all(torch.equal(moments[1][name], moments[0][name]) for name in moments[0])
+            assert not torch.equal(weights[2]["decoder.1.weight"], weights[1]["decoder.1.weight"])
+            assert all(bool(t.isfinite().all()) for t in weights[2].values())
+            assert applied == 2 and steps == {2}
+
+
+def seen_gradients(rank: int, world_size: int) -> dict[int, Any]:
+    found = {}
+    for stage in STAGES:
+        engine = make(Case(stage))
+        engine.backward(loss_of(engine(inputs(0)[rank::world_size])), last=True)
+        found[stage] = engine.gradients()
+        engine.step(rates(5))
+        engine.close()
+    return found
+
+
+def test_gradients_can_be_read_before_the_step(tmp_path: Path) -> None:
+    network = Network()
+    loss_of(network(inputs(0))).backward()
+    for found in run_ranks(seen_gradients, 2, tmp_path):
+        for gradients in found.values():
+            expected = {n: p.grad for named in network.groups().values() for n, p in named}
+            assert close(gradients, expected)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_deepspeed_knows_every_key(stage: int, precision: str) -> None:
     """DeepSpeed takes a misspelt top-level key without a word."""
     from deepspeed.runtime import constants
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION, DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
-    section = EngineSection(zero_stage=stage, precision=precision)
+    section = EngineSection(zero_stage=stage, precision=precision, cpu_offload=stage > 0)
     config = deepspeed_config(OptimSection(clip=0.5), section, 3)
     known = {value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str)}
     assert set(config) <= known | {ZERO_OPTIMIZATION}
     assert set(config["zero_optimization"]) <= set(DeepSpeedZeroConfig.model_fields)
+    offload = config["zero_optimization"].get("offload_optimizer", {})
+    assert set(offload) <= set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
     autocast = {value for name, value in vars(constants).items() if name.startswith("TORCH_AUTOCAST_")}
     assert set(config.get("torch_autocast", {})) <= autocast
     assert ("torch_autocast" in config) == (precision == "bf16")
     assert config["zero_optimization"]["stage"] == stage
-    assert (config["gradient_clipping"], config["gradient_accumulation_steps"]) == (0.5, 3)
+    assert (config["gradient_clipping"], config["gradient_accumulation_steps"]) == (0.5 if stage else 0.0, 3)

@@ -1,0 +1,60 @@
+"""Parameter groups and their hyper-parameters, by name: the same after every load, whatever DeepSpeed made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.config_train import OptimSection
+
+Named = list[tuple[str, nn.Parameter]]
+Groups = Mapping[str, Named]
+
+NOT_DECAYED = ".not_decayed"
+# Embeddings are no matrices of a layer: timm's vision transformers leave the same ones out.
+EMBEDDINGS = ("pos_embed", "cls_token", "mask_token")
+
+
+def decay_groups(groups: Groups, optim: OptimSection) -> dict[str, Named]:
+    """The task's groups without empty ones; with `decay_norms_and_biases: false` each is split in two.
+
+    Vectors (biases, norms, LayerScale) and embeddings of group X then form `X.not_decayed`.
+    """
+    if optim.decay_norms_and_biases:
+        return {name: list(named) for name, named in groups.items() if named}
+    split: dict[str, Named] = {}
+    for name, named in groups.items():
+        for parameter_name, parameter in named:
+            bare = parameter.ndim <= 1 or parameter_name.rsplit(".", 1)[-1] in EMBEDDINGS
+            split.setdefault(f"{name}{NOT_DECAYED}" if bare else name, []).append((parameter_name, parameter))
+    return split
+
+
+def rate_name(group: str) -> str:
+    """Which learning rate a group has: encoder or decoder."""
+    return group.removesuffix(NOT_DECAYED)
+
+
+def settings_of(group: str, optim: OptimSection) -> dict[str, Any]:
+    """What a group's entry in the optimizer must hold besides its parameters and learning rate."""
+    decay = 0.0 if group.endswith(NOT_DECAYED) else optim.weight_decay
+    return {"weight_decay": decay, "betas": optim.betas, "eps": optim.eps}
+
+
+def make_optimizer(groups: Groups, optim: OptimSection) -> torch.optim.Optimizer:
+    """Adam or AdamW (arXiv 1412.6980, 1711.05101) over named groups; the learning rates come with every step."""
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optim.optimizer]
+    entries = [
+        {"params": [p for _, p in named], "name": name, "lr": 0.0, **settings_of(name, optim)}
+        for name, named in groups.items()
+    ]
+    return kind(entries)
+
+
+def apply_settings(entries: Iterable[dict[str, Any]], optim: OptimSection, rates: Mapping[str, float]) -> None:
+    """Set every hyper-parameter of every group again, by the group's name. KeyError for a group nobody declared."""
+    for entry in entries:
+        entry.update(settings_of(entry["name"], optim), lr=rates[rate_name(entry["name"])])
