@@ -8,6 +8,7 @@ Shape suffixes: B batch, C channel, H W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from dataio.dali_batch import MEAN, STD
+
+Box = tuple[int, int, int, int]  # top, left, height, width; pixels
 
 
 @pipeline_def(prefetch_queue_depth=1, exec_dynamic=True)
@@ -33,16 +36,22 @@ class FramePipeline:
         self._device = torch.device(device)
         self._pipeline: Any = None
 
-    def run(self, images: list[bytes], size_hw: tuple[int, int]) -> tuple[Tensor | None, list[bool]]:
-        """(normalised [B', 3, H, W] of those that decode, on the device, or None; which ones did)."""
-        decoded = self._try(images, size_hw)
+    def run(
+        self, images: list[bytes], size_hw: tuple[int, int], boxes: Sequence[Box | None] | None = None
+    ) -> tuple[Tensor | None, list[bool]]:
+        """(normalised [B', 3, H, W] of those that decode, on the device, or None; which ones did).
+
+        `boxes` (top, left, height, width) cut the upright images before they are resized.
+        """
+        boxes = boxes or [None] * len(images)
+        decoded = self._try(images, size_hw, boxes)
         if decoded is not None:
             return decoded, [True] * len(images)
-        singles = [self._try([image], size_hw) for image in images]
+        singles = [self._try([image], size_hw, [box]) for image, box in zip(images, boxes, strict=True)]
         good = [single for single in singles if single is not None]
         return (torch.cat(good) if good else None), [single is not None for single in singles]
 
-    def _try(self, images: list[bytes], size_hw: tuple[int, int]) -> Tensor | None:
+    def _try(self, images: list[bytes], size_hw: tuple[int, int], boxes: Sequence[Box | None]) -> Tensor | None:
         if self._pipeline is None:
             gpu = self._device.type == "cuda"
             self._pipeline = _define(
@@ -55,10 +64,18 @@ class FramePipeline:
         try:
             self._pipeline.feed_input("image", [np.frombuffer(image, np.uint8) for image in images])
             (images_HWC,) = self._pipeline.run()
-            return torch.cat([_prepare(torch.from_dlpack(image_HWC), size_hw) for image_HWC in images_HWC])
+            whole = [torch.from_dlpack(image_HWC) for image_HWC in images_HWC]
+            return torch.cat([_prepare(_cut(x_HWC, box), size_hw) for x_HWC, box in zip(whole, boxes, strict=True)])
         except RuntimeError:
             self._pipeline = None
             return None
+
+
+def _cut(image_HWC: Tensor, box: Box | None) -> Tensor:
+    if box is None:
+        return image_HWC
+    top, left, height, width = box
+    return image_HWC[top : top + height, left : left + width]
 
 
 def _prepare(image_HWC: Tensor, size_hw: tuple[int, int]) -> Tensor:

@@ -32,14 +32,17 @@ class Frame:
     sample: Sample
     size_hw: tuple[int, int] = (0, 0)
     input_hw: tuple[int, int] = (0, 0)
+    box: tuple[int, int, int, int] | None = None  # top, left, height, width: all that the network sees; None: the whole
     problem: str | None = None
 
 
 Sizer = Callable[[int, int], tuple[int, int]]  # (h, w) of an image -> (H, W) of the network's input
 
 
-def read_frames(dataset: Dataset, shard: Shard, sizer: Sizer) -> Iterator[Frame]:
-    """All samples of a shard of a dataset in order, read once from front to back.
+def read_frames(
+    dataset: Dataset, shard: Shard, sizer: Sizer, begin: int = 0, end: int | None = None
+) -> Iterator[Frame]:
+    """The samples [begin, end) of a shard of a dataset, by default all, in order, read once from front to back.
 
     Raises DataError when the shard is missing; a bad sample is a frame with a `problem`.
     """
@@ -52,8 +55,9 @@ def read_frames(dataset: Dataset, shard: Shard, sizer: Sizer) -> Iterator[Frame]
         quarantined=dataset.quarantined.get(shard.stem, {}),
     )
     needs = RoleNeeds(target="none" if info.quantity is None else "disparity")
-    for start in range(0, shard.samples, _CHUNK):
-        indices = range(start, min(start + _CHUNK, shard.samples))
+    end = shard.samples if end is None else min(end, shard.samples)
+    for start in range(begin, end, _CHUNK):
+        indices = range(start, min(start + _CHUNK, end))
         for index, sample in zip(indices, read_samples(source, indices, needs, exact=True), strict=True):
             yield make_frame(index, sample, sizer)
 
@@ -97,7 +101,8 @@ def decode_frames(pipeline: FramePipeline, frames: list[Frame]) -> tuple[Tensor 
 
     The images are ImageNet-normalised, on the pipeline's device.
     """
-    image_BCHW, decoded = pipeline.run([frame.sample.image for frame in frames], frames[0].input_hw)
+    boxes = [frame.box for frame in frames]
+    image_BCHW, decoded = pipeline.run([frame.sample.image for frame in frames], frames[0].input_hw, boxes)
     good = [frame for frame, ok in zip(frames, decoded, strict=True) if ok]
     bad = [replace(frame, problem="bad_image") for frame, ok in zip(frames, decoded, strict=True) if not ok]
     return image_BCHW, good, bad

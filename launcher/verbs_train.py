@@ -1,4 +1,4 @@
-"""`fathom train`, `evaluate`, `predict` and `quickstart`."""
+"""`fathom train`, `predict` and `quickstart`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ConfigArgument = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs."""
-    for verb in (quickstart, train, evaluate, predict):
+    for verb in (quickstart, train, predict):
         app.command(verb.__name__)(verb)
 
 
@@ -85,35 +85,6 @@ def _stretch(text: str) -> tuple[int, int]:
             param_hint="--skip-samples",
         )
     return int(start), int(stop)
-
-
-def evaluate(config: ConfigArgument, overrides: OverridesOption = None) -> int:
-    """Compare weights with labelled datasets, under both published protocols.
-
-    The configuration has `weights:` and `datasets:`; also input_size, max_depth, preset, limit, batch, threads, out.
-
-    \b
-    Example:
-      fathom evaluate evaluate.yaml --set out=evaluation/teacher --set max_depth=10
-    """
-    from cluster.progress import Progress
-    from trainer.config import read_config
-    from trainer.config_evaluate import EvaluateConfig
-
-    settings = read_config(EvaluateConfig, config, overrides or [])
-    from trainer.evaluate import evaluate as run
-
-    with Progress("evaluate", None, "images") as bar:
-        results = run(settings, on_progress=lambda done, total: bar.update(done, of=total))
-    for result in results:
-        typer.echo(f"{result.dataset}: {result.images} images")
-        for protocol, means in result.means.items():
-            values = "  ".join(f"{name} {means[name]:.4f}" for name in ("abs_rel", "delta1", "rmse") if name in means)
-            typer.echo(f"  {protocol:<10} {values}")
-        for reason, keys in result.skipped.items():
-            typer.echo(f"  skipped {len(keys)}: {reason} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
-    typer.echo(f"written to {settings.out}/evaluation.json and sheet.png")
-    return 0 if any(result.images for result in results) else 1
 
 
 def predict(

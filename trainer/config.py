@@ -100,11 +100,14 @@ def absolute_paths(values: Mapping[str, Any], base: str | None = None) -> dict[s
     def fix(path: Any) -> Any:
         return os.path.normpath(os.path.join(base, os.path.expanduser(path))) if _is_local(path) else path
 
+    def entry(item: Any) -> Any:  # a path, or a mapping with one
+        return {k: fix(v) if k == "path" else v for k, v in item.items()} if isinstance(item, dict) else fix(item)
+
     def walk(node: Any, key: str) -> Any:
         if isinstance(node, dict):
             return {k: walk(v, k) for k, v in node.items()}
         if key in PATH_LISTS and isinstance(node, list | tuple):
-            return [fix(item) for item in node]
+            return [entry(item) for item in node]
         return fix(node) if key in PATHS else node
 
     result = walk(dict(values), "")

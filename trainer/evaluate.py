@@ -1,91 +1,88 @@
-"""Weights against labelled datasets: both published protocols, per-image means, and the best constant as the floor.
+"""Weights against labelled datasets, on one process or many, under the protocols of trainer/protocols.py.
 
-Shape suffixes: B batch, C channel, H W pixels.
+The units of all datasets are shared out to `cluster.workers` actors (cluster/pool.py); one worker runs here, without
+Ray. What a unit gives does not depend on who measures it, and the means are exact sums: any number of workers gives the
+same numbers to the last bit.
 """
 
 from __future__ import annotations
 
-import io
+import functools
 import json
-import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch.nn.functional as F
-from PIL import Image, ImageOps
+from collections.abc import Callable, Sequence
 
 from cluster import storage
-from dataio.codec import decode_npy, decode_png16
-from dataio.dali_frames import FramePipeline
+from cluster.stop import StopFlag
 from dataio.dataset import Dataset
-from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
-from dataio.show import colorize
-from dataio.spec import DataError
 from trainer.config_evaluate import EvaluateConfig
-from trainer.inference import Predictor, sizer
-from trainer.metrics import MetricMean, best_constant_metrics, depth_metrics, relative_depth_metrics
+from trainer.evaluate_baselines import MeanMap, mean_map
+from trainer.evaluate_images import OUTSIDE, ImageResult, Measurement, in_order, mean_of
+from trainer.evaluate_sheet import captioned, write_sheet
+from trainer.evaluate_truth import decode_sky, open_rgb, read_truth
+from trainer.evaluate_worker import (
+    SHEET_ROWS,
+    Examiner,
+    Item,
+    Outcome,
+    Row,
+    items_of,
+    make_predictor,
+    measurements,
+    open_set,
+    worst_first,
+)
+from trainer.evaluate_write import DatasetResult, from_plain, settings, write_results
+from trainer.inference import Predictor
 
-SPACES = ("depth", "disparity")
+__all__ = ["DatasetResult", "Stopped", "decode_sky", "evaluate", "evaluated", "open_rgb", "read_truth"]
+
+Progress = Callable[[int, int], None]
 
 
-@dataclass(kw_only=True)
-class DatasetResult:
-    """Means over the images of one dataset: `means[protocol][metric]`; protocols depth, disparity (or metric)."""
+class Stopped(Exception):
+    """The evaluation was asked to stop before its end, and wrote nothing; `reason` as in cluster.stop."""
 
-    dataset: str
-    images: int = 0
-    means: dict[str, dict[str, float]] = field(default_factory=dict)
-    skipped: dict[str, list[str]] = field(default_factory=dict)
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"stopped by {reason}")
+        self.reason = reason
 
 
 def evaluate(
-    config: EvaluateConfig, *, on_progress: Callable[[int, int], None] | None = None, predictor: Predictor | None = None
+    config: EvaluateConfig,
+    *,
+    on_progress: Progress | None = None,
+    predictor: Predictor | None = None,
+    stop: StopFlag | None = None,
 ) -> list[DatasetResult]:
-    """Evaluate and write `evaluation.json` and `sheet.png` (image | truth | prediction) under `config.out`.
+    """Evaluate and write evaluation.json, evaluation.md, images.jsonl, sheet.png and worst.png under `config.out`.
 
-    Raises WeightsError, DataError (not a labelled dataset) or StorageError. Samples that cannot be read are counted by
-    reason and named in the result.
+    `on_progress(done, total)` counts images. A `predictor` given takes the place of the configured weights, in this
+    process alone. Samples that cannot be used are counted by reason and named in the result.
+
+    Raises WeightsError, DataError (not a labelled dataset), ConfigError (a protocol that does not go with the network
+    or benchmark), StorageError; Stopped after a request in `stop`.
     """
-    import torch
-
-    torch.set_num_threads(config.threads)
     storage.make_folder(config.out)
-    datasets = [Dataset.open(path) for path in config.datasets]
-    for dataset in datasets:
-        if dataset.info.quantity is None:
-            raise DataError(f"{dataset.path}: has no depth to compare with; evaluate needs a labelled dataset")
-    predictor = predictor or _predictor(config)
-    total = sum(min(d.info.samples, config.limit or d.info.samples) for d in datasets)
-    results: list[DatasetResult] = []
-    sheet: list[np.ndarray] = []
-    done = 0
-    for dataset in datasets:
-        result = DatasetResult(dataset=dataset.path)
-        means = {protocol: MetricMean() for protocol in ("metric",) if predictor.metric} or {
-            protocol: MetricMean() for protocol in (*SPACES, "constant")
-        }
-        for frame, prediction_HW in predictions(dataset, config, predictor):
-            done += 1
-            if on_progress:
-                on_progress(done, total)
-            truth = read_truth(frame)
-            if not isinstance(truth, str) and config.max_depth:
-                truth = within(truth, config.max_depth)
-            if isinstance(truth, str) or prediction_HW is None:
-                result.skipped.setdefault(str(truth), []).append(frame.sample.key)
-                continue
-            for protocol, values in measure(prediction_HW, *truth, config.max_depth, predictor.metric).items():
-                means[protocol].add(values)
-            result.images += 1
-            if len(sheet) < 8:
-                sheet.append(sheet_row(frame, truth, prediction_HW, predictor.metric))
-        result.means = {protocol: mean.mean() for protocol, mean in means.items()}
-        results.append(result)
-    write_results(config, predictor, results, sheet)
+    sets = [open_set(entry) for entry in config.datasets]
+    predictor_given = predictor is not None
+    several = config.cluster.workers > 1 and not predictor_given
+    predictor = predictor or make_predictor(config, device="cpu" if several else None)
+    what = measurements(config, predictor)
+    baseline = _baseline(config)
+    items = items_of(sets, config.limit)
+    if several:
+        outcomes = _on_pool(config, baseline, items, on_progress, stop or StopFlag())
+    else:
+        examiner = Examiner(config.model_dump(mode="json"), baseline, predictor, sets)
+        outcomes = _here(examiner, items, on_progress, stop)
+    images: list[list[ImageResult]] = [[] for _ in sets]
+    for item, outcome in zip(items, outcomes, strict=True):
+        images[item.dataset] += outcome.images
+    ordered = [in_order(found) for found in images]
+    results = [summary(config, n, opened.path, what[n], ordered[n]) for n, opened in enumerate(sets)]
+    write_results(config, predictor.network.fingerprint(), results, ordered)
+    _write_sheets(config, items, outcomes)
     return results
 
 
@@ -96,161 +93,100 @@ def evaluated(config: EvaluateConfig) -> list[DatasetResult] | None:
         return None
     content = json.loads(storage.read_bytes(path))
     same = content.get("settings") == settings(config)
-    if not same or content["fingerprint"] != _predictor(config).network.fingerprint():
+    if not same or content["fingerprint"] != make_predictor(config, device="cpu").network.fingerprint():
         return None
     return [from_plain(result) for result in content["datasets"]]
 
 
-def _predictor(config: EvaluateConfig) -> Predictor:
-    device = "cuda" if config.use_gpu else "cpu"
-    return Predictor(config.weights, preset=config.preset, position_mode=config.position_mode, device=device)
-
-
-def settings(config: EvaluateConfig) -> dict[str, Any]:
-    """What the numbers depend on beside weights and data."""
-    return config.model_dump(mode="json", include={"datasets", "input_size", "max_depth", "limit"})
-
-
-def predictions(
-    dataset: Dataset, config: EvaluateConfig, predictor: Predictor
-) -> Iterator[tuple[Frame, np.ndarray | None]]:
-    """Every sample with its prediction at the image's own resolution, or None when it has a problem."""
-    pipeline = FramePipeline(config.batch, config.threads, str(predictor.device))
-    aligned = predictor.network.preset.output_align_corners  # V1's and V2's own inference differ here
-    frames = _first(dataset, config, predictor.network.preset.multiple)
-    for group in batches_by_shape(frames, config.batch):
-        if group[0].problem:
-            yield group[0], None
-            continue
-        image_BCHW, good, bad = decode_frames(pipeline, group)
-        yield from ((frame, None) for frame in bad)
-        if image_BCHW is None:
-            continue
-        value_BHW, _ = predictor(image_BCHW)
-        for row, frame in enumerate(good):
-            value_HW = F.interpolate(value_BHW[row][None, None], frame.size_hw, mode="bilinear", align_corners=aligned)
-            yield frame, value_HW[0, 0].cpu().numpy()
-
-
-def _first(dataset: Dataset, config: EvaluateConfig, multiple: int) -> Iterator[Frame]:
-    left = config.limit or dataset.info.samples
-    for shard in dataset.shards:
-        for frame in read_frames(dataset, shard, sizer(config.input_size, multiple)):
-            if not left:
-                return
-            left -= 1
-            yield frame
-
-
-def read_truth(frame: Frame) -> tuple[np.ndarray, np.ndarray] | str:
-    """(depth in metres [H, W], valid [H, W]) or the reason why there is none. Sky has no depth."""
-    sample = frame.sample
-    if frame.problem:
-        return frame.problem
-    if sample.target is None or sample.quantity is None:
-        return "missing_target"
-    try:
-        if sample.code is None:
-            value_HW = decode_npy(sample.target, sample.quantity)
+def summary(
+    config: EvaluateConfig, number: int, path: str, what: Measurement, images: Sequence[ImageResult]
+) -> DatasetResult:
+    """Means and what was left out of the `number`-th dataset, from its images in order."""
+    result = DatasetResult(dataset=path, benchmark=config.datasets[number].benchmark)
+    for image in images:
+        if image.reason == OUTSIDE:
+            result.outside += 1
+        elif image.reason:
+            result.skipped.setdefault(image.reason, []).append(image.key)
         else:
-            value_HW = decode_png16(sample.target, sample.code)
-        sky_HW = decode_sky(sample.sky, value_HW)
-    except DataError:
-        return "bad_target"
-    if value_HW.shape != frame.size_hw:
-        return "size_mismatch"
-    with np.errstate(divide="ignore", invalid="ignore"):
-        depth_HW = value_HW if sample.quantity == "depth_m" else 1 / value_HW
-    valid_HW = np.isfinite(depth_HW) & (depth_HW > 0) & ~sky_HW
-    return (depth_HW, valid_HW) if valid_HW.any() else "no_valid_pixels"
+            result.images += 1
+    names = [*what.protocols, *(["constant"] if what.constant else [])]
+    result.means = {name: mean_of(images, name, config.average) for name in names}
+    for name in {name: None for image in images for name in image.values if ": " in name}:
+        baseline, protocol = name.split(": ")
+        result.baselines.setdefault(baseline, {})[protocol] = mean_of(images, name, config.average)
+    return result
 
 
-def decode_sky(png: bytes | None, like_HW: np.ndarray) -> np.ndarray:
-    """Where there is sky, bool [H, W] of the truth's size. Raises DataError for an unreadable mask."""
-    if png is None:
-        return np.zeros(like_HW.shape, bool)
-    try:
-        with Image.open(io.BytesIO(png)) as image:
-            sky_HW = np.asarray(image) > 127
-    except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
-        raise DataError(f"unreadable sky mask ({error})") from error
-    if sky_HW.shape != like_HW.shape:
-        raise DataError(f"the sky mask is {sky_HW.shape}, the depth {like_HW.shape}")
-    return sky_HW
+def _baseline(config: EvaluateConfig) -> MeanMap | None:
+    if config.baseline is None:
+        return None
+    return mean_map(Dataset.open(config.baseline.dataset), config.baseline.limit, config.max_depth)
 
 
-def within(truth: tuple[np.ndarray, np.ndarray], max_depth: float) -> tuple[np.ndarray, np.ndarray] | str:
-    """The truth without what is farther than `max_depth` metres, or the reason why nothing is left."""
-    depth_HW, valid_HW = truth
-    valid_HW = valid_HW & (depth_HW <= max_depth)
-    return (depth_HW, valid_HW) if valid_HW.any() else "no_valid_pixels"
+def _here(
+    examiner: Examiner, items: Sequence[Item], on_progress: Progress | None, stop: StopFlag | None
+) -> list[Outcome]:
+    total = sum(item.unit.end - item.unit.begin for item in items)
+    done = 0
+
+    def on_image() -> None:
+        nonlocal done
+        done += 1
+        if on_progress:
+            on_progress(done, total)
+        if stop and stop.reason:
+            raise Stopped(stop.reason)
+
+    return [examiner.process(item, on_image) for item in items]
 
 
-def measure(
-    prediction_HW: np.ndarray, depth_HW: np.ndarray, valid_HW: np.ndarray, max_depth: float | None, metric: bool
-) -> dict[str, dict[str, float]]:
-    """Metrics of one image by protocol."""
-    if metric:
-        return {"metric": depth_metrics(prediction_HW, depth_HW, valid_HW)}
-    values = {
-        space: relative_depth_metrics(prediction_HW, depth_HW, valid_HW, max_depth, space=space)  # type: ignore[arg-type]
-        for space in SPACES
-    }
-    return {**values, "constant": best_constant_metrics(depth_HW, valid_HW, max_depth)}
+def _on_pool(
+    config: EvaluateConfig,
+    baseline: MeanMap | None,
+    items: Sequence[Item],
+    on_progress: Progress | None,
+    stop: StopFlag,
+) -> list[Outcome]:
+    from cluster.pool import run_pool
+    from cluster.runtime import ray_session
+
+    cluster = config.cluster
+    workers = min(cluster.workers, len(items))
+    total = sum(item.unit.end - item.unit.begin for item in items)
+    found: dict[Item, Outcome] = {}
+
+    def on_result(item: Item, outcome: Outcome) -> None:
+        found[item] = outcome
+        if on_progress:
+            on_progress(sum(done.unit.end - done.unit.begin for done in found), total)
+
+    with ray_session(cluster.address, cpus=workers * cluster.threads):
+        run_pool(
+            functools.partial(Examiner, config.model_dump(mode="json"), baseline),
+            items,
+            workers=workers,
+            threads_per_worker=cluster.threads,
+            use_gpu=cluster.use_gpu,
+            on_result=on_result,
+            stop=stop,
+        )
+    if stop.reason and len(found) < len(items):
+        raise Stopped(stop.reason)
+    return [found[item] for item in items]
 
 
-def sheet_row(
-    frame: Frame, truth: tuple[np.ndarray, np.ndarray], prediction_HW: np.ndarray, metric: bool
-) -> np.ndarray:
-    """image | truth | prediction as one strip, nearer is warmer."""
-    depth_HW, valid_HW = truth
-    image = open_rgb(frame)
-    near_HW = 1 / np.where(valid_HW, depth_HW, 1)
-    shown_HW = 1 / np.maximum(prediction_HW, 1e-6) if metric else prediction_HW
-    strip = np.concatenate([image, colorize(near_HW, valid_HW), colorize(shown_HW, np.ones_like(valid_HW))], 1)
-    height = min(240, strip.shape[0])
-    return np.asarray(Image.fromarray(strip).resize((round(strip.shape[1] * height / strip.shape[0]), height)))
-
-
-def open_rgb(frame: Frame) -> np.ndarray:
-    """The frame's image upright, uint8 [H, W, 3]."""
-    with Image.open(io.BytesIO(frame.sample.image)) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-def plain(result: DatasetResult) -> dict[str, Any]:
-    """For JSON, which knows no NaN: the mean over an image whose prediction is not finite becomes null."""
-    means = {
-        protocol: {name: value if math.isfinite(value) else None for name, value in values.items()}
-        for protocol, values in result.means.items()
-    }
-    return {**vars(result), "means": means}
-
-
-def from_plain(content: dict[str, Any]) -> DatasetResult:
-    """What `plain` made a dictionary of."""
-    means = {
-        protocol: {name: math.nan if value is None else value for name, value in values.items()}
-        for protocol, values in content["means"].items()
-    }
-    return DatasetResult(**{**content, "means": means})
-
-
-def write_results(
-    config: EvaluateConfig, predictor: Predictor, results: list[DatasetResult], sheet: list[np.ndarray]
-) -> None:
-    content: dict[str, Any] = {
-        "weights": config.weights,
-        "fingerprint": predictor.network.fingerprint(),
-        "settings": settings(config),
-        "datasets": [plain(result) for result in results],
-    }
-    storage.atomic_write(os.path.join(config.out, "evaluation.json"), json.dumps(content, indent=1))
-    path = os.path.join(config.out, "sheet.png")
-    if not sheet:  # an earlier evaluation's would be taken for this one's
-        Path(path).unlink(missing_ok=True)
-    else:
-        width = max(row.shape[1] for row in sheet)
-        padded = [np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in sheet]
-        with storage.atomic_writer(path) as file:
-            Image.fromarray(np.concatenate(padded, 0)).save(file, format="PNG")
+def _write_sheets(config: EvaluateConfig, items: Sequence[Item], outcomes: Sequence[Outcome]) -> None:
+    """sheet.png: the first images; worst.png: those with the largest abs_rel of each dataset, named."""
+    first = [row.picture for outcome in outcomes for row in outcome.first if row.picture is not None]
+    write_sheet(first[:SHEET_ROWS], os.path.join(config.out, "sheet.png"))
+    worst: list[list[Row]] = [[] for _ in config.datasets]
+    for item, outcome in zip(items, outcomes, strict=True):
+        worst[item.dataset] += outcome.worst
+    pictures = [
+        captioned(row.picture, f"{row.key}   abs_rel {row.score:.4f}")
+        for rows in worst
+        for row in sorted(rows, key=worst_first)[: config.worst]
+        if row.picture is not None
+    ]
+    write_sheet(pictures, os.path.join(config.out, "worst.png"))

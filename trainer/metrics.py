@@ -1,44 +1,59 @@
-"""Depth metrics, the alignment of relative predictions, and their mean over images.
+"""Depth metrics and the alignment of predictions that know no scale. numpy alone, in float64.
 
-Maps are torch tensors or numpy arrays of one image; everything is computed on the CPU in float64. Shape suffixes: H W
-pixels, K valid pixels.
+Maps are numpy arrays or torch tensors of one image. What belongs to which benchmark is in trainer/protocols.py.
+Shape suffixes: H W pixels, K valid pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-Map = torch.Tensor | NDArray[Any]
-Space = Literal["depth", "disparity"]
+if TYPE_CHECKING:
+    import torch
+
+Map: TypeAlias = "torch.Tensor | NDArray[Any]"
+Values = NDArray[np.float64]
+Moments = dict[str, float]  # means over an image's valid pixels, and "pixels", their number
 
 FLAT = 1e-20  # a variance below FLAT * mean square is rounding: the map is constant
 SMALLEST = 1e-6  # a prediction is raised to this before ratios and logarithms; an aligned disparity may be negative
+ROUNDS = 100  # at most, of the robust fit
+SETTLED = 1e-10  # the robust fit ends when a round moves no residual by more than this, over the target's deviation
 
 
-def align_scale_shift(pred_HW: Map, target_HW: Map, valid_HW: Map) -> tuple[float, float]:
-    """Least squares over the valid pixels: the (scale, shift) that minimise sum (scale * pred + shift - target)^2.
+def align_scale_shift(
+    pred_HW: Map, target_HW: Map, valid_HW: Map, *, weight_HW: Map | None = None, robust: bool = False
+) -> tuple[float, float]:
+    """The (scale, shift) that bring a prediction to the target: minimise sum w (scale * pred + shift - target)^2.
 
-    The scale may come out negative. A constant prediction gives (0, mean target); no valid pixel gives (1, 0); a value
-    that is not finite gives NaN.
+    The scale may come out negative. A constant prediction gives (0, mean target); no valid pixel, or no weight, gives
+    (1, 0); a value that is not finite gives NaN.
 
     Args:
         pred_HW: prediction, any unit.
         target_HW: target, any unit, same shape.
         valid_HW: bool (anything else: valid where not 0), same shape.
+        weight_HW: w, not negative, same shape; None: 1 everywhere.
+        robust: minimise sum w |scale * pred + shift - target| in place of the squares: what is far off counts no more
+            than its distance. For a truth with gross errors; no published protocol uses it.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or a valid pixel's weight is negative.
 
-    Source: MiDaS (arXiv 1907.01341), eq. 4.
+    Source: MiDaS (arXiv 1907.01341), eq. 4. Robust: least absolute deviations by reweighted least squares,
+    Schlossmacher 1973 (J. Am. Stat. Assoc. 68, 857-859).
     """
-    pred_K, target_K = _valid_values(pred_HW, target_HW, valid_HW)
-    return _fit(pred_K, target_K)
+    maps = [pred_HW, target_HW] if weight_HW is None else [pred_HW, target_HW, weight_HW]
+    pred_K, target_K, *weights = valid_values(maps, valid_HW)
+    weight_K = weights[0] if weights else None
+    if weight_K is not None and (weight_K < 0).any():
+        raise ValueError(f"weight_HW must not be negative, found {weight_K.min()}")
+    return fit_absolute(pred_K, target_K, weight_K) if robust else fit_squares(pred_K, target_K, weight_K)
 
 
 def depth_metrics(
@@ -57,130 +72,21 @@ def depth_metrics(
         clamp: limits applied to the prediction first, in its unit.
 
     Returns:
-        The metrics by name; {} when there is no such pixel, which `MetricMean` counts as a skipped image.
+        The metrics by name; {} when there is no such pixel.
 
     Raises:
         ValueError: the shapes differ.
 
     Source: Eigen et al. 2014 (arXiv 1406.2283), section 4; silog as in Depth Anything V2's metric_depth/util/metric.py.
     """
-    pred_K, target_K = _measured_values(pred_HW, target_HW, valid_HW)
+    pred_K, target_K = measured_values(pred_HW, target_HW, valid_HW)
     if clamp is not None:
         pred_K = np.clip(pred_K, *clamp)
-    return _metrics(pred_K, target_K)
+    return metrics_of(moments(pred_K, target_K))
 
 
-def relative_depth_metrics(
-    pred_disparity_HW: Map,
-    depth_m_HW: Map,
-    valid_HW: Map,
-    max_depth: float | None = None,
-    space: Space = "depth",
-) -> dict[str, float]:
-    """Metrics of a relative prediction after aligning scale and shift to 1 / depth, per image. Two protocols exist.
-
-    "depth": aligned disparity is raised to 1 / max_depth, inverted, and compared with the depth in metres (MiDaS; the
-    evaluation of MoGe, with max_depth the deepest valid pixel). "disparity": the aligned disparity itself is compared
-    with 1 / depth (the tables of Depth Anything V1 and V2). Their numbers cannot be compared with each other.
-
-    Args:
-        pred_disparity_HW: predicted disparity, any scale and shift, larger is nearer.
-        depth_m_HW: ground truth in metres, same shape.
-        valid_HW: bool, same shape. Should leave out what is deeper than max_depth.
-        max_depth: metres; None: the deepest valid pixel. Used by "depth" only.
-        space: "depth" | "disparity".
-
-    Returns:
-        As `depth_metrics`; in "disparity" rmse and sq_rel are in 1 / metres.
-
-    Raises:
-        ValueError: the shapes differ, `space` is unknown or max_depth is not positive.
-
-    Source: MiDaS (arXiv 1907.01341); Depth Anything V1 (arXiv 2401.10891), appendix.
-    """
-    pred_K, depth_K = _measured_values(pred_disparity_HW, depth_m_HW, valid_HW)
-    scale, shift = _fit(pred_K, _inverse(depth_K))
-    with np.errstate(invalid="ignore"):
-        return _metrics_of_disparity(scale * pred_K + shift, depth_K, max_depth, space)
-
-
-def best_constant_metrics(
-    depth_m_HW: Map, valid_HW: Map, max_depth: float | None = None, space: Space = "depth"
-) -> dict[str, float]:
-    """What an image without any content would score: the prediction is the median of its valid disparities.
-
-    Arguments, result and errors as in `relative_depth_metrics`. A prediction worth anything is better than this.
-    """
-    _, depth_K = _measured_values(depth_m_HW, depth_m_HW, valid_HW)
-    disparity_K = _inverse(depth_K)
-    median = float(np.median(disparity_K)) if disparity_K.size else 0.0
-    return _metrics_of_disparity(np.full_like(disparity_K, median), depth_K, max_depth, space)
-
-
-@dataclass
-class MetricMean:
-    """Means over images, each image counting the same however many pixels it has. Mergeable and picklable.
-
-    `skipped` counts images that had nothing to measure. An image whose metric is NaN makes the mean NaN.
-    """
-
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    images: int = 0
-    skipped: int = 0
-
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """Add one image; {} is a skipped one."""
-        if not metrics:
-            self.skipped += 1
-            return
-        self.images += 1
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def merge(self, other: MetricMean) -> None:
-        """Add the images of `other`, for example another rank's."""
-        for name, value in other.sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + other.counts[name]
-        self.images += other.images
-        self.skipped += other.skipped
-
-    def mean(self) -> dict[str, float]:
-        """Mean per metric; {} before the first image."""
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
-
-
-def _fit(pred_K: NDArray[np.float64], target_K: NDArray[np.float64]) -> tuple[float, float]:
-    if pred_K.size == 0:
-        return 1.0, 0.0
-    with np.errstate(invalid="ignore"):
-        pred_mean, target_mean = float(pred_K.mean()), float(target_K.mean())
-        centred_K = pred_K - pred_mean  # centred, because the normal equations cancel when the mean is large
-        variance = float(np.mean(centred_K**2))
-        if variance <= FLAT * float(np.mean(pred_K**2)):
-            return 0.0, target_mean
-        scale = float(np.mean(centred_K * (target_K - target_mean))) / variance
-    return scale, target_mean - scale * pred_mean
-
-
-def _metrics_of_disparity(
-    disparity_K: NDArray[np.float64], depth_K: NDArray[np.float64], max_depth: float | None, space: Space
-) -> dict[str, float]:
-    if space not in ("depth", "disparity"):
-        raise ValueError(f"space must be 'depth' or 'disparity', got {space!r}")
-    if max_depth is not None and not max_depth > 0:
-        raise ValueError(f"max_depth must be positive metres, got {max_depth}")
-    if depth_K.size == 0:
-        return {}
-    if space == "disparity":
-        return _metrics(disparity_K, _inverse(depth_K))
-    deepest = float(depth_K.max()) if max_depth is None else max_depth
-    return _metrics(_inverse(np.maximum(disparity_K, 1.0 / deepest)), depth_K)
-
-
-def _metrics(pred_K: NDArray[np.float64], target_K: NDArray[np.float64]) -> dict[str, float]:
+def moments(pred_K: Values, target_K: Values) -> Moments:
+    """What `metrics_of` needs to know of one image; {} without a pixel. Targets must be finite and positive."""
     if pred_K.size == 0:
         return {}
     with np.errstate(invalid="ignore", over="ignore"):
@@ -188,42 +94,124 @@ def _metrics(pred_K: NDArray[np.float64], target_K: NDArray[np.float64]) -> dict
         positive_K = np.maximum(pred_K, SMALLEST)
         ratio_K = np.maximum(positive_K / target_K, target_K / positive_K)
         log_K = np.log(positive_K) - np.log(target_K)
-        log_variance = np.mean(log_K**2) - 0.5 * np.mean(log_K) ** 2
         result = {
             "abs_rel": np.mean(np.abs(error_K) / target_K),
             "sq_rel": np.mean(error_K**2 / target_K),
-            "rmse": np.sqrt(np.mean(error_K**2)),
-            "rmse_log": np.sqrt(np.mean(log_K**2)),
-            "log10": np.mean(np.abs(log_K)) / np.log(10.0),
-            "silog": np.sqrt(log_variance),
+            "square": np.mean(error_K**2),
+            "log_square": np.mean(log_K**2),
+            "log_abs": np.mean(np.abs(log_K)),
+            "log": np.mean(log_K),
         }
         poison = 0.0 if np.isfinite(pred_K).all() else np.nan  # NaN < 1.25 is False, which would count as a mere miss
         for i in (1, 2, 3):
             result[f"delta{i}"] = np.mean(ratio_K < 1.25**i) + poison
-    return {name: float(value) for name, value in result.items()}
+    return {"pixels": float(pred_K.size), **{name: float(value) for name, value in result.items()}}
 
 
-def _inverse(x_K: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.reciprocal(x_K)
+def metrics_of(found: Moments) -> dict[str, float]:
+    """The metrics of `depth_metrics` from means over pixels, of one image or of several together; {} from {}."""
+    if not found or "accuracy" in found:  # pairs of points have an accuracy and nothing else
+        return {name: value for name, value in found.items() if name != "pixels"}
+    variance = found["log_square"] - 0.5 * found["log"] ** 2
+    bad = {"bad_pixel": found["bad_pixel"]} if "bad_pixel" in found else {}
+    return {
+        "abs_rel": found["abs_rel"],
+        "sq_rel": found["sq_rel"],
+        "rmse": math.sqrt(found["square"]),
+        "rmse_log": math.sqrt(found["log_square"]),
+        "log10": found["log_abs"] / math.log(10.0),
+        "silog": math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else math.nan,
+        **{name: found[name] for name in ("delta1", "delta2", "delta3")},
+        **bad,
+    }
 
 
-def _measured_values(pred_HW: Map, target_HW: Map, valid_HW: Map) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Values of the valid pixels whose target is a measurement: finite and positive."""
-    pred_K, target_K = _valid_values(pred_HW, target_HW, valid_HW)
+def mean_over_images(images: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each metric, every image counting the same; {} of none. One NaN makes its mean NaN.
+
+    The sums are exact (math.fsum), so the order of the images changes nothing.
+    """
+    rows = list(images)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: _mean([row[name] for row in rows if name in row]) for name in names}
+
+
+def mean_over_pixels(images: Iterable[Moments]) -> dict[str, float]:
+    """The metrics of all valid pixels taken together, every pixel counting the same; {} of none."""
+    rows = [row for row in images if row]
+    if not rows:
+        return {}
+    total = math.fsum(row["pixels"] for row in rows)
+    pooled = {name: _sum([row[name] * row["pixels"] for row in rows]) / total for name in rows[0] if name != "pixels"}
+    return metrics_of({**pooled, "pixels": total})
+
+
+def fit_squares(pred_K: Values, target_K: Values, weight_K: Values | None = None) -> tuple[float, float]:
+    """`align_scale_shift` on flat values, in closed form."""
+    if pred_K.size == 0 or (weight_K is not None and not weight_K.any()):
+        return 1.0, 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        share_K = None if weight_K is None else weight_K / weight_K.max()  # as products of extreme weights overflow
+        pred_mean, target_mean = _average(pred_K, share_K), _average(target_K, share_K)
+        centred_K = pred_K - pred_mean  # centred, because the normal equations cancel when the mean is large
+        variance = _average(centred_K**2, share_K)
+        if variance <= FLAT * _average(pred_K**2, share_K):
+            return 0.0, target_mean
+        scale = _average(centred_K * (target_K - target_mean), share_K) / variance
+    return scale, target_mean - scale * pred_mean
+
+
+def fit_absolute(pred_K: Values, target_K: Values, weight_K: Values | None = None) -> tuple[float, float]:
+    """`align_scale_shift(robust=True)` on flat values.
+
+    Every round is a weighted least-squares fit with weights w / max(|residual|, floor); the floor, 1e-8 of the target's
+    deviation, keeps pixels that are met exactly from taking all the weight.
+    """
+    scale, shift = fit_squares(pred_K, target_K, weight_K)
+    if pred_K.size == 0 or not math.isfinite(scale) or not math.isfinite(shift):
+        return scale, shift
+    extent = float(np.std(target_K))
+    spread = float(np.abs(pred_K).max())
+    for _ in range(ROUNDS if extent > 0 else 0):
+        residual_K = np.abs(scale * pred_K + shift - target_K)
+        weight = 1 / np.maximum(residual_K, 1e-8 * extent)
+        before = scale, shift
+        scale, shift = fit_squares(pred_K, target_K, weight if weight_K is None else weight * weight_K)
+        if abs(scale - before[0]) * spread + abs(shift - before[1]) <= SETTLED * extent:
+            break
+    return scale, shift
+
+
+def measured_values(pred_HW: Map, target_HW: Map, valid_HW: Map) -> tuple[Values, Values]:
+    """Values of the valid pixels whose target is a measurement: finite and positive. ValueError: shapes differ."""
+    pred_K, target_K = valid_values([pred_HW, target_HW], valid_HW)
     measured_K = np.isfinite(target_K) & (target_K > 0)
     return pred_K[measured_K], target_K[measured_K]
 
 
-def _valid_values(pred_HW: Map, target_HW: Map, valid_HW: Map) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    pred, target, valid = _array(pred_HW), _array(target_HW), _array(valid_HW) != 0
-    if not pred.shape == target.shape == valid.shape:
-        raise ValueError(
-            f"prediction, target and valid must have one shape, got {pred.shape}, {target.shape}, {valid.shape}"
-        )
-    return pred[valid], target[valid]
+def valid_values(maps: Sequence[Map], valid_HW: Map) -> list[Values]:
+    """The valid pixels' values of each map, float64 [K]. ValueError when a shape differs from the others."""
+    arrays = [_array(x) for x in (*maps, valid_HW)]
+    if len({array.shape for array in arrays}) > 1:
+        shapes = ", ".join(str(array.shape) for array in arrays)
+        raise ValueError(f"prediction, target and valid must have one shape, got {shapes}")
+    valid = arrays.pop() != 0
+    return [array[valid] for array in arrays]
 
 
-def _array(x: Map) -> NDArray[np.float64]:
-    if isinstance(x, torch.Tensor):
-        x = x.detach().to("cpu", torch.float64).numpy()
+def _average(value_K: Values, weight_K: Values | None) -> float:
+    return float(value_K.mean() if weight_K is None else np.sum(weight_K * value_K) / np.sum(weight_K))
+
+
+def _sum(values: Sequence[float]) -> float:
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return _sum(values) / len(values)
+
+
+def _array(x: Map) -> Values:
+    if not isinstance(x, np.ndarray) and hasattr(x, "detach"):
+        x = x.detach().cpu().double().numpy()
     return np.asarray(x, dtype=np.float64)

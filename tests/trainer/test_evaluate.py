@@ -14,13 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from cluster.storage import StorageError
+from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset
+from dataio.frames import read_frames
 from dataio.spec import DataError
 from model.presets import get_preset
 from tests.dataio.fakes import jpeg, png, smooth, unlabelled, write_dataset
 from trainer.config import parse_config
 from trainer.config_evaluate import EvaluateConfig
-from trainer.evaluate import DatasetResult, evaluate, predictions
+from trainer.evaluate import DatasetResult, evaluate
+from trainer.evaluate_images import Measurement, predict_frames
+from trainer.inference import sizer
 
 INPUT = 28
 SIZES = [(28, 42), (42, 28), (60, 90), (28, 28)]
@@ -54,6 +58,9 @@ class Known:
 class Metres(Known):
     metric = True
 
+    def __init__(self) -> None:
+        super().__init__("v2-vits-metric-indoor")
+
     def value(self, grey_BHW: Tensor) -> Tensor:
         return torch.full_like(grey_BHW, 2.0)
 
@@ -86,10 +93,13 @@ def samples() -> dict[str, dict[str, bytes]]:
     return {f"k{i}": sample(i, *SIZES[i % len(SIZES)]) for i in range(7)}
 
 
-def run(folders: list[str], out: Path, predictor: Known | None = None, **changes: Any) -> list[DatasetResult]:
-    values = {"weights": "/w", "datasets": folders, "input_size": INPUT, "batch": 2, "threads": 1, "out": str(out)}
-    config = parse_config(EvaluateConfig, values | changes)
-    return evaluate(config, predictor=predictor or Known())  # type: ignore[arg-type]
+def run(folders: list[Any], out: Path, predictor: Known | None = None, **changes: Any) -> list[DatasetResult]:
+    return evaluate(config_of(folders, out, **changes), predictor=predictor or Known())  # type: ignore[arg-type]
+
+
+def config_of(datasets: list[Any], out: Path, **changes: Any) -> EvaluateConfig:
+    values = {"weights": "/w", "datasets": datasets, "input_size": INPUT, "batch": 2, "out": str(out)}
+    return parse_config(EvaluateConfig, values | {"cluster": {"threads": 1}} | changes)
 
 
 def by_hand(prediction_HW: np.ndarray, depth_HW: np.ndarray, max_depth: float | None = None) -> dict[str, float]:
@@ -192,9 +202,11 @@ def test_a_prediction_is_resized_as_its_network_s_authors_do(tmp_path: Path, pre
         return np.clip((np.arange(large) + 0.5) * small / large - 0.5, 0, small - 1)
 
     dataset = Dataset.open(write_dataset(tmp_path / "d", [{"k": sample(0, 60, 90)}]))
-    values = {"weights": "/w", "datasets": [dataset.path], "input_size": INPUT, "threads": 1}
     predictor: Any = Ramp(preset)
-    ((_, value_HW),) = predictions(dataset, parse_config(EvaluateConfig, values), predictor)
+    what = Measurement(protocols=("depth",), align_corners=predictor.preset.output_align_corners, batch=1)
+    frames = read_frames(dataset, dataset.shards[0], sizer(INPUT))
+    predict = lambda image_BCHW: predictor(image_BCHW)[0]  # noqa: E731
+    ((_, value_HW),) = predict_frames(frames, predict, what, FramePipeline(1, 1, "cpu"))
     assert predictor.batches == [(1, 3, 28, 42)]
     assert value_HW is not None
     assert np.allclose(value_HW, 100 * places(28, 60)[:, None] + places(42, 90), atol=1e-2)
@@ -259,7 +271,7 @@ def test_only_the_first_samples_and_several_sets(tmp_path: Path) -> None:
 def test_a_network_of_metres_is_not_aligned(tmp_path: Path) -> None:
     members = {"depth.png": png(np.full((28, 42), 4000, np.uint16)), "jpg": jpeg(smooth(0, 28, 42))}
     (result,) = run([write_dataset(tmp_path / "d", [{"k": members}])], tmp_path / "out", Metres())
-    assert result.means.keys() == {"metric"}
+    assert result.means.keys() == {"metric", "constant"}
     assert result.means["metric"]["abs_rel"] == pytest.approx(0.5)
     assert result.means["metric"]["rmse"] == pytest.approx(2.0)
 

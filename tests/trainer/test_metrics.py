@@ -1,21 +1,45 @@
-"""Alignment against numpy's least squares, metrics against hand-computed values, and the two protocols."""
+"""Alignment against numpy's least squares and an exhaustive search, every metric against its definition, and means."""
 
 from __future__ import annotations
 
+import itertools
 import math
-import pickle
+import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from trainer.metrics import (
-    MetricMean,
-    align_scale_shift,
-    best_constant_metrics,
-    depth_metrics,
-    relative_depth_metrics,
-)
+from trainer.metrics import align_scale_shift, depth_metrics, mean_over_images, mean_over_pixels, metrics_of, moments
+
+# Each metric from its definition, with plain loops in float64: p the prediction, t the truth.
+Pixels = list[tuple[float, float]]
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _delta(power: int) -> Callable[[Pixels], float]:
+    return lambda pixels: _mean([float(max(p / t, t / p) < 1.25**power) for p, t in pixels])
+
+
+DEFINITIONS: dict[str, Callable[[Pixels], float]] = {
+    "abs_rel": lambda pixels: _mean([abs(p - t) / t for p, t in pixels]),
+    "sq_rel": lambda pixels: _mean([(p - t) ** 2 / t for p, t in pixels]),
+    "rmse": lambda pixels: math.sqrt(_mean([(p - t) ** 2 for p, t in pixels])),
+    "rmse_log": lambda pixels: math.sqrt(_mean([(math.log(p) - math.log(t)) ** 2 for p, t in pixels])),
+    "log10": lambda pixels: _mean([abs(math.log10(p) - math.log10(t)) for p, t in pixels]),
+    "silog": lambda pixels: math.sqrt(
+        _mean([math.log(p / t) ** 2 for p, t in pixels]) - 0.5 * _mean([math.log(p / t) for p, t in pixels]) ** 2
+    ),
+    "delta1": _delta(1),
+    "delta2": _delta(2),
+    "delta3": _delta(3),
+}
 
 
 def scene(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -28,7 +52,37 @@ def scene(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return pred.astype(np.float32), depth.astype(np.float32), valid
 
 
-def test_alignment_is_numpys_least_squares() -> None:
+# Alignment
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.integers(2, 300),
+    scale=st.floats(-1e3, 1e3),
+    offset=st.floats(-1e3, 1e3),
+    spread=st.floats(1e-2, 1e2),
+    weighted=st.booleans(),
+)
+def test_alignment_is_numpys_least_squares(
+    seed: int, size: int, scale: float, offset: float, spread: float, weighted: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    pred = offset + spread * rng.normal(size=(1, size))
+    target = scale * rng.normal(size=(1, size)) + pred
+    weight = rng.uniform(0.1, 3, (1, size)) if weighted else None
+    root = np.ones(size) if weight is None else np.sqrt(weight[0])
+    middle = pred.mean()  # the reference's own condition is better about the middle; the fit there is the same line
+    rows = np.stack([pred[0] - middle, np.ones(size)], 1) * root[:, None]
+    (a, b), *_ = np.linalg.lstsq(rows, target[0] * root, rcond=None)
+    got_scale, got_shift = align_scale_shift(pred, target, np.ones((1, size), bool), weight_HW=weight)
+    magnitude = np.abs(target).max() / spread
+    assert abs(got_scale - a) <= 1e-9 * max(abs(a), magnitude)
+    at_middle = got_scale * middle + got_shift
+    assert abs(at_middle - b) <= 1e-9 * max(abs(b), np.abs(target).max(), abs(got_scale * middle))
+
+
+def test_alignment_sees_valid_pixels_only_and_takes_tensors() -> None:
     pred, depth, valid = scene()
     x, y = pred[valid].astype(float), 1 / depth[valid].astype(float)
     expected = np.linalg.lstsq(np.stack([x, np.ones_like(x)], 1), y, rcond=None)[0]
@@ -36,6 +90,8 @@ def test_alignment_is_numpys_least_squares() -> None:
     assert align_scale_shift(pred, disparity, valid) == pytest.approx(tuple(expected), rel=1e-9)
     tensors = [torch.from_numpy(x) for x in (pred, disparity, valid)]
     assert align_scale_shift(*tensors) == align_scale_shift(pred, disparity, valid)
+    half = torch.from_numpy(pred).bfloat16()
+    assert align_scale_shift(half, disparity, valid)[0] == pytest.approx(expected[0], rel=0.1)
 
 
 def test_alignment_recovers_scale_and_shift_far_from_zero() -> None:
@@ -46,13 +102,81 @@ def test_alignment_recovers_scale_and_shift_far_from_zero() -> None:
 
 def test_alignment_corners() -> None:
     target, everywhere = np.array([[1.0, 2.0, 6.0]]), np.ones((1, 3), bool)
+    for robust in (False, True):
+        assert align_scale_shift(np.full((1, 3), 0.1), target, everywhere, robust=robust)[0] == 0.0
+        assert align_scale_shift(target, target, ~everywhere, robust=robust) == (1.0, 0.0)
+        nan = align_scale_shift(np.array([[1.0, np.nan, 2.0]]), target, everywhere, robust=robust)
+        assert all(map(math.isnan, nan))
     assert align_scale_shift(np.full((1, 3), 0.1), target, everywhere) == (0.0, pytest.approx(3.0))
     assert align_scale_shift(np.zeros((1, 3)), target, everywhere) == (0.0, pytest.approx(3.0))
     assert align_scale_shift(target, target, np.array([[True, False, False]])) == (0.0, 1.0)
-    assert align_scale_shift(target, target, ~everywhere) == (1.0, 0.0)
-    assert all(map(math.isnan, align_scale_shift(np.array([[1.0, np.nan, 2.0]]), target, everywhere)))
     with pytest.raises(ValueError, match=r"\(1, 3\), \(3, 1\)"):
         align_scale_shift(target, target.T, everywhere)
+
+
+def test_weights_count_as_repeated_pixels() -> None:
+    rng = np.random.default_rng(2)
+    pred, target, times = rng.random((1, 9)), rng.random((1, 9)), rng.integers(0, 4, (1, 9))
+    repeated = [np.repeat(x, times[0], axis=1) for x in (pred, target)]
+    everywhere = np.ones((1, 9), bool)
+    got = align_scale_shift(pred, target, everywhere, weight_HW=times)
+    assert got == pytest.approx(align_scale_shift(*repeated, np.ones_like(repeated[0], bool)), rel=1e-12)
+    assert align_scale_shift(pred, target, everywhere, weight_HW=1e300 * times) == pytest.approx(got, rel=1e-12)
+    assert align_scale_shift(pred, target, everywhere, weight_HW=0 * times) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="weight_HW must not be negative, found -1"):
+        align_scale_shift(pred, target, everywhere, weight_HW=-np.ones((1, 9)))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_robust_fit_has_the_least_absolute_error(seed: int, weighted: bool) -> None:
+    """A line of least absolute deviations goes through two of the points: try all pairs."""
+    rng = np.random.default_rng(seed)
+    pred, target = rng.normal(size=(1, 11)), rng.normal(size=(1, 11))
+    weight = rng.uniform(0.2, 2, (1, 11)) if weighted else np.ones((1, 11))
+
+    def error(scale: float, shift: float) -> float:
+        return float(np.sum(weight * np.abs(scale * pred + shift - target)))
+
+    best = math.inf
+    for i, j in itertools.combinations(range(11), 2):
+        scale = (target[0, i] - target[0, j]) / (pred[0, i] - pred[0, j])
+        best = min(best, error(scale, target[0, i] - scale * pred[0, i]))
+    everywhere = np.ones((1, 11), bool)
+    robust = align_scale_shift(pred, target, everywhere, weight_HW=weight if weighted else None, robust=True)
+    assert best <= error(*robust) <= best * (1 + 1e-3)
+    assert error(*robust) < error(*align_scale_shift(pred, target, everywhere, weight_HW=weight))
+
+
+def test_the_robust_fit_passes_over_gross_errors() -> None:
+    rng = np.random.default_rng(3)
+    pred = rng.random((20, 20))
+    target = 4 * pred + 1
+    target[rng.random((20, 20)) < 0.3] = 50.0
+    everywhere = np.ones((20, 20), bool)
+    assert align_scale_shift(pred, target, everywhere, robust=True) == pytest.approx((4, 1), abs=1e-6)
+    assert align_scale_shift(pred, target, everywhere)[1] > 5
+
+
+# Metrics
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize("seed", range(3))
+def test_each_metric_is_its_definition(name: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    target = rng.uniform(0.5, 80, (9, 11))
+    pred = target * np.exp(rng.normal(0.1, 0.4, target.shape))
+    valid = rng.random(target.shape) > 0.4
+    target[0, 0], target[0, 1], target[0, 2], valid[0, :3] = 0.0, np.nan, np.inf, True  # no measurements
+    counted = valid & np.isfinite(target) & (target > 0)
+    pixels = list(zip(pred[counted].tolist(), target[counted].tolist(), strict=True))
+    assert depth_metrics(pred, target, valid)[name] == pytest.approx(DEFINITIONS[name](pixels), rel=1e-12)
+
+
+def test_there_are_no_other_metrics() -> None:
+    pred, target, valid = np.ones((2, 2)), np.ones((2, 2)), np.ones((2, 2), bool)
+    assert depth_metrics(pred, target, valid).keys() == DEFINITIONS.keys()
 
 
 def test_metrics_by_hand() -> None:
@@ -75,6 +199,31 @@ def test_metrics_by_hand() -> None:
     assert depth_metrics(target, target, target > 0)["delta1"] == 1.0
 
 
+def test_what_metrics_do_not_see() -> None:
+    """Swapping prediction and truth leaves the ratios and logarithms; a common unit leaves what has none."""
+    rng = np.random.default_rng(4)
+    pred, target = rng.uniform(1, 9, (2, 8, 8))
+    everywhere = np.ones((8, 8), bool)
+    got, swapped = depth_metrics(pred, target, everywhere), depth_metrics(target, pred, everywhere)
+    scaled = depth_metrics(1000 * pred, 1000 * target, everywhere)
+    for name in ("delta1", "delta2", "delta3", "rmse_log", "log10", "silog", "rmse"):
+        assert swapped[name] == pytest.approx(got[name], rel=1e-12), name
+    for name in got.keys() - {"rmse", "sq_rel"}:
+        assert scaled[name] == pytest.approx(got[name], rel=1e-12), name
+    assert scaled["rmse"] == pytest.approx(1000 * got["rmse"]) and scaled["sq_rel"] == pytest.approx(
+        1000 * got["sq_rel"]
+    )
+    assert swapped["abs_rel"] != pytest.approx(got["abs_rel"])
+
+
+def test_a_masked_pixel_changes_nothing() -> None:
+    pred, depth, valid = scene(5)
+    got = depth_metrics(pred, depth, valid)
+    for value in (0.0, np.nan, np.inf, -1e30):
+        pred[~valid], depth[~valid] = value, 7.0
+        assert depth_metrics(pred, depth, valid) == got
+
+
 def test_metrics_corners() -> None:
     target, everywhere = np.array([[2.0, 4.0]]), np.ones((1, 2), bool)
     assert depth_metrics(target, target, ~everywhere) == {}
@@ -84,73 +233,33 @@ def test_metrics_corners() -> None:
     negative = depth_metrics(np.array([[-2.0, -4.0]]), target, everywhere)
     assert negative["delta3"] == 0.0 and negative["abs_rel"] == 2.0 and math.isfinite(negative["log10"])
     assert depth_metrics(np.array([[0.1, 9.0]]), target, everywhere, clamp=(2.0, 4.0))["abs_rel"] == 0.0
+    infinite = depth_metrics(np.array([[2.0, np.inf]]), target, everywhere)
+    assert infinite["abs_rel"] == math.inf and math.isnan(infinite["delta1"])
 
 
-@pytest.mark.parametrize("space", ["depth", "disparity"])
-def test_a_perfect_relative_prediction_is_perfect_in_both_spaces(space: str) -> None:
-    _, depth, valid = scene(2)
-    pred = 5 / depth - 0.3
-    got = relative_depth_metrics(pred, depth, valid, space=space)
-    assert got["abs_rel"] < 1e-6 and got["delta1"] == 1.0
+# Means
 
 
-def test_the_two_protocols_by_hand() -> None:
-    pred, depth, valid = scene(3)
-    x, z = pred[valid].astype(float), depth[valid].astype(float)
-    a, b = np.linalg.lstsq(np.stack([x, np.ones_like(x)], 1), 1 / z, rcond=None)[0]
-    aligned = a * x + b
-    assert (aligned < 1 / z.max()).any()  # the clamp matters
-
-    got = relative_depth_metrics(pred, depth, valid, space="disparity")
-    assert got["abs_rel"] == pytest.approx(np.mean(np.abs(aligned - 1 / z) * z))
-    for max_depth, deepest in ((None, z.max()), (12.0, 12.0)):
-        got = relative_depth_metrics(pred, depth, valid, max_depth)
-        metres = 1 / np.maximum(aligned, 1 / deepest)
-        assert got["abs_rel"] == pytest.approx(np.mean(np.abs(metres - z) / z))
-        assert got["delta1"] == pytest.approx(np.mean(np.maximum(metres / z, z / metres) < 1.25))
+def test_the_mean_over_images_is_exact_in_any_order() -> None:
+    rng = np.random.default_rng(6)
+    rows = [{"abs_rel": float(x), "delta1": float(1 / x)} for x in rng.lognormal(0, 20, 50)]
+    whole = mean_over_images(rows)
+    for seed in range(5):
+        random.Random(seed).shuffle(rows)
+        assert mean_over_images(rows) == whole
+    assert whole["abs_rel"] == math.fsum(row["abs_rel"] for row in rows) / 50
+    assert mean_over_images([]) == {}
+    broken = mean_over_images([*rows, {"abs_rel": math.nan, "delta1": 0.5}, {"abs_rel": math.inf, "delta1": 0.5}])
+    assert math.isnan(broken["abs_rel"]) and math.isfinite(broken["delta1"])
 
 
-def test_a_negative_aligned_disparity_misses_every_delta() -> None:
-    depth = np.array([[1.0, 1.0, 1000.0, 1000.0, 1000.0]])
-    pred = np.array([[1.0, 1.0, 0.5, 0.5, -0.5]])
-    scale, shift = align_scale_shift(pred, 1 / depth, depth > 0)
-    aligned = scale * pred + shift
-    assert aligned[0, 4] < 0 < aligned[0, 3]
-    got = relative_depth_metrics(pred, depth, depth > 0, space="disparity")
-    assert got == depth_metrics(aligned, 1 / depth, depth > 0)
-    last = depth_metrics(aligned[:, 4:], 1 / depth[:, 4:], depth[:, 4:] > 0)
-    assert last["delta3"] == 0.0 and last["abs_rel"] > 1
-
-
-def test_relative_metrics_corners() -> None:
-    pred, depth, valid = scene(4)
-    assert relative_depth_metrics(pred, depth, np.zeros_like(valid)) == {}
-    broken = np.where(valid, np.nan, 0.0)
-    assert all(map(math.isnan, relative_depth_metrics(broken, depth, valid).values()))
-    with pytest.raises(ValueError, match="'depth' or 'disparity', got 'metres'"):
-        relative_depth_metrics(pred, depth, valid, space="metres")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="max_depth must be positive metres, got 0"):
-        relative_depth_metrics(pred, depth, valid, max_depth=0)
-
-
-def test_best_constant() -> None:
-    depth = np.array([[1.0, 2.0, 4.0]])
-    got = best_constant_metrics(depth, depth > 0)
-    assert got["abs_rel"] == pytest.approx((1 + 0 + 0.5) / 3) and got["delta1"] == pytest.approx(1 / 3)
-    assert best_constant_metrics(depth, depth > 0, space="disparity")["abs_rel"] == pytest.approx((0.5 + 0 + 1) / 3)
-    assert best_constant_metrics(depth, depth < 0) == {}
-
-
-def test_metric_mean_merges_and_travels() -> None:
-    rows = [{"abs_rel": 0.1, "delta1": 0.5}, {"abs_rel": 0.3, "delta1": 0.7}, {}, {"abs_rel": 0.8, "delta1": 0.0}]
-    whole, first, second = MetricMean(), MetricMean(), MetricMean()
-    for i, row in enumerate(rows):
-        whole.add(row)
-        (first if i < 1 else second).add(row)
-    first.merge(pickle.loads(pickle.dumps(second)))
-    assert first.mean() == pytest.approx(whole.mean())
-    assert first.mean() == pytest.approx({"abs_rel": 0.4, "delta1": 0.4})
-    assert (first.images, first.skipped) == (3, 1)
-    assert MetricMean().mean() == {}
-    whole.add({"abs_rel": math.nan})
-    assert math.isnan(whole.mean()["abs_rel"]) and whole.mean()["delta1"] == pytest.approx(0.4)
+def test_the_mean_over_pixels_is_that_of_one_large_image() -> None:
+    rng = np.random.default_rng(7)
+    target = rng.uniform(1, 50, 60)
+    pred = target * np.exp(rng.normal(0.2, 0.3, 60))
+    parts = [moments(pred[cut], target[cut]) for cut in (slice(0, 5), slice(5, 6), slice(6, 6), slice(6, 60))]
+    everywhere = np.ones((1, 60), bool)
+    assert mean_over_pixels(parts) == pytest.approx(depth_metrics(pred[None], target[None], everywhere), rel=1e-12)
+    images = mean_over_images([metrics_of(part) for part in parts if part])
+    assert images["abs_rel"] != pytest.approx(mean_over_pixels(parts)["abs_rel"])
+    assert mean_over_pixels([{}]) == {}
