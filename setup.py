@@ -43,6 +43,7 @@ REQUIRES = [
     "isal>=1.7",
     "ninja>=1.11",
     "matplotlib>=3.8",
+    "tensorboard>=2.16",
     DALI[f"cuda{CUDA}"],
 ]
 
@@ -55,10 +56,14 @@ IMPORT = ["h5py>=3.10", "OpenEXR>=3.3", "scipy>=1.11"]
 # Datasets in an S3 store; other stores have packages of their own (gcsfs, adlfs).
 S3 = ["s3fs>=2024.2"]
 
+# Weights & Biases, for `track.wandb`.
+TRACK = ["wandb>=0.19"]
+
 TEST = [
     *EXPORT,
     *IMPORT,
     *S3,
+    *TRACK,
     "moto[server]>=5.0",
     "pytest>=8.2",
     "pytest-xdist>=3.6",
@@ -84,6 +89,6 @@ setup(
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
     package_data={"launcher": ["recipes/*.yaml"]},
     install_requires=REQUIRES,
-    extras_require={**DALI, "export": EXPORT, "import": IMPORT, "s3": S3, "test": TEST, "dev": DEV},
+    extras_require={**DALI, "export": EXPORT, "import": IMPORT, "s3": S3, "track": TRACK, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["fathom = launcher.cli:main"]},
 )

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, TextIO
 
 _LINE_EVERY_S = 10.0
+_RATE_OVER_S = 300.0  # long enough to take in a checkpoint, short enough to follow a change
+_RATE_EVERY_S = 1.0
 
 
 class Progress:
     """Shows `done` of `total` units of work (`total` None: unknown). Nothing it does raises: the work matters more.
 
-    `update` may be called as often as wanted. The rate counts from the first update, so that a resumed run's earlier
-    work does not inflate it.
+    `update` may be called as often as wanted. The rate is that of the last minutes and counts from the first update, so
+    that a resumed run's earlier work does not inflate it.
     """
 
     def __init__(
@@ -29,7 +32,7 @@ class Progress:
     ) -> None:
         self._title, self._total, self._unit, self._clock = title, total, unit, clock
         self._stream = stream if stream is not None else sys.stderr
-        self._first: tuple[float, float] | None = None  # time, done
+        self._marks: deque[tuple[float, float]] = deque()  # (time, done), the newest last
         self._last_line_at = clock()
         self._done = 0.0
         self._values: dict[str, Any] = {}
@@ -53,10 +56,9 @@ class Progress:
         with suppress(Exception):
             now = self._clock()
             self._done, self._values = done, values
-            if self._first is None:
-                self._first = (now, done)
+            self._mark(now, done)
             if self._bar is not None:
-                self._bar.update(self._task, completed=done, rate=self._rate_text(), values=self._values_text())
+                self._bar.update(self._task, completed=done, state=self._state())
             elif now - self._last_line_at >= _LINE_EVERY_S:
                 self._last_line_at = now
                 self._print()
@@ -75,43 +77,54 @@ class Progress:
             if self._bar is not None:
                 bar, self._bar = self._bar, None
                 bar.stop()
-            elif self._first is not None:
+            elif self._marks:
                 self._print()
 
     def _open_bar(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
+        # One text of ours, for Rich forgets the rate when updates are over 30 s apart. On a narrow terminal the bar
+        # goes first, then the end of the text.
         self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(f"{self._unit}  {{task.fields[rate]}}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[state]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=Console(file=self._stream),
             redirect_stdout=False,
             redirect_stderr=False,
         )
         total = None if self._total is None else int(self._total)
-        self._task = self._bar.add_task(self._title, total=total, rate="", values="")
+        self._task = self._bar.add_task(self._title, total=total, state="")
         self._bar.start()
 
+    def _state(self) -> str:
+        of = f"{self._done:.10g}" if self._total is None else f"{self._done:.10g}/{self._total:.10g}"
+        parts = [f"{of} {self._unit}", self._rate_text(), self._left_text(), self._values_text()]
+        return "  ".join(part for part in parts if part)
+
     def _print(self) -> None:
-        of = f"{self._done:g}" if self._total is None else f"{self._done:g}/{self._total:g}"
-        parts = [f"{self._title}: {of} {self._unit}", self._rate_text(), self._left_text(), self._values_text()]
-        line = "  ".join(part for part in parts if part)
+        line = f"{self._title}: {self._state()}"
         if line != self._printed:
             self._printed = line
             print(line, file=self._stream, flush=True)
 
+    def _mark(self, now: float, done: float) -> None:
+        """Keep the newest mark and one for each second of the last minutes."""
+        marks = self._marks
+        if len(marks) >= 2 and now - marks[-2][0] < _RATE_EVERY_S:
+            marks.pop()
+        marks.append((now, done))
+        while len(marks) > 2 and marks[1][0] <= now - _RATE_OVER_S:
+            marks.popleft()
+
     def _rate(self) -> float:
-        if self._first is None:
+        if not self._marks:
             return 0.0
-        at, done = self._first
-        return (self._done - done) / max(self._clock() - at, 1e-9)
+        (start, before), (now, done) = self._marks[0], self._marks[-1]
+        return (done - before) / (now - start) if now > start else 0.0
 
     def _rate_text(self) -> str:
         rate = self._rate()
@@ -122,7 +135,8 @@ class Progress:
         if rate <= 0 or self._total is None or self._done >= self._total:
             return ""
         minutes, seconds = divmod(int((self._total - self._done) / rate), 60)
-        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+        days, hours = divmod(minutes // 60, 24)
+        return f"{f'{days} d ' if days else ''}{hours}:{minutes % 60:02d}:{seconds:02d} left"
 
     def _values_text(self) -> str:
         shown = (

@@ -51,6 +51,12 @@ METRICS: Mapping[str, Metric] = {
     "fathom_loss": Metric("gauge", "The last step's loss over the global batch, by term.", ("term",)),
     "fathom_grad_norm": Metric("gauge", "The last step's gradient norm before clipping."),
     "fathom_learning_rate": Metric("gauge", "The last step's learning rate, by parameter group.", ("group",)),
+    "fathom_event_result": Metric(
+        "gauge", "Results that are measured now and then, such as a validation's.", ("event", "name")
+    ),
+    "fathom_tracker_failures_total": Metric(
+        "counter", "Calls to TensorBoard or Weights & Biases that were lost, by tracker.", ("tracker",)
+    ),
     "fathom_checkpoint_duration_seconds": Metric(
         "histogram", "Wall time of one checkpoint operation (save, load).", ("op",), _STEP_BUCKETS_S
     ),

@@ -1,34 +1,49 @@
-"""What a run shows of itself while it trains: metrics.jsonl, Prometheus, progress, previews."""
+"""What a run shows of itself while it trains: metrics.jsonl, Prometheus, trackers, progress, previews.
+
+Nothing here waits for the device between log lines: tensors are read at `log_every` and at previews only (a skipped
+step is the exception).
+
+Shape suffixes: B batch, C channel, H W pixels.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.distributed as dist
+from PIL import Image, ImageDraw
 
 from cluster import storage
 from cluster.telemetry import Exporter
 from cluster.worker import WorkerContext
 from dataio.loader import Loader
 from dataio.show import colorize
-from dataio.types import Batch
+from dataio.types import Batch, Target
 from model.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from trainer.config_train import TrainConfig
 from trainer.journal import Journal
 from trainer.loop import Loop, StepRecord
 from trainer.tasks.base import Task
+from trainer.trackers import Tracker, open_trackers
 
 READ_METRICS = {
     "bytes": "fathom_data_read_bytes_total",
     "cache_hits": "fathom_data_cache_hits_total",
     "cache_misses": "fathom_data_cache_misses_total",
 }
+TILE = 252  # largest width of a preview's panel, pixels: a run of 500,000 steps makes a thousand previews
+_STRIP = 16  # height of a line of text, pixels
+# The panel `valid`: no target, the image itself, what CutMix pasted.
+_REGION_COLOURS = np.array([[48, 48, 48], [222, 222, 222], [90, 160, 230]], np.uint8)
 
 
 class Recorder:
@@ -39,28 +54,56 @@ class Recorder:
     ) -> None:
         self.config, self.task, self.context, self.exporter = config, task, context, exporter
         self.loader = loader
+        self.journal = Journal(config.folder)
         self._skipped_before: dict[str, int] = {}
         self._read_before: dict[str, int] = {}
-        self.journal = Journal(config.folder)
+        self._trackers: list[Tracker] | None = None  # the first step tells where their curves go on
+        self._failed_trackers: set[str] = set()
+        self._notes: list[str] = []
         self._last = time.perf_counter()
+        self._since_line = (0, 0, 0.0)  # steps, images, seconds
         exporter.metric("fathom_world_size").set(context.world_size)
 
     def on_step(self, loop: Loop, record: StepRecord, batch: Batch) -> None:
-        """Called after every step on every rank (it holds collectives at the logging interval)."""
-        seconds = self._feed(record, batch)
+        """Called after every step on every rank (it holds collectives at log lines, previews and skipped steps)."""
+        step, last = record.step, record.step == self.config.steps
+        self._open_trackers(step)
+        self._feed(record, batch)
         if record.result.skipped:
             self._skipped(record)
-        due = record.step % self.config.log_every == 0 or record.step in (1, self.config.steps)
-        if due:
-            self._log(loop.global_terms(record), record, seconds)
-        if self.context.rank == 0 and (
-            record.step % self.config.preview_every == 0 or record.step == self.config.steps
-        ):
-            self.preview(loop.engine.module, record.step, batch)
+        if step % self.config.log_every == 0 or step == 1 or last:
+            self._log(loop.global_terms(record), record)
+        if step % self.config.preview_every == 0 or last:
+            self.preview(loop.engine.module, step, batch)
+        self._last = time.perf_counter()  # what logging took is no part of the next step
 
-    def _feed(self, record: StepRecord, batch: Batch) -> float:
+    def event(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        """Results that are measured now and then, such as a validation's; on ranks other than 0 nothing happens.
+
+        They get a line of their own in metrics.jsonl, `{"step": ..., "event": name, "values": {...}}`, the gauge
+        `fathom_event_result` and the trackers' `name/KEY`. Raises StorageError when the line cannot be written.
+        """
+        if self.context.rank:
+            return
+        self._open_trackers(step + 1)
+        line = {"step": step, "event": name, "values": {key: finite(value) for key, value in values.items()}}
+        self._append(line)
+        for key, value in values.items():
+            self.exporter.metric("fathom_event_result").labels(event=name, name=key).set(value)
+        self._track(step, {f"{name}/{key}": value for key, value in values.items()})
+
+    def close(self) -> None:
+        """Let the trackers send the rest. Again is nothing."""
+        for tracker in self._trackers or ():
+            tracker.close()
+        self._trackers = []
+
+    def _feed(self, record: StepRecord, batch: Batch) -> None:
+        """This rank's own metrics: host numbers only."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
+        steps, images, spent = self._since_line
+        self._since_line = (steps + 1, images + record.images, spent + seconds)
         metric = self.exporter.metric
         metric("fathom_steps_total").inc()
         metric("fathom_images_total").inc(len(batch))
@@ -75,73 +118,181 @@ class Recorder:
                 count - self._skipped_before.get(reason, 0)
             )
             self._skipped_before[reason] = count
+        read = self.loader.read_counts()
         for what, name in READ_METRICS.items():
-            count = self.loader.read_counts()[what]
-            metric(name).inc(count - self._read_before.get(what, 0))
-            self._read_before[what] = count
-        if math.isfinite(record.result.grad_norm):
-            metric("fathom_grad_norm").set(record.result.grad_norm)
-        return seconds
+            metric(name).inc(read[what] - self._read_before.get(what, 0))
+            self._read_before[what] = read[what]
 
     def _skipped(self, record: StepRecord) -> None:
         self.exporter.metric("fathom_steps_skipped_total").labels(reason="non_finite").inc()
-        gathered: list[tuple[str, ...] | None] = [None] * self.context.world_size
-        torch.distributed.all_gather_object(gathered, record.bad_keys)
+        gathered: list[tuple[str, ...] | None] = [record.bad_keys]
+        if self.context.world_size > 1:
+            gathered = [None] * self.context.world_size
+            dist.all_gather_object(gathered, record.bad_keys)
         if self.context.rank == 0:
             keys = sorted({key for keys in gathered for key in keys or ()})
             self.journal.write("step_skipped", step=record.step, reason="non_finite", keys=keys)
 
-    def _log(self, terms: Mapping[str, float], record: StepRecord, seconds: float) -> None:
+    def _log(self, terms: Mapping[str, float], record: StepRecord) -> None:
         for name, value in terms.items():
             self.exporter.metric("fathom_loss").labels(term=name).set(value)
+        grad_norm = float(record.result.grad_norm)  # it may be a tensor until somebody asks
+        if math.isfinite(grad_norm):
+            self.exporter.metric("fathom_grad_norm").set(grad_norm)
+        steps, images, seconds = self._since_line
+        self._since_line = (0, 0, 0.0)
         if self.context.rank:
             return
         weights = self.task.term_weights
         total = sum(weights[name] * value for name, value in terms.items())
-        line = {
-            "step": record.step,
-            "samples": record.step * record.images,
-            "loss": finite(total),
-            "terms": {name: finite(value) for name, value in terms.items()},
-            "grad_norm": finite(record.result.grad_norm),
-            "skipped": record.result.skipped,
-            "lr": record.learning_rates,
-            "seconds": round(seconds, 4),
-            "images_per_second": round(record.images / seconds, 2),
-            "phases": {name: round(spent, 4) for name, spent in record.phases.items()},
-        }
-        storage.append_line(os.path.join(self.config.folder, "metrics.jsonl"), json.dumps(line))
-        self.context.report(
-            {"done": record.step, "total": self.config.steps, "loss": total, "metrics": self.exporter.address}
+        images_per_second = images / max(seconds, 1e-9)
+        self._append(
+            {
+                "step": record.step,
+                "samples": record.step * record.images,
+                "loss": finite(total),
+                "terms": {name: finite(value) for name, value in terms.items()},
+                "grad_norm": finite(grad_norm),
+                "skipped": record.result.skipped,
+                "lr": record.learning_rates,
+                "seconds": round(seconds / steps, 6),
+                "images_per_second": round(images_per_second, 2),
+                "phases": {name: round(spent, 6) for name, spent in record.phases.items()},
+            }
         )
+        scalars = {"loss": total, "grad_norm": grad_norm, "images_per_second": images_per_second}
+        for group, values in (("terms", terms), ("lr", record.learning_rates), ("phases", record.phases)):
+            scalars |= {f"{group}/{name}": value for name, value in values.items()}
+        self._track(record.step, scalars)
+        self.context.report(
+            {
+                "done": record.step,
+                "total": self.config.steps,
+                "loss": total,
+                "metrics": self.exporter.address,
+                "shown": {"loss": total, "images/s": images_per_second},
+                "notes": list(self._notes),
+            }
+        )
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        storage.append_line(os.path.join(self.config.folder, "metrics.jsonl"), json.dumps(line))
+
+    def _open_trackers(self, next_step: int) -> None:
+        if self._trackers is None and not self.context.rank:
+            self._trackers = open_trackers(self.config, next_step, self._tracker_failed)
+
+    def _track(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = {name: value for name, value in scalars.items() if math.isfinite(value)}
+        for tracker in self._trackers or ():
+            tracker.log(step, values)
+
+    def _tracker_failed(self, tracker: str, problem: str) -> None:
+        """Counts a call that is lost; the first of each tracker is told. Called from the trackers' threads, too."""
+        self.exporter.metric("fathom_tracker_failures_total").labels(tracker=tracker).inc()
+        if tracker in self._failed_trackers:
+            return
+        self._failed_trackers.add(tracker)
+        note = f"warning: track.{tracker}: {problem}; the run goes on, and metrics.jsonl has everything"
+        self._notes.append(note)
+        print(note, file=sys.stderr, flush=True)
+        with suppress(storage.StorageError):  # the same full disk, perhaps
+            self.journal.write("tracker_failed", tracker=tracker, problem=problem)
 
     @torch.no_grad()
     def preview(self, module: torch.nn.Module, step: int, batch: Batch) -> None:
-        """previews/step_NNNNNNNN.png: image | target | prediction, of two rows from either end: every role shows."""
-        rows = sorted({row % len(batch) for row in (0, 1, -2, -1)})
-        image_BCHW = batch.views["student"][rows]
+        """previews/step_NNNNNNNN.png: two rows from either end of rank 0's batch, so that every role shows.
+
+        A collective: under ZeRO 3 every rank holds a part of the weights, so each runs the forward pass, on the same
+        number of rows. Raises StorageError on rank 0 when the file cannot be written.
+        """
+        rows = preview_rows(len(batch))
+        rows = sorted(rows[: self._fewest(len(rows), batch.weight_B.device)])
+        if not rows:
+            return
         was_training = module.training
         module.eval()
-        predicted_BHW = self.task.preview(module, image_BCHW).float().cpu().numpy()
+        predicted_BHW = self.task.preview(module, batch.views["student"][rows])
         module.train(was_training)
-        target = batch.targets.get("disparity")
-        valid_BHW = (batch.region_BHW[rows] > 0).cpu().numpy()
-        strips = []
-        for at, (row, image_CHW) in enumerate(zip(rows, image_BCHW.float().cpu().numpy(), strict=True)):
-            panels = [denormalise(image_CHW)]
-            if target is not None:
-                panels.append(colorize(target.value_BHW[row].float().cpu().numpy(), valid_BHW[at]))
-            panels.append(colorize(predicted_BHW[at], np.ones_like(predicted_BHW[at], bool)))
-            strips.append(np.concatenate(panels, 1))
-        folder = os.path.join(self.config.folder, "previews")
-        os.makedirs(folder, exist_ok=True)
-        with storage.atomic_writer(os.path.join(folder, f"step_{step:08d}.png")) as file:
-            Image.fromarray(np.concatenate(strips, 0)).save(file, format="PNG")
+        if self.context.rank:
+            return
+        picture_HWC = draw_preview(batch, rows, predicted_BHW)
+        with storage.atomic_writer(os.path.join(self.config.folder, "previews", f"step_{step:08d}.png")) as file:
+            Image.fromarray(picture_HWC).save(file, format="PNG")
+        for tracker in self._trackers or ():
+            tracker.image(step, "preview", picture_HWC)
+
+    def _fewest(self, count: int, device: torch.device) -> int:
+        """The smallest `count` of all ranks. A collective."""
+        if self.context.world_size == 1:
+            return count
+        fewest = torch.tensor(count, device=device)
+        dist.all_reduce(fewest, dist.ReduceOp.MIN)
+        return int(fewest)
 
 
 def finite(value: float) -> float | None:
     """JSON knows no NaN and no infinity: None stands for both."""
     return value if math.isfinite(value) else None
+
+
+def preview_rows(count: int) -> list[int]:
+    """Two rows from either end of `count`, the first and the last first."""
+    return list(dict.fromkeys(row % count for row in (0, -1, 1, -2))) if count else []
+
+
+def draw_preview(batch: Batch, rows: Sequence[int], predicted_BHW: torch.Tensor) -> np.ndarray:
+    """image | target | prediction | valid for `rows` of a batch, with titles and keys: uint8 [H, W, 3].
+
+    Near is red; each panel spans its own range. `valid` is dark where the loss sees nothing, blue where CutMix pasted.
+    Without a target there is none of it and no `valid`.
+    """
+    at = list(rows)
+    target = _dense_target(batch)
+    image_BCHW = batch.views["student"][at].float().cpu().numpy()
+    region_BHW = batch.region_BHW[at].cpu().numpy()
+    predicted_BHW = predicted_BHW.float().cpu()
+    titles = ["image", "prediction"] if target is None else ["image", "target", "prediction", "valid"]
+    strips = [np.zeros((0, 0, 3), np.uint8)]
+    for place, row in enumerate(at):
+        predicted_HW = predicted_BHW[place].numpy()
+        panels = {
+            "image": denormalise(image_BCHW[place]),
+            "prediction": colorize(predicted_HW, np.ones(predicted_HW.shape, bool)),
+        }
+        if target is not None:
+            region_HW = region_BHW[place]
+            value_HW = target.value_BHW[row].float().cpu().numpy()
+            if target.quantity == "depth_m":  # nearness, as a task's preview is
+                value_HW = 1 / np.where(region_HW > 0, np.maximum(value_HW, 1e-6), 1)
+            panels["target"] = colorize(value_HW, region_HW > 0)
+            panels["valid"] = _REGION_COLOURS[np.minimum(region_HW, 2)]
+        tiles = [_tile(panels[title], smooth=title == "image") for title in titles]
+        strips += [_text_strip({4: batch.keys[row]}, sum(t.shape[1] for t in tiles)), np.concatenate(tiles, 1)]
+    width = strips[-1].shape[1]
+    strips[0] = _text_strip({4 + i * width // len(titles): title for i, title in enumerate(titles)}, width, "#dce3ea")
+    return np.concatenate(strips, 0)
+
+
+def _dense_target(batch: Batch) -> Target | None:
+    return next((batch.targets[name] for name in ("disparity", "depth_m") if name in batch.targets), None)
+
+
+def _tile(panel_HWC: np.ndarray, smooth: bool) -> np.ndarray:
+    """At most `TILE` wide. Maps are not smoothed: a mix of a hole and a value would show what is not there."""
+    height, width = panel_HWC.shape[:2]
+    if width <= TILE:
+        return panel_HWC
+    how = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(panel_HWC).resize((TILE, max(1, round(height * TILE / width))), how))
+
+
+def _text_strip(texts: Mapping[int, str], width: int, background: str = "white") -> np.ndarray:
+    """A line of texts, each from its own place (pixels) on: uint8 [_STRIP, width, 3]."""
+    strip = Image.new("RGB", (width, _STRIP), background)
+    for left, text in texts.items():
+        ImageDraw.Draw(strip).text((left, 2), text.encode("ascii", "replace").decode(), fill="black")
+    return np.asarray(strip)
 
 
 def denormalise(image_CHW: np.ndarray) -> np.ndarray:
