@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from dataio import header
-from dataio.compose import Paste, TargetRule, cutmix, disparity
+from dataio.compose import Paste, TargetRule, cutmix, target_values
 from dataio.dali_batch import DaliBatch, Decoded, Row
 from dataio.draws import Geometry, Photometric, cutmix_box, cutmix_partner
 from dataio.plan import Slot
 from dataio.quarantine import BadSample, Quarantine
-from dataio.spec import DataSpec
+from dataio.spec import DataError, DataSpec
 from dataio.stream import Pick, RoleStream
 from dataio.types import Batch, Sample, Target
 
@@ -48,7 +48,8 @@ class Prepared:
 class BatchBuilder:
     """Makes batches in three steps, `read`, `start` and `finish`; several may be under way.
 
-    It keeps open readers and pipelines, but no state of the order.
+    It keeps open readers and pipelines, but no state of the order. DataError for a dataset that has no metres where a
+    role needs them.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class BatchBuilder:
     ) -> None:
         self._streams, self._size, self._seed, self._device = streams, data.input_size, seed, device
         self._names, self._quarantine = tuple(views), quarantine
-        self._targets = any(stream.needs.target != "none" for stream in streams)
+        for stream in streams:
+            _check_metres(stream)
+        self._quantities = sorted({stream.needs.target for stream in streams if stream.needs.target != "none"})
         perturbations = [stream.spec.perturbation for stream in streams]
         self._perturbs = any(p.jitter_p > 0 or p.grayscale_p > 0 or p.blur_p > 0 for p in perturbations)
         # without colour or blur the views are the same pixels: decode and normalise them once
@@ -71,7 +74,7 @@ class BatchBuilder:
             sum(stream.rows for stream in streams),
             data.input_size,
             views=self._names if self._perturbs else ("clean",),
-            targets=self._targets,
+            targets=bool(self._quantities),
             device=device,
             threads=data.threads,
             pinned=data.pin_memory,
@@ -138,7 +141,7 @@ class BatchBuilder:
             views = dict.fromkeys(self._names, views["clean"])
         return Batch(
             views=views,
-            targets={} if value_BHW is None else {"disparity": Target(value_BHW=value_BHW, quantity="disparity")},
+            targets={} if value_BHW is None else {q: Target(value_BHW=value_BHW, quantity=q) for q in self._quantities},
             region_BHW=region_BHW,
             # the host has seen the codes, not every rule that makes a pixel invalid: ask the device too
             weight_B=region_BHW.flatten(1).any(1).to(torch.float32),
@@ -153,7 +156,7 @@ class BatchBuilder:
             return None, _blanked(torch.ones(shape, dtype=torch.uint8, device=self._device), dead)
         sky_BHW = None if decoded.sky_BHW is None else decoded.sky_BHW.to(self._device, non_blocking=True)
         code_BHW = decoded.code_BHW.to(self._device, non_blocking=True)
-        value_BHW, valid_BHW = disparity(code_BHW, sky_BHW, [_rule(row) for row in rows])
+        value_BHW, valid_BHW = target_values(code_BHW, sky_BHW, [_rule(row) for row in rows])
         region_BHW = valid_BHW.view(torch.uint8)
         for i, row in enumerate(rows):
             if row.stream.needs.target == "none":
@@ -176,11 +179,21 @@ class BatchBuilder:
         return pastes
 
 
+def _check_metres(stream: RoleStream) -> None:
+    for dataset in stream.datasets if stream.needs.target == "depth_m" else ():
+        if dataset.info.quantity != "depth_m":
+            raise DataError(
+                f"role {stream.role!r}: {dataset.path} holds {dataset.info.quantity or 'no depth'} and the task needs "
+                "metres: name a dataset whose dataset.json says quantity depth_m"
+            )
+
+
 def _rule(row: _Row) -> TargetRule:
-    sample = row.pick.sample
-    if not row.alive or sample is None or sample.code is None or sample.quantity is None:
+    sample, needs = row.pick.sample, row.stream.needs
+    if not row.alive or sample is None or sample.code is None or sample.quantity is None or needs.target == "none":
         return TargetRule()
-    return TargetRule(code=sample.code, quantity=sample.quantity, min_max=not row.stream.needs.sidecar)
+    stretched = needs.target == "disparity" and not needs.sidecar
+    return TargetRule(code=sample.code, quantity=sample.quantity, wanted=needs.target, min_max=stretched)
 
 
 def _without_valid_pixels(rows: Sequence[_Row], decoded: Decoded) -> list[_Row]:
@@ -190,7 +203,8 @@ def _without_valid_pixels(rows: Sequence[_Row], decoded: Decoded) -> list[_Row]:
     most_B = decoded.code_BHW.numpy().max(axis=(1, 2))
     some_B = np.array([_measures(row, int(most)) for row, most in zip(rows, most_B, strict=True)])
     if decoded.sky_BHW is not None:
-        some_B |= np.any(decoded.sky_BHW.numpy() > 127, axis=(1, 2))
+        knows_sky_B = np.array([row.stream.needs.target == "disparity" for row in rows])
+        some_B |= np.any(decoded.sky_BHW.numpy() > 127, axis=(1, 2)) & knows_sky_B
     return [
         replace(row, reason="no_valid_pixels")
         if row.alive and row.stream.needs.target != "none" and not some_B[i]
@@ -202,7 +216,8 @@ def _without_valid_pixels(rows: Sequence[_Row], decoded: Decoded) -> list[_Row]:
 def _measures(row: _Row, most: int) -> bool:
     """Whether the row's greatest code is a measurement: where it is none, no other is, as scales are above 0."""
     rule = _rule(row)
-    return most > 0 and (rule.quantity != "depth_m" or rule.code.scale * (most - rule.code.zero) + rule.code.shift > 0)
+    any_sign = "depth_m" not in (rule.quantity, rule.wanted)
+    return most > 0 and (any_sign or rule.code.scale * (most - rule.code.zero) + rule.code.shift > 0)
 
 
 def _blanked(view: Tensor, rows: Sequence[int]) -> Tensor:

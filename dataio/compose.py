@@ -1,4 +1,4 @@
-"""Codes -> disparity and regions, and CutMix, on whole batches in torch; no step waits for the device.
+"""Codes -> disparity or metres, and regions, and CutMix, on whole batches in torch; no step waits for the device.
 
 Shape suffixes: B batch, C channel, H W pixels.
 """
@@ -20,10 +20,14 @@ _SKY_FROM = 128  # of 255
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetRule:
-    """How one row's codes become disparity. `min_max`: stretched to 0..1 over the crop's valid pixels (V1, 2.2)."""
+    """How one row's codes become the quantity `wanted`.
+
+    `min_max`: disparity is stretched to 0..1 over the crop's valid pixels (arXiv 2401.10891, section 3.1).
+    """
 
     code: AffineCode = field(default_factory=lambda: AffineCode(scale=1.0))
-    quantity: Quantity = "disparity"
+    quantity: Quantity = "disparity"  # of the codes
+    wanted: Quantity = "disparity"
     min_max: bool = False
 
 
@@ -36,10 +40,12 @@ class Paste:
     box: Box
 
 
-def disparity(code_BHW: Tensor, sky_BHW: Tensor | None, rules: Sequence[TargetRule]) -> tuple[Tensor, Tensor]:
-    """Disparity float32 [B, H, W] (0 where invalid) and valid bool [B, H, W] of uint16 codes, on their device.
+def target_values(code_BHW: Tensor, sky_BHW: Tensor | None, rules: Sequence[TargetRule]) -> tuple[Tensor, Tensor]:
+    """Values float32 [B, H, W] (0 where invalid) and valid bool [B, H, W] of uint16 codes, on their device.
 
-    From a depth t: 1 / t, invalid where the code is 0 or t <= 0. Sky is disparity 0 and valid. A flat map becomes 0.
+    Invalid where the code is 0 and where a depth t or, when metres are wanted, a disparity is <= 0. Disparity wanted
+    from depth is 1 / t, and the sky has disparity 0 and is valid; a flat stretched map becomes 0. Metres wanted from
+    disparity, which must be 1 / m, are its inverse, and the sky has none.
     """
     value_BHW = torch.empty(code_BHW.shape, dtype=torch.float32, device=code_BHW.device)
     valid_BHW = torch.empty(code_BHW.shape, dtype=torch.bool, device=code_BHW.device)
@@ -50,30 +56,34 @@ def disparity(code_BHW: Tensor, sky_BHW: Tensor | None, rules: Sequence[TargetRu
         zero, scale, shift = codes_3B11[:, rows]
         torch.gt(value.copy_(code_BHW[rows]), 0, out=valid)
         value.sub_(zero).mul_(scale).add_(shift)
-        rule = rules[rows.start]
-        _finish(value, valid, None if sky_BHW is None else sky_BHW[rows], rule.quantity, rule.min_max)
+        _finish(value, valid, None if sky_BHW is None else sky_BHW[rows] >= _SKY_FROM, rules[rows.start])
     return value_BHW, valid_BHW
 
 
 def _together(rules: Sequence[TargetRule], gpu: bool) -> Iterator[slice]:
     """On a GPU neighbours with one rule, usually a role's rows; on a CPU each row alone, which its cache holds."""
     start = 0
-    for _, group in groupby((rule.quantity, rule.min_max) for rule in rules):
+    for _, group in groupby((rule.quantity, rule.wanted, rule.min_max) for rule in rules):
         stop = start + len(list(group))
         step = stop - start if gpu else 1
         yield from (slice(first, first + step) for first in range(start, stop, step))
         start = stop
 
 
-def _finish(value_BHW: Tensor, valid_BHW: Tensor, sky_BHW: Tensor | None, quantity: Quantity, min_max: bool) -> None:
-    if quantity == "depth_m":
+def _finish(value_BHW: Tensor, valid_BHW: Tensor, is_sky_BHW: Tensor | None, rule: TargetRule) -> None:
+    """From the quantity of the codes to the one wanted, in place."""
+    if "depth_m" in (rule.quantity, rule.wanted):
         valid_BHW &= value_BHW > 0
+    if rule.quantity != rule.wanted:
         value_BHW.reciprocal_()
-    if sky_BHW is not None:
-        is_sky_BHW = sky_BHW >= _SKY_FROM
+    if rule.wanted == "depth_m":
+        valid_BHW &= value_BHW.isfinite()
+    if is_sky_BHW is not None and rule.wanted == "disparity":
         valid_BHW |= is_sky_BHW
         value_BHW.masked_fill_(is_sky_BHW, 0.0)
-    if min_max:
+    elif is_sky_BHW is not None:
+        valid_BHW &= ~is_sky_BHW
+    if rule.min_max:
         low_B11 = torch.where(valid_BHW, value_BHW, torch.inf).amin((1, 2), keepdim=True)
         high_B11 = torch.where(valid_BHW, value_BHW, -torch.inf).amax((1, 2), keepdim=True)
         span_B11 = torch.where(high_B11 > low_B11, high_B11 - low_B11, 1.0)  # flat, or nothing valid

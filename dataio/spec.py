@@ -74,8 +74,12 @@ class RoleSpec:
 class RoleNeeds:
     """What a task requires of a role: declared in code, never in a recipe."""
 
-    target: Literal["disparity", "none"] = "disparity"
+    target: Literal["disparity", "depth_m", "none"] = "disparity"
     sidecar: bool = False  # the target comes from a label sidecar, not from the dataset itself
+
+    def __post_init__(self) -> None:
+        if self.sidecar and self.target == "depth_m":
+            raise ValueError("a label sidecar holds disparity, which has no metres")
 
 
 @dataclass(frozen=True, kw_only=True)

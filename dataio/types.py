@@ -40,7 +40,10 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A dense target of the batch; its unit is in `quantity`. Undefined where `Batch.region_BHW` is 0."""
+    """A dense target of the batch; its unit is in `quantity`.
+
+    Undefined where `Batch.region_BHW` is 0, and in the rows of roles that need another quantity or none.
+    """
 
     value_BHW: Tensor
     quantity: Quantity

@@ -34,6 +34,8 @@ Tensors = dict[str, Tensor]
 RECORD = "fathom"  # the key of our facts in a safetensors header; in a .pth the record is called RECORD.json
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel, torch.compile, wrapping modules
 _NESTS = ("model", "state_dict", "model_state_dict")
+# Beside the network in a training checkpoint, and of no use behind it: a student's way to a frozen encoder's width.
+_TRAINED_BESIDE = ("projection.",)
 _DEEPEST = 4  # how far tables are looked into: a hostile one holds itself
 _LONGEST_RECORD = 1 << 20  # bytes
 # Classes that training scripts leave beside the tensors; they hold data only.
@@ -208,6 +210,7 @@ def _read_checkpoint(path: str, name: str) -> Contents:
     if digest != expected:
         raise WeightsError(f"{file_path}: does not match its checksum in manifest.json; take an earlier checkpoint")
     tensors, _ = _read_safetensors(file_path)
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(_TRAINED_BESIDE)}
     container = "training checkpoint" + (", averaged weights" if name.startswith("ema") else "")
     return Contents(path=path, container=container, tensors=tensors, record=manifest.get("network"))
 

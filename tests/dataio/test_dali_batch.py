@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from dataio import dali_batch, maps
-from dataio.compose import Paste, TargetRule, cutmix, disparity
+from dataio.compose import Paste, TargetRule, cutmix, target_values
 from dataio.dali_batch import AHEAD, MEAN, STD, DaliBatch, Row, self_test
 from dataio.dali_frames import FramePipeline
 from dataio.draws import Box, Geometry, Photometric
@@ -228,7 +228,7 @@ def test_disparity_of_depths_and_labels():
         TargetRule(code=AffineCode(scale=0.001), quantity="depth_m", min_max=True),
         TargetRule(code=AffineCode(scale=1.0), min_max=True),
     ]
-    value_BHW, valid_BHW = disparity(code_BHW, sky_BHW, rules)
+    value_BHW, valid_BHW = target_values(code_BHW, sky_BHW, rules)
     assert torch.allclose(value_BHW[0], torch.tensor([[0, 1], [1 / 3, 0]]))
     assert valid_BHW[0].tolist() == [[False, True], [True, True]]
     assert torch.allclose(value_BHW[1], torch.tensor([[0, -1.0], [7, 15]]))  # codes, untouched: affine-invariant losses
@@ -236,7 +236,7 @@ def test_disparity_of_depths_and_labels():
     assert torch.equal(value_BHW[2:], torch.zeros(2, 2, 2))
     assert torch.isfinite(value_BHW).all()
     sky_BHW[0, 0, 0] = 255
-    value_BHW, valid_BHW = disparity(code_BHW, sky_BHW, rules)
+    value_BHW, valid_BHW = target_values(code_BHW, sky_BHW, rules)
     assert torch.allclose(value_BHW[0], torch.tensor([[0, 1], [0.5, 0.25]]))
     assert valid_BHW[0].all()
 
@@ -340,12 +340,26 @@ def test_depths_of_0_and_below_are_no_measurement():
     code_BHW = torch.tensor([[[999, 1000, 2000, 3000]]]).to(torch.uint16)
     for min_max in (False, True):
         rule = TargetRule(code=AffineCode(scale=0.001, zero=1000), quantity="depth_m", min_max=min_max)
-        value_BHW, valid_BHW = disparity(code_BHW, None, [rule])
+        value_BHW, valid_BHW = target_values(code_BHW, None, [rule])
         assert valid_BHW.tolist() == [[[False, False, True, True]]]
         assert torch.allclose(value_BHW, torch.tensor([[[0.0, 0.0, 1.0, 0.0 if min_max else 0.5]]]))
 
 
 def test_sky_begins_at_128():
     sky_BHW = torch.tensor([[[127, 128]]], dtype=torch.uint8)
-    _, valid_BHW = disparity(torch.zeros(1, 1, 2).to(torch.uint16), sky_BHW, [TargetRule()])
+    _, valid_BHW = target_values(torch.zeros(1, 1, 2).to(torch.uint16), sky_BHW, [TargetRule()])
     assert valid_BHW.tolist() == [[[False, True]]]
+
+
+def test_metres_of_depths_and_of_what_float_maps_are_coded_as():
+    code_BHW = torch.tensor([[[0, 1000], [2000, 500]], [[0, 1], [2, 5]], [[7, 7], [7, 7]]]).to(torch.uint16)
+    sky_BHW = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    sky_BHW[0, 1, 1] = 255
+    rules = [
+        TargetRule(code=AffineCode(scale=0.001), quantity="depth_m", wanted="depth_m"),
+        TargetRule(code=AffineCode(scale=0.5, zero=1), wanted="depth_m"),  # disparity, 1 / m: 0, 0.5 and 2
+        TargetRule(code=AffineCode(scale=1e-45, zero=6), wanted="depth_m"),  # too small to be inverted
+    ]
+    value_BHW, valid_BHW = target_values(code_BHW, sky_BHW, rules)
+    assert valid_BHW.tolist() == [[[False, True], [True, False]], [[False, False], [True, True]], [[False] * 2] * 2]
+    assert torch.equal(value_BHW, torch.tensor([[[0.0, 1.0], [2.0, 0.0]], [[0.0, 0.0], [2.0, 0.5]], [[0.0] * 2] * 2]))

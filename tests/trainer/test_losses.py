@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from trainer.losses import (
     feature_alignment_loss,
     gradient_matching_loss,
     regional_affine_invariant_loss,
+    regional_least_squares_loss,
     silog_loss,
 )
 
@@ -32,11 +35,21 @@ def normalised(x: Tensor) -> Tensor:
     return (x - x.median()) / (x - x.median()).abs().mean()
 
 
-def gradient_matching(pred: Tensor, target: Tensor, region: Tensor, regions: int, scales: int) -> float:
+def aligned(pred: Tensor, target: Tensor) -> Tensor:
+    """The residual of the least-squares fit, by a solver that knows nothing of closed forms."""
+    pred, target = pred.double(), target.double()
+    design = torch.stack([pred, torch.ones_like(pred)], 1)
+    return design @ torch.linalg.lstsq(design, target[:, None]).solution[:, 0] - target
+
+
+def gradient_matching(
+    pred: Tensor, target: Tensor, region: Tensor, regions: int, scales: int, normalisation: str = "mad"
+) -> float:
     """Of one image, pixel by pixel."""
     r = torch.zeros(pred.shape, dtype=torch.float64)
     for g in range(1, regions + 1):
-        r[region == g] = normalised(pred[region == g]) - normalised(target[region == g])
+        p, t = pred[region == g], target[region == g]
+        r[region == g] = aligned(p, t) if normalisation == "lsq" else normalised(p) - normalised(t)
     total = 0.0
     for k in range(scales):
         d, label = r[:: 2**k, :: 2**k], region[:: 2**k, :: 2**k]
@@ -50,11 +63,12 @@ def gradient_matching(pred: Tensor, target: Tensor, region: Tensor, regions: int
     return total
 
 
+@pytest.mark.parametrize("normalisation", ["mad", "lsq"])
 @pytest.mark.parametrize("regions", [1, 2])
-def test_gradient_matching_is_what_the_loops_say(regions: int) -> None:
+def test_gradient_matching_is_what_the_loops_say(regions: int, normalisation: Any) -> None:
     pred, target, region = maps(regions=regions)
-    loss_B = gradient_matching_loss(pred, target, region, regions, scales=4)
-    wanted = [gradient_matching(*one, regions, 4) for one in zip(pred, target, region, strict=True)]
+    loss_B = gradient_matching_loss(pred, target, region, regions, scales=4, normalisation=normalisation)
+    wanted = [gradient_matching(*one, regions, 4, normalisation) for one in zip(pred, target, region, strict=True)]
     torch.testing.assert_close(loss_B.double(), torch.tensor(wanted, dtype=torch.float64), rtol=2e-6, atol=0)
 
 
@@ -163,3 +177,140 @@ def test_silog_of_nothing_of_a_perfect_depth_and_of_zero() -> None:
     (grad,) = torch.autograd.grad(loss_B.sum(), pred)
     assert loss_B[0] == loss_B[1] == 0 and loss_B[2] > 1 and loss_B.isfinite().all()
     assert grad.isfinite().all() and not grad[:2].any()
+
+
+@pytest.mark.parametrize("regions", [1, 2])
+def test_least_squares_is_half_the_mean_square_that_a_solver_leaves(regions: int) -> None:
+    pred, target, region = maps(regions=regions)
+    wanted = []
+    for p, t, label in zip(pred, target, region, strict=True):
+        squares = [aligned(p[label == g], t[label == g]).square().sum() for g in range(1, regions + 1)]
+        wanted.append(sum(squares) / (2 * (label > 0).sum()))
+    loss_B = regional_least_squares_loss(pred, target, region, regions)
+    torch.testing.assert_close(loss_B.double(), torch.stack(wanted), rtol=2e-6, atol=0)  # type: ignore[arg-type]
+    exact_B = regional_least_squares_loss(pred.double(), target.double(), region, regions)
+    torch.testing.assert_close(exact_B, torch.stack(wanted), rtol=1e-12, atol=0)  # type: ignore[arg-type]
+
+
+def test_least_squares_ignores_scale_shift_sign_holes_and_the_order_of_pixels() -> None:
+    pred, target, region = (x.double() if x.is_floating_point() else x for x in maps(regions=1))
+    loss_B = regional_least_squares_loss(pred, target, region, 1)
+    for moved in (3 * pred + 5, 1e-3 * pred - 2, -0.5 * pred):
+        torch.testing.assert_close(regional_least_squares_loss(moved, target, region, 1), loss_B, rtol=1e-9, atol=0)
+    torch.testing.assert_close(regional_least_squares_loss(pred, 3 * target + 1, region, 1), 9 * loss_B)
+    order = torch.randperm(21 * 18, generator=torch.Generator().manual_seed(2))
+    shuffled = (x.flatten(1)[:, order].view_as(x) for x in (pred, target, region))
+    torch.testing.assert_close(regional_least_squares_loss(*shuffled, 1), loss_B)
+    pred[region == 0], target[region == 0] = math.nan, math.inf
+    pred.requires_grad_()
+    with_holes_B = regional_least_squares_loss(pred, target, region, 1)
+    assert torch.equal(with_holes_B, loss_B)
+    (grad,) = torch.autograd.grad(with_holes_B.sum(), pred)
+    assert grad.isfinite().all() and not grad[region == 0].any() and grad[region > 0].all()
+    assert grad.sum((1, 2)).abs().max() < 1e-7  # a shift changes nothing
+
+
+@pytest.mark.parametrize("valid", [0, 1, 2, 3])
+def test_least_squares_of_a_few_pixels(valid: int) -> None:
+    pred, target, region = maps(regions=1)
+    region.zero_()
+    region[:, 4, :valid] = 1
+    pred = pred.double().requires_grad_()
+    loss_B = regional_least_squares_loss(pred, target.double(), region, 1)
+    (grad,) = torch.autograd.grad(loss_B.sum(), pred)
+    assert loss_B.isfinite().all() and grad.isfinite().all()
+    if valid < 3:  # met exactly
+        assert loss_B.abs().max() < 1e-28 and grad.abs().max() < 1e-12
+    else:
+        assert (loss_B > 0).all()
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.3, 1e6])
+def test_least_squares_of_constant_maps(constant: float) -> None:
+    pred, target, region = maps(regions=1)
+    flat = torch.full_like(pred, constant).requires_grad_()
+    loss_B = regional_least_squares_loss(flat, target, region, 1)
+    (grad,) = torch.autograd.grad(loss_B.sum(), flat)
+    spread_B = torch.stack([t[label > 0].var(correction=0) for t, label in zip(target, region, strict=True)])
+    torch.testing.assert_close(loss_B, spread_B / 2)
+    assert not grad.any()
+    # against a constant target the best scale is 0 (beside 1e6, to what rounding leaves of its mean)
+    loss_B = regional_least_squares_loss(pred, torch.full_like(pred, constant), region, 1)
+    assert loss_B.max() <= 1e-6 * max(constant, 1e-6)
+
+
+LOSSES = {
+    "mad": partial(regional_affine_invariant_loss, num_regions=2),
+    "mad, trimmed": partial(regional_affine_invariant_loss, num_regions=2, trim=0.1),
+    "lsq": partial(regional_least_squares_loss, num_regions=2),
+    "gradients, mad": partial(gradient_matching_loss, num_regions=2),
+    "gradients, lsq": partial(gradient_matching_loss, num_regions=2, normalisation="lsq"),
+    "silog": lambda pred, target, region: silog_loss(pred, target, region > 0),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    """In float64, on maps without ties; every loss is smooth but for a set that no step of 1e-6 meets here."""
+    pred, target, region = (x[:2, 3:12, 2:10] for x in maps())
+    region = region.contiguous()
+    assert torch.autograd.gradcheck(
+        lambda x: LOSSES[name](x, target.double(), region), pred.double().requires_grad_(), eps=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_of_its_own_image_alone(name: str) -> None:
+    """An image has the loss it has alone, one without a pixel has none, and NaN stays where it is."""
+    pred, target, region = maps()
+    region[1] = 0
+    pred[2, 0, 0], region[2, 0, 0] = math.nan, 1
+    pred.requires_grad_()
+    loss_B = LOSSES[name](pred, target, region)
+    alone_B = torch.cat([LOSSES[name](pred[i : i + 1], target[i : i + 1], region[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(loss_B, alone_B, equal_nan=True)
+    assert loss_B[0] > 0 and loss_B[1] == 0 and loss_B[2].isnan()
+    (grad,) = torch.autograd.grad(loss_B[:2].sum(), pred)
+    assert grad[0].any() and grad[0].isfinite().all() and not grad[1].any()
+
+
+def test_alignment_has_the_gradient_of_finite_differences() -> None:
+    g = torch.Generator().manual_seed(0)
+    frozen = torch.randn(2, 5, 4, generator=g, dtype=torch.float64)
+    student = (frozen + torch.randn(2, 5, 4, generator=g, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: feature_alignment_loss(x, frozen, 0.85), student)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    torch.testing.assert_close(
+        feature_alignment_loss(student[:, order], frozen[:, order], 0.85), feature_alignment_loss(student, frozen, 0.85)
+    )
+
+
+# --- what other implementations do wrong --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [regional_affine_invariant_loss, gradient_matching_loss])
+def test_the_median_is_that_of_valid_pixels_where_most_are_holes(loss: Any) -> None:
+    """MiDaS's robust loss takes the median of mask * target, holes as zeros: with more than half of them it is 0."""
+    pred, target, region = maps(regions=1)
+    pred, target = pred + 1.5, target + 1.5
+    region[:, 6:] = 0  # 6 of 21 rows are left
+    assert (region > 0).float().mean() < 0.3
+    assert (torch.where(region > 0, target, 0.0).flatten(1).median(1).values == 0).all()
+    loss_B = loss(pred, target, region, 1)
+    # of the rows alone, where the naive median is right; the stride-2^k grid begins at the same corner
+    torch.testing.assert_close(loss(pred[:, :6], target[:, :6], region[:, :6], 1), loss_B)
+
+
+def test_a_tenth_really_goes() -> None:
+    """Copies of MiDaS's trimmed loss slice the tuple (values, indices) of torch.sort, which trims nothing."""
+    pred, target, region = maps(regions=1)
+    pred[:, ::7, ::5] += 10.0  # outliers, fewer than a tenth
+    region[0, ::7, ::5] = 0  # one image without
+    whole_B = regional_affine_invariant_loss(pred, target, region, 1)
+    trimmed_B = regional_affine_invariant_loss(pred, target, region, 1, trim=0.1)
+    for i, (p, t, label) in enumerate(zip(pred, target, region, strict=True)):
+        residual = (normalised(p[label > 0]) - normalised(t[label > 0])).abs().sort().values
+        kept = residual[: len(residual) - math.floor(0.1 * len(residual))]
+        assert trimmed_B[i].item() == pytest.approx(kept.mean().item(), rel=2e-6)
+        assert whole_B[i].item() == pytest.approx(residual.mean().item(), rel=2e-6)
+    assert (trimmed_B < whole_B).all() and (trimmed_B[1:] < 0.95 * whole_B[1:]).all()

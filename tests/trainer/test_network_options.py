@@ -12,7 +12,8 @@ import torch
 
 from model import DepthAnything, get_preset
 from model.save import save_encoder
-from trainer.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from tests.trainer.by_hand import checkpoint_of
+from trainer.checkpoint import load_checkpoint
 from trainer.config import ConfigError
 from trainer.config_train import ModelSection
 from trainer.tasks.student import TrainingTask as StudentTask
@@ -74,9 +75,8 @@ def test_a_checkpoint_says_what_its_network_is(tmp_path: Path) -> None:
     task = teacher(position_mode="exact")
     network = task.build()
     record = task.network_record(network)
-    state = TrainState(step=1, applied_steps=1, cursor={})
-    path = save_checkpoint(str(tmp_path), state, network.state_dict(), {}, keep=1, network=record)
+    path = checkpoint_of(tmp_path, network, record)
     assert json.loads((Path(path) / "manifest.json").read_text())["network"]["position_mode"] == "exact"
-    assert load_checkpoint(path).network == record
+    assert load_checkpoint(path).about.network == record
     again = DepthAnything.from_pretrained(path)
     assert again.preset == network.preset and again.fingerprint() == network.fingerprint()

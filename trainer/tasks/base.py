@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel
@@ -36,11 +36,15 @@ class Task(abc.ABC):
     """
 
     Options: ClassVar[type[Section]] = Section
-    needs: ClassVar[Mapping[str, RoleNeeds]]  # roles that must be configured
 
     def __init__(self, options: BaseModel, model: ModelSection) -> None:
         self.options = options
         self.model = model
+
+    @property
+    @abc.abstractmethod
+    def needs(self) -> Mapping[str, RoleNeeds]:
+        """The roles that must be configured, no more and no less, and what each requires of its data."""
 
     @property
     def files(self) -> dict[str, str]:
@@ -95,13 +99,20 @@ class Task(abc.ABC):
 
 
 class DepthTask(Task):
-    """A task whose network is a DepthAnything with the relative head; it starts from the files of `model:`."""
+    """A task whose network is a DepthAnything; it starts from the files of `model:`."""
+
+    head: ClassVar[Literal["relative", "metric"]] = "relative"  # of the network: disparity, or metres
 
     def __init__(self, options: BaseModel, model: ModelSection) -> None:
         super().__init__(options, model)
         chosen = model.model_dump(include={"position_mode", "readout", "fusion"}, exclude_none=True)
         # Of the network; `build` puts that of the weights here. A frozen encoder beside it is of the same.
         self.preset = replace(get_preset(model.preset), **chosen)
+        if self.preset.head != self.head:
+            what, wanted = ("metres", "v2-vits-metric-indoor") if self.head == "metric" else ("disparity", "v2-vits")
+            raise ConfigError(
+                f"model.preset: found {model.preset!r}, but this task learns {what}; take one such as {wanted!r}"
+            )
 
     def build(self) -> nn.Module:
         if self.model.weights:
@@ -151,15 +162,16 @@ def make_task(config: TrainConfig) -> Task:
         raise ConfigError(f"task.kind: found {kind!r}; known tasks: {', '.join(task_names())}")
     cls: type[Task] = importlib.import_module(f"trainer.tasks.{kind}").TrainingTask
     options = parse_config(cls.Options, config.task.options, source=f"task {kind!r}", prefix="task.")
-    given, needed = set(config.data.roles), set(cls.needs)
+    task = cls(options, config.model)
+    given, needed = set(config.data.roles), set(task.needs)
     if given != needed:
         raise ConfigError(f"data.roles: task {kind!r} needs {sorted(needed)}, found {sorted(given)}")
-    for role, need in cls.needs.items():
+    for role, need in task.needs.items():
         if need.sidecar and not config.data.roles[role].labels:
             raise ConfigError(f"data.roles.{role}.labels: missing; name the sidecar that `fathom label run` wrote")
         if not need.sidecar and config.data.roles[role].labels:
             raise ConfigError(f"data.roles.{role}.labels: task {kind!r} reads no sidecar for this role; remove it")
-    return cls(options, config.model)
+    return task
 
 
 def weight_of(batch: Batch, role: str) -> Tensor:

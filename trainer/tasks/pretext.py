@@ -59,11 +59,14 @@ class TrainingTask(Task):
     """Term `masked`: per-image mean over blanked patches of the squared error."""
 
     Options: ClassVar[type[Section]] = PretextOptions
-    needs: ClassVar[Mapping[str, RoleNeeds]] = {"unlabelled": RoleNeeds(target="none")}
 
     def __init__(self, options: PretextOptions, model: ModelSection) -> None:
         super().__init__(options, model)
         self.opt = options
+
+    @property
+    def needs(self) -> Mapping[str, RoleNeeds]:
+        return {"unlabelled": RoleNeeds(target="none")}
 
     @property
     def views(self) -> tuple[str, ...]:
