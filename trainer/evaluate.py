@@ -11,6 +11,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from cluster import storage
 from cluster.stop import StopFlag
@@ -71,19 +72,32 @@ def evaluate(
     what = measurements(config, predictor)
     baseline = _baseline(config)
     items = items_of(sets, config.limit)
+    found = [Collected(config.worst) for _ in sets]
     if several:
-        outcomes = _on_pool(config, baseline, items, on_progress, stop or StopFlag())
+        _on_pool(config, baseline, items, found, on_progress, stop or StopFlag())
     else:
         examiner = Examiner(config.model_dump(mode="json"), baseline, predictor, sets)
-        outcomes = _here(examiner, items, on_progress, stop)
-    images: list[list[ImageResult]] = [[] for _ in sets]
-    for item, outcome in zip(items, outcomes, strict=True):
-        images[item.dataset] += outcome.images
-    ordered = [in_order(found) for found in images]
-    results = [summary(config, n, opened.path, what[n], ordered[n]) for n, opened in enumerate(sets)]
-    write_results(config, predictor.network.fingerprint(), results, ordered)
-    _write_sheets(config, items, outcomes)
+        _here(examiner, items, found, on_progress, stop)
+    images = [in_order(of.images) for of in found]
+    results = [summary(config, n, opened.path, what[n], images[n]) for n, opened in enumerate(sets)]
+    write_results(config, predictor.network.fingerprint(), results, images)
+    _write_sheets(config.out, found)
     return results
+
+
+@dataclass
+class Collected:
+    """One dataset's images, and the rows of the sheets among them: the same whatever order outcomes come in."""
+
+    keep: int  # worst rows; the others' pictures are let go as soon as they are beaten
+    images: list[ImageResult] = field(default_factory=list)
+    first: list[Row] = field(default_factory=list)
+    worst: list[Row] = field(default_factory=list)
+
+    def add(self, outcome: Outcome) -> None:
+        self.images += outcome.images
+        self.first = sorted([*self.first, *outcome.first], key=lambda row: row.place)[:SHEET_ROWS]
+        self.worst = sorted([*self.worst, *outcome.worst], key=worst_first)[: self.keep]
 
 
 def evaluated(config: EvaluateConfig) -> list[DatasetResult] | None:
@@ -125,8 +139,12 @@ def _baseline(config: EvaluateConfig) -> MeanMap | None:
 
 
 def _here(
-    examiner: Examiner, items: Sequence[Item], on_progress: Progress | None, stop: StopFlag | None
-) -> list[Outcome]:
+    examiner: Examiner,
+    items: Sequence[Item],
+    found: Sequence[Collected],
+    on_progress: Progress | None,
+    stop: StopFlag | None,
+) -> None:
     total = sum(item.unit.end - item.unit.begin for item in items)
     done = 0
 
@@ -138,31 +156,32 @@ def _here(
         if stop and stop.reason:
             raise Stopped(stop.reason)
 
-    return [examiner.process(item, on_image) for item in items]
+    for item in items:
+        found[item.dataset].add(examiner.process(item, on_image))
 
 
 def _on_pool(
     config: EvaluateConfig,
     baseline: MeanMap | None,
     items: Sequence[Item],
+    found: Sequence[Collected],
     on_progress: Progress | None,
     stop: StopFlag,
-) -> list[Outcome]:
+) -> None:
     from cluster.pool import run_pool
     from cluster.runtime import ray_session
 
     cluster = config.cluster
     workers = min(cluster.workers, len(items))
     total = sum(item.unit.end - item.unit.begin for item in items)
-    found: dict[Item, Outcome] = {}
 
     def on_result(item: Item, outcome: Outcome) -> None:
-        found[item] = outcome
+        found[item.dataset].add(outcome)
         if on_progress:
-            on_progress(sum(done.unit.end - done.unit.begin for done in found), total)
+            on_progress(sum(len(of.images) for of in found), total)
 
     with ray_session(cluster.address, cpus=workers * cluster.threads):
-        run_pool(
+        ended = run_pool(
             functools.partial(Examiner, config.model_dump(mode="json"), baseline),
             items,
             workers=workers,
@@ -171,22 +190,18 @@ def _on_pool(
             on_result=on_result,
             stop=stop,
         )
-    if stop.reason and len(found) < len(items):
-        raise Stopped(stop.reason)
-    return [found[item] for item in items]
+    if not ended.complete:
+        raise Stopped(stop.reason or "SIGINT")
 
 
-def _write_sheets(config: EvaluateConfig, items: Sequence[Item], outcomes: Sequence[Outcome]) -> None:
+def _write_sheets(out: str, found: Sequence[Collected]) -> None:
     """sheet.png: the first images; worst.png: those with the largest abs_rel of each dataset, named."""
-    first = [row.picture for outcome in outcomes for row in outcome.first if row.picture is not None]
-    write_sheet(first[:SHEET_ROWS], os.path.join(config.out, "sheet.png"))
-    worst: list[list[Row]] = [[] for _ in config.datasets]
-    for item, outcome in zip(items, outcomes, strict=True):
-        worst[item.dataset] += outcome.worst
-    pictures = [
+    first = [row.picture for of in found for row in of.first if row.picture is not None]
+    write_sheet(first[:SHEET_ROWS], os.path.join(out, "sheet.png"))
+    worst = [
         captioned(row.picture, f"{row.key}   abs_rel {row.score:.4f}")
-        for rows in worst
-        for row in sorted(rows, key=worst_first)[: config.worst]
+        for of in found
+        for row in of.worst
         if row.picture is not None
     ]
-    write_sheet(pictures, os.path.join(config.out, "worst.png"))
+    write_sheet(worst, os.path.join(out, "worst.png"))

@@ -21,6 +21,7 @@ from torch import Tensor
 from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset
 from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
+from dataio.spec import DataError
 from model.presets import Preset
 from trainer.benchmarks import Benchmark, get_benchmark
 from trainer.config import ConfigError
@@ -154,6 +155,8 @@ def measure_part(
     Raises:
         DataError: a shard is missing, or the dataset has no depth. Bad samples have a `reason`.
     """
+    if dataset.info.quantity is None:
+        raise DataError(f"{dataset.path}: has no depth to compare with; validation needs a labelled dataset")
     pipeline = FramePipeline(what.batch, threads, str(device))
     found: list[ImageResult] = []
     for unit in cut_units(dataset, what.limit, what.batch)[part::of]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dataio.dataset import Dataset
+from dataio.spec import DataError
 from model.presets import get_preset
-from tests.dataio.fakes import jpeg, png, smooth, write_dataset
+from tests.dataio.fakes import jpeg, png, smooth, unlabelled, write_dataset
 from trainer.config import ConfigError
 from trainer.evaluate_images import (
     OUTSIDE,
@@ -98,6 +99,12 @@ def test_an_image_without_valid_pixels_is_named_and_in_no_mean(dataset: Dataset)
     assert mean_of(found)["abs_rel"] == pytest.approx(float(expected), rel=1e-12)
     assert mean_of(found, average="pixels") == mean_over_pixels([result.values["depth"] for result in good])
     assert mean_of([hollow]) == {} == mean_of([])
+
+
+def test_a_dataset_without_depth_is_refused(tmp_path: Path) -> None:
+    photos = Dataset.open(write_dataset(tmp_path / "photos", [{"k": unlabelled(0)}], with_depth=False))
+    with pytest.raises(DataError, match="photos: has no depth to compare with"):
+        measure_part(photos, grey, settings())
 
 
 def test_holes_are_in_no_image_s_pixels(dataset: Dataset) -> None:

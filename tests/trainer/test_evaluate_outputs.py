@@ -18,7 +18,7 @@ from model import DepthAnything
 from tests.dataio.fakes import jpeg, png, smooth, unlabelled, write_dataset
 from tests.trainer.test_evaluate import Broken, Known, Metres, config_of, sample, samples
 from trainer.config import ConfigError
-from trainer.evaluate import Stopped, evaluate, evaluated
+from trainer.evaluate import Collected, Stopped, evaluate, evaluated
 from trainer.evaluate_baselines import GRID, mean_map
 from trainer.evaluate_worker import Examiner, items_of, worst_first
 from trainer.evaluate_write import DatasetResult, markdown
@@ -108,6 +108,12 @@ def test_the_worst_images_are_shown(tmp_path: Path) -> None:
     with Image.open(tmp_path / "out" / "worst.png") as sheet:
         heights = [row.picture.shape[0] for row in rows if row.picture is not None]
         assert sheet.height == sum(height + 16 + 4 for height in heights)
+    for order in (outcomes, outcomes[::-1]):
+        collected = Collected(3)
+        for outcome in order:
+            collected.add(outcome)
+        assert [row.key for row in collected.worst] == [row.key for row in rows]
+        assert [row.place for row in collected.first] == list(range(7))
     known(config_of([folder], tmp_path / "out", worst=0))
     assert not (tmp_path / "out" / "worst.png").exists()
 
