@@ -57,7 +57,7 @@ class EvaluateConfig(Section):
     weights: str
     preset: str | None = None
     position_mode: PositionMode | None = None
-    datasets: tuple[DatasetEntry, ...] = Field(min_length=1)
+    datasets: tuple[DatasetEntry, ...]
     protocols: tuple[str, ...] | None = Field(default=None, description="null: depth and disparity, or metric")
     average: Literal["images", "pixels"] = Field(default="images", description="what counts the same in a mean")
     input_size: int = Field(default=518, multiple_of=14, gt=0)
@@ -77,6 +77,13 @@ class EvaluateConfig(Section):
         if not isinstance(entries, list | tuple):
             return entries
         return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+
+    @field_validator("datasets")
+    @classmethod
+    def _some(cls, entries: tuple[DatasetEntry, ...]) -> tuple[DatasetEntry, ...]:
+        if not entries:  # as min_length, pydantic would add it to every mistake inside an entry
+            raise ValueError("name at least one dataset")
+        return entries
 
     @field_validator("protocols")
     @classmethod

@@ -81,7 +81,7 @@ def evaluate(
     images = [in_order(of.images) for of in found]
     results = [summary(config, n, opened.path, what[n], images[n]) for n, opened in enumerate(sets)]
     write_results(config, predictor.network.fingerprint(), results, images)
-    _write_sheets(config.out, found)
+    _write_sheets(config, found)
     return results
 
 
@@ -194,14 +194,14 @@ def _on_pool(
         raise Stopped(stop.reason or "SIGINT")
 
 
-def _write_sheets(out: str, found: Sequence[Collected]) -> None:
+def _write_sheets(config: EvaluateConfig, found: Sequence[Collected]) -> None:
     """sheet.png: the first images; worst.png: those with the largest abs_rel of each dataset, named."""
     first = [row.picture for of in found for row in of.first if row.picture is not None]
-    write_sheet(first[:SHEET_ROWS], os.path.join(out, "sheet.png"))
-    worst = [
-        captioned(row.picture, f"{row.key}   abs_rel {row.score:.4f}")
-        for of in found
-        for row in of.worst
-        if row.picture is not None
-    ]
-    write_sheet(worst, os.path.join(out, "worst.png"))
+    write_sheet(first[:SHEET_ROWS], os.path.join(config.out, "sheet.png"))
+    worst = []
+    for entry, of in zip(config.datasets, found, strict=True):
+        name = os.path.basename(entry.path.rstrip("/"))
+        for row in of.worst:
+            assert row.picture is not None  # an Examiner draws what it keeps
+            worst.append(captioned(row.picture, f"{name}: {row.key}   abs_rel {row.score:.4f}"))
+    write_sheet(worst, os.path.join(config.out, "worst.png"))

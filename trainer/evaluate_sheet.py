@@ -37,10 +37,13 @@ def sheet_row(seen: Seen, metric: bool) -> np.ndarray:
 
 
 def captioned(row: np.ndarray, text: str) -> np.ndarray:
-    """The row below a line of text."""
-    line = Image.new("RGB", (row.shape[1], _CAPTION), "white")
-    ImageDraw.Draw(line).text((2, 1), text, fill="black", font=ImageFont.load_default(size=11))
-    return np.concatenate([np.asarray(line), row], 0)
+    """The row below a line of text, as wide as the wider of the two."""
+    font = ImageFont.load_default(size=11)
+    width = max(row.shape[1], int(font.getlength(text)) + 4)
+    line = Image.new("RGB", (width, _CAPTION), "white")
+    ImageDraw.Draw(line).text((2, 1), text, fill="black", font=font)
+    padded = np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255)
+    return np.concatenate([np.asarray(line), padded], 0)
 
 
 def write_sheet(rows: Sequence[np.ndarray], path: str) -> None:

@@ -128,7 +128,7 @@ def _dataset_lines(config: EvaluateConfig, result: DatasetResult) -> list[str]:
         rows += [(name, "baseline", by[protocol]) for name, by in result.baselines.items() if protocol in by]
         if "constant" in result.means and PROTOCOLS[protocol].compare == "depth":
             rows.append(("each image's own median", "baseline", result.means["constant"]))
-        published, note = _published(config, protocol, result.benchmark)
+        published, note = _published(config, protocol, result)
         rows += [(row.network, row.source, row.values) for row in published]
         lines += ["", f"### {protocol}", "", f"{PROTOCOLS[protocol].summary}. Source: {PROTOCOLS[protocol].source}."]
         lines += [f"Our choice: {PROTOCOLS[protocol].choice}."] if PROTOCOLS[protocol].choice else []
@@ -137,16 +137,16 @@ def _dataset_lines(config: EvaluateConfig, result: DatasetResult) -> list[str]:
     return lines
 
 
-def _published(config: EvaluateConfig, protocol: str, benchmark: str | None) -> tuple[list[Published], str]:
-    """The rows that may stand beside ours, and why there are none."""
-    rows = beside(protocol, benchmark)
+def _published(config: EvaluateConfig, protocol: str, result: DatasetResult) -> tuple[list[Published], str]:
+    """The rows that may stand beside ours, and what is to be said of them, or of their absence."""
+    rows, split = beside(protocol, result.benchmark), get_benchmark(result.benchmark).images
     if not rows:
         return [], ""
     if PROTOCOLS[protocol].flip and not config.flip:
         return [], "The published numbers average image and mirror image; `flip: true` makes them comparable."
     if config.limit is not None or config.max_depth is not None or config.average != "images":
         return [], "No published numbers: `limit`, `max_depth` or `average` make this another measurement."
-    return rows, ""
+    return rows, "" if split in (None, result.images) else f"The published numbers are of {split} images."
 
 
 def _table(rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> list[str]:

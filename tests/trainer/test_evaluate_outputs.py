@@ -156,7 +156,8 @@ def test_the_table_stands_beside_numbers_of_the_same_protocol() -> None:
     assert "| Depth Anything V2-L | 0.045 | 0.979 | arXiv 2406.09414, Table 2 |" in one
     assert "| mean-map | 0.3 | 0.5 | baseline |" in one and "own median" not in one
     assert "V2-L" not in other and "| each image's own median | 0.4 | 0.3 | baseline |" in other
-    assert "600 images of 654 in the published split" in text and "7 samples are not part" in text
+    assert "600 images of 654 in the published split" in text and "The published numbers are of 654 images." in one
+    assert "7 samples are not part" in text
     assert "bad_image: 30 (`k0`" in text and "`k19`, ...)" in text
     assert "Our choice for the tables of Depth Anything V1 and V2" in text and "caps, crops, masks" in one
 
