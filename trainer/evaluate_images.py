@@ -236,7 +236,7 @@ def predict_frames(
         yield from ((frame, None) for frame in bad)
         if image_BCHW is None:
             continue
-        value_BHW = predict(image_BCHW).float()
+        value_BHW = predict(image_BCHW).detach().float()
         for row, frame in enumerate(good):
             size_hw = frame.box[2:] if frame.box else frame.size_hw
             value_11HW = value_BHW[row][None, None]

@@ -101,6 +101,12 @@ def test_an_image_without_valid_pixels_is_named_and_in_no_mean(dataset: Dataset)
     assert mean_of([hollow]) == {} == mean_of([])
 
 
+def test_a_prediction_may_be_of_a_network_in_training(dataset: Dataset) -> None:
+    scale = torch.nn.Parameter(torch.ones(()))
+    found = measure_part(dataset, lambda image_BCHW: scale * grey(image_BCHW), settings(limit=3))
+    assert found == measure_part(dataset, grey, settings(limit=3))
+
+
 def test_a_dataset_without_depth_is_refused(tmp_path: Path) -> None:
     photos = Dataset.open(write_dataset(tmp_path / "photos", [{"k": unlabelled(0)}], with_depth=False))
     with pytest.raises(DataError, match="photos: has no depth to compare with"):
