@@ -52,8 +52,8 @@ def sample(seed: int, height: int, width: int) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """13 good samples of three sizes in shards of 5, 1 and 8 (keys not in order), and one without a valid pixel."""
-    made = {f"k{(i * 5) % 13:02d}": sample(i, *SIZES[i % 3]) for i in range(13)}
+    """13 good samples in shards of 5, 1 and 8, two neighbours of one size, keys not in order; one without a truth."""
+    made = {f"k{(i * 5) % 13:02d}": sample(i, *SIZES[i // 2 % 3]) for i in range(13)}
     made["hollow"] = {**sample(0, 28, 28), "depth.png": png(np.zeros((28, 28), np.uint16))}
     items = list(made.items())
     shards = [dict(items[:5]), dict(items[5:6]), dict(items[6:])]

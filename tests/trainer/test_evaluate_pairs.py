@@ -75,6 +75,7 @@ def test_points_are_rows_and_columns() -> None:
     assert judge(prediction, [Pair((2, 0), (0, 0), True)], metric=False) == "point_outside_the_image"
     assert judge(prediction, [Pair((0, 0), (0, 3), True)], metric=False) == "point_outside_the_image"
     assert judge(prediction, [Pair((0, -1), (0, 0), True)], metric=False) == "point_outside_the_image"
+    assert judge(prediction, [Pair((0, 0), (-1, 0), True)], metric=False) == "point_outside_the_image"
     assert judge(prediction, [], metric=False) == "no_pairs"
     broken = judge(prediction * np.nan, [Pair((0, 0), (1, 0), True)], metric=False)
     assert isinstance(broken, dict) and np.isnan(broken["accuracy"])
