@@ -193,10 +193,11 @@ class Fake:
     """A tracker that remembers, raises or waits."""
 
     def __init__(self, gate: threading.Event | None = None, error: Exception | None = None) -> None:
-        self.gate, self.error = gate, error
+        self.gate, self.error, self.entered = gate, error, threading.Event()
         self.calls: list[tuple[Any, ...]] = []
 
     def _call(self, *what: Any) -> None:
+        self.entered.set()
         if self.gate is not None:
             self.gate.wait(20)
         self.calls.append(what)
@@ -238,19 +239,26 @@ def test_one_that_cannot_be_started_loses_its_calls_only(tmp_path: Path) -> None
     assert failed.told[1][1] == "was not started"
 
 
-def test_one_that_hangs_stalls_nothing() -> None:
+@pytest.mark.parametrize("waiting", [1, 3])  # room for the word that it ends, or none
+def test_one_that_hangs_stalls_nothing(waiting: int) -> None:
     gate, failed = threading.Event(), Failures()
     fake = Fake(gate=gate)
     tracker = Background("fake", lambda: fake, failed, capacity=3, patience_s=0.4)
+    tracker.log(0, {})
+    assert fake.entered.wait(10)
     began = time.monotonic()
-    for step in range(10):
+    for step in range(waiting + (7 if waiting == 3 else 0)):
         tracker.log(step, {})
     assert time.monotonic() - began < 0.3
-    assert 6 <= len(failed.told) <= 7  # three wait, and one may be with the tracker already
-    assert failed.told[0] == ("fake", "is too slow: 3 calls wait, further ones are left out")
+    lost = ("fake", "is too slow: 3 calls wait, further ones are left out")
+    assert failed.told == ([lost] * 7 if waiting == 3 else [])
     tracker.close()
     assert time.monotonic() - began < 3
     assert failed.told[-1] == ("fake", "did not take the rest within 0.4 s; it is given up")
+    told = len(failed.told)
+    for step in range(10):  # nothing happens any more
+        tracker.log(step, {})
+    assert len(failed.told) == told
     gate.set()
     tracker._thread.join(10)
     assert not tracker._thread.is_alive()
