@@ -44,9 +44,11 @@ class EncoderOutput(NamedTuple):
     last_BND: Tensor  # patch tokens of the last block
 
 
-@dataclass(frozen=True, kw_only=True)
-class DepthPrediction:
-    """Exactly one of `disparity_BHW` (relative, >= 0, larger is nearer) and `depth_m_BHW` (metres) is set."""
+class DepthPrediction(NamedTuple):
+    """Exactly one of `disparity_BHW` (relative, >= 0, larger is nearer) and `depth_m_BHW` (metres) is set.
+
+    A tuple, because DeepSpeed's ZeRO-3 finds tensors in no other kind of record.
+    """
 
     disparity_BHW: Tensor | None = None
     depth_m_BHW: Tensor | None = None

@@ -1,13 +1,16 @@
-"""Checkpoints: whole tensors by parameter name, free of the world size, verified by checksum.
+"""Checkpoints on disk: tensors by parameter name, free of the number of ranks and the ZeRO stage, with checksums.
 
-    checkpoints/step_00001000/weights.safetensors     every tensor of the network, fp32
-                              optimizer.safetensors   moment/parameter name
-                              state.json              counters, parameter groups, what the data plan was
-                              manifest.json           sha256 of every file, weights' fingerprint; written last
-    checkpoints/latest                                name of the newest folder
+    checkpoints/step_00001000/weights.safetensors                    every tensor of the network, whole, fp32
+                              ema.safetensors                        the moving average, where the run keeps one
+                              optimizer-00000-of-00002.safetensors   moment/parameter name: rank 0's stretches of them
+                              state.json                             counters, parameter groups, what the data plan was
+                              manifest.json                          sha256 of every file, fingerprints; written last
+    checkpoints/latest                                               name of the newest folder
 
-The folder is written under a temporary name and renamed once, so a half-written one is never mistaken for a whole one.
-Random numbers need no state: every draw is a function of (seed, step, rank) or (seed, epoch, key).
+A moment is stored as one flat stretch [start, stop) per rank that held one; a reader on any other number of ranks, at
+any stage, takes from the files what overlaps its own stretch. The folder is written under a temporary name and renamed
+once, so a half-written one is never mistaken for a whole one. Random numbers need no state: every draw is a function of
+(seed, step, rank) or (seed, epoch, key).
 """
 
 from __future__ import annotations
@@ -17,21 +20,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cluster import storage
 from trainer.config import ConfigError
+from trainer.engine_state import Span
 
-FORMAT = 1
-FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
-_NAME, _PARTIAL = re.compile(r"step_(\d{8,})"), ".partial"
+FORMAT = 2
+WEIGHTS, EMA, STATE, MANIFEST = "weights.safetensors", "ema.safetensors", "state.json", "manifest.json"
+PARTIAL = ".partial"
+_NAME = re.compile(r"step_(\d{8,})")
+_PART = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.safetensors")
 
 
 class CheckpointError(ConfigError):
@@ -47,78 +53,166 @@ class TrainState:
     cursor: Mapping[str, int]  # samples consumed per role
     data: Mapping[str, Any] = field(default_factory=dict)  # plan version and fingerprints, to refuse another data set
     groups: Mapping[str, Any] = field(default_factory=dict)  # parameter names per group
+    micro_batches: int = 1  # forward passes per step: `micro_batch: auto` keeps what it found, so that bits stay
+    workers: int = 1
     format: int = FORMAT
 
 
 @dataclass(frozen=True, kw_only=True)
+class About:
+    """What a manifest says beside checksums."""
+
+    frozen: str | None = None  # fingerprint of the frozen networks it was trained with
+    network: Mapping[str, Any] | None = None  # what the tensors cannot say: preset, taps, head, position mode
+    score: float | None = None  # the validation metric at this step, where it was measured
+    metric: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole checkpoint, as read."""
+    """A whole checkpoint, as read. `optimizer` reads from the files when asked."""
 
     path: str
     weights: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
+    optimizer: Moments
     state: TrainState
-    frozen: str | None = None  # fingerprint of the frozen networks it was trained with
-    network: Mapping[str, Any] | None = None  # what the tensors cannot say: preset, taps, head, position mode
+    about: About
+    fingerprint: str  # of the weights when they were saved
+    ema: Mapping[str, Tensor] | None = None
 
 
-def save_checkpoint(
-    root: str,
-    state: TrainState,
-    weights: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    *,
-    keep: int,
-    frozen: str | None = None,
-    network: Mapping[str, Any] | None = None,
-) -> str:
-    """Write one checkpoint under `root` and drop all but the newest `keep`. Returns its folder.
+class Moments(Mapping[str, Tensor]):
+    """The optimizer's moments by `moment/parameter name`, out of every rank's file: whole, or a stretch of one."""
 
-    Raises StorageError when the disk is too full; the earlier checkpoints stay.
-    """
-    needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *optimizer.values()))
-    storage.require_free(root, int(needed * 1.05) + 2**20, "a checkpoint")
-    final = os.path.join(root, f"step_{state.step:08d}")
-    partial, replaced = f"{final}{_PARTIAL}", f"{final}.replaced{_PARTIAL}"
-    _clean(root)
+    def __init__(self, files: Iterable[str]) -> None:
+        self._pieces: dict[str, list[tuple[Span, Any]]] = {}
+        self._shapes: dict[str, list[int]] = {}
+        for path in files:
+            file = safe_open(path, framework="pt")
+            table = json.loads((file.metadata() or {})["spans"])
+            for name, (start, shape) in table.items():
+                stop = start + file.get_slice(name).get_shape()[0]
+                self._pieces.setdefault(name, []).append((Span(start=start, stop=stop), file))
+                self._shapes[name] = shape
+
+    def __getitem__(self, name: str) -> Tensor:
+        size = torch.Size(self._shapes[name])
+        return self.part(name, 0, size.numel()).reshape(size)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flat moment. KeyError for an unknown name or elements that no file has."""
+        found = torch.empty(stop - start)
+        missing = stop - start
+        for span, file in self._pieces[name]:
+            first, last = max(start, span.start), min(stop, span.stop)
+            if first < last:
+                found[first - start : last - start] = file.get_slice(name)[first - span.start : last - span.start]
+                missing -= last - first
+        if missing:
+            raise KeyError(f"{name}: {missing} of elements {start} to {stop} are in no file")
+        return found
+
+
+def part_name(rank: int, world_size: int) -> str:
+    """The file of one rank's moments."""
+    return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def partial_folder(root: str, step: int) -> str:
+    """Where the ranks put a checkpoint's files until it is whole."""
+    return os.path.join(root, f"step_{step:08d}{PARTIAL}")
+
+
+def write_tensors(folder: str, name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Write whole tensors as a safetensors file, synced; returns its sha256. Raises StorageError."""
+    return _write(folder, name, tensors, None)
+
+
+def write_moments(folder: str, name: str, parts: Mapping[str, Tensor], places: Mapping[str, tuple[int, Any]]) -> str:
+    """Write flat stretches of moments; `places`: (start, shape of the whole) by name. Returns the file's sha256."""
+    spans = {key: [places[key][0], list(places[key][1])] for key in parts}
+    return _write(folder, name, parts, {"spans": json.dumps(spans)})
+
+
+def _write(folder: str, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> str:
+    path = os.path.join(folder, name)
+    needed = sum(t.numel() * t.element_size() for t in tensors.values())
+    storage.require_free(os.path.dirname(folder), needed + 2**20, "a checkpoint")
     try:
-        os.makedirs(partial)
-        tensors = {"weights.safetensors": weights, "optimizer.safetensors": optimizer}
-        for name, named in tensors.items():
-            save_file({k: v.contiguous() for k, v in named.items()}, os.path.join(partial, name))
-            _sync(os.path.join(partial, name))
-        storage.atomic_write(os.path.join(partial, "state.json"), json.dumps(asdict(state), indent=1))
-        files = {name: storage.sha256_file(os.path.join(partial, name)) for name in FILES}
-        manifest = {
-            "format": FORMAT,
-            "step": state.step,
-            "files": files,
-            "weights": fingerprint(weights),
-            "frozen": frozen,
-            "network": network,  # what the tensors cannot say: model/files.py reads it
-        }
-        storage.atomic_write(os.path.join(partial, "manifest.json"), json.dumps(manifest, indent=1))
+        os.makedirs(folder, exist_ok=True)
+        save_file(dict(tensors), path, metadata=metadata)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        return storage.sha256_file(path)
+    except (OSError, SafetensorError) as error:
+        raise storage.StorageError(f"{path}: cannot be written: {error}") from error
+
+
+def commit(root: str, state: TrainState, files: Mapping[str, str], fingerprint: str, about: About) -> str:
+    """Make the partial folder of `state.step`, whose `files` (name: sha256) are written, a checkpoint.
+
+    Returns its folder. Raises StorageError; the earlier checkpoints stay.
+    """
+    final, partial = os.path.join(root, f"step_{state.step:08d}"), partial_folder(root, state.step)
+    replaced = f"{final}.replaced{PARTIAL}"
+    try:
+        storage.atomic_write(os.path.join(partial, STATE), json.dumps(asdict(state), indent=1))
+        listed = {**files, STATE: storage.sha256_file(os.path.join(partial, STATE))}
+        manifest = {"format": FORMAT, "step": state.step, "files": listed, "weights": fingerprint, **asdict(about)}
+        manifest["digest"] = _digest(manifest)
+        for name in set(os.listdir(partial)) - set(listed):  # of an attempt with other ranks that was killed
+            os.unlink(os.path.join(partial, name))
+        storage.atomic_write(os.path.join(partial, MANIFEST), json.dumps(manifest, indent=1))
         if os.path.isdir(final):  # a run that walked back writes the same step again
             os.rename(final, replaced)
         os.rename(partial, final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise storage.StorageError(
-            f"{final}: cannot write the checkpoint: {error}; earlier checkpoints are kept"
-        ) from error
+    except OSError as error:
+        raise storage.StorageError(f"{final}: cannot be completed: {error}; earlier checkpoints are kept") from error
+    shutil.rmtree(replaced, ignore_errors=True)
     storage.atomic_write(os.path.join(root, "latest"), os.path.basename(final))
-    _clean(root)
-    # Folders of later steps were not whole, else the run had gone on from them: they must not push out whole ones.
-    for name in [n for n in list_checkpoints(root) if _step(n) <= state.step][:-keep]:
-        shutil.rmtree(os.path.join(root, name), ignore_errors=True)
     return final
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def prune(root: str, newest: int, *, keep: int, keep_best: int = 0, lower_is_better: bool = True) -> list[int]:
+    """Remove all checkpoints up to step `newest` but the `keep` newest and the `keep_best` with the best score.
+
+    Returns the steps that went. Folders of later steps stay: they were not whole, else the run had gone on from them,
+    and must not push out whole ones.
+    """
+    steps = [step_of(name) for name in list_checkpoints(root)]
+    steps = [step for step in steps if step <= newest]
+    scores = {step: score for step in steps if (score := score_of(root, step)) is not None}
+    best = sorted(scores, key=lambda step: (scores[step] if lower_is_better else -scores[step], -step))[:keep_best]
+    gone = sorted(set(steps) - set(steps[-keep:]) - set(best))
+    for step in gone:
+        shutil.rmtree(os.path.join(root, f"step_{step:08d}"), ignore_errors=True)
+    return gone
+
+
+def score_of(root: str, step: int) -> float | None:
+    """The validation score in a checkpoint's manifest; None without one."""
+    try:
+        manifest = json.loads(storage.read_bytes(os.path.join(root, f"step_{step:08d}", MANIFEST)))
+        return float(manifest["score"])
+    except (OSError, storage.StorageError, ValueError, KeyError, TypeError):
+        return None
 
 
 def list_checkpoints(root: str) -> list[str]:
     """Names of the checkpoint folders under `root`, oldest first; they may turn out not to be whole."""
     if not os.path.isdir(root):
         return []
-    return sorted((n for n in os.listdir(root) if _NAME.fullmatch(n)), key=_step)
+    return sorted((n for n in os.listdir(root) if _NAME.fullmatch(n)), key=step_of)
 
 
 def find_checkpoint(root: str) -> tuple[str | None, list[str]]:
@@ -135,31 +229,47 @@ def find_checkpoint(root: str) -> tuple[str | None, list[str]]:
 def verify_checkpoint(path: str) -> str | None:
     """What is wrong with a checkpoint, or None: a manifest, every file there, every checksum right."""
     try:
-        manifest = json.loads(storage.read_bytes(os.path.join(path, "manifest.json")))
-        for name in FILES:
-            if storage.sha256_file(os.path.join(path, name)) != manifest["files"][name]:
+        manifest = json.loads(storage.read_bytes(os.path.join(path, MANIFEST)))
+        if manifest.get("format") != FORMAT:
+            return f"format {manifest.get('format')}, this version reads {FORMAT}"
+        if manifest.pop("digest", None) != _digest(manifest):
+            return f"{MANIFEST} does not match its checksum"
+        files = manifest["files"]
+        for name in required(files):
+            if storage.sha256_file(os.path.join(path, name)) != files[name]:
                 return f"{name} does not match its checksum"
     except OSError as error:
         return str(error)
-    except (ValueError, KeyError, TypeError) as error:
-        return f"manifest.json is damaged ({type(error).__name__}: {error})"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
     return None
+
+
+def required(files: Mapping[str, str]) -> list[str]:
+    """Every file that a manifest with these `files` stands for: those listed and the other ranks' moments."""
+    names = {WEIGHTS, STATE, *files}
+    for name in files:
+        if match := _PART.fullmatch(name):
+            names |= {part_name(rank, int(match[2])) for rank in range(int(match[2]))}
+    return sorted(names)
 
 
 def load_checkpoint(path: str) -> Checkpoint:
     """Read a checkpoint that `find_checkpoint` found. Raises CheckpointError when its format is not ours."""
     try:
-        state = json.loads(storage.read_bytes(os.path.join(path, "state.json")))
+        state = json.loads(storage.read_bytes(os.path.join(path, STATE)))
         if state.get("format") != FORMAT:
             raise CheckpointError(f"{path}: format {state.get('format')}, this version reads {FORMAT}")
-        manifest = json.loads(storage.read_bytes(os.path.join(path, "manifest.json")))
+        manifest = json.loads(storage.read_bytes(os.path.join(path, MANIFEST)))
+        parts = [os.path.join(path, name) for name in manifest["files"] if _PART.fullmatch(name)]
         return Checkpoint(
             path=path,
-            weights=load_file(os.path.join(path, "weights.safetensors")),
-            optimizer=load_file(os.path.join(path, "optimizer.safetensors")),
+            weights=load_file(os.path.join(path, WEIGHTS)),
+            optimizer=Moments(parts),
             state=TrainState(**state),
-            frozen=manifest["frozen"],
-            network=manifest.get("network"),
+            about=About(**{name: manifest[name] for name in About.__dataclass_fields__}),
+            fingerprint=manifest["weights"],
+            ema=load_file(os.path.join(path, EMA)) if EMA in manifest["files"] else None,
         )
     except (SafetensorError, TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         raise CheckpointError(
@@ -168,16 +278,27 @@ def load_checkpoint(path: str) -> Checkpoint:
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put the weights into `module`, strictly. Raises CheckpointError naming what differs."""
-    own = module.state_dict()
-    missing, surplus = sorted(own.keys() - checkpoint.weights.keys()), sorted(checkpoint.weights.keys() - own.keys())
-    shapes = sorted(k for k in own.keys() & checkpoint.weights.keys() if own[k].shape != checkpoint.weights[k].shape)
-    if missing or surplus or shapes:
-        raise CheckpointError(
-            f"{checkpoint.path}: is of another network: {len(missing)} tensors missing, {len(surplus)} unknown, "
-            f"{len(shapes)} of another shape (first: {(missing + surplus + shapes)[0]}); check task.kind, model.preset"
-        )
-    module.load_state_dict(dict(checkpoint.weights), strict=True)
+    """Put the weights into `module`, strictly. Raises CheckpointError listing what differs."""
+    own, saved = module.state_dict(), checkpoint.weights
+    shapes = {
+        name: f"{name} is {list(saved[name].shape)} there and {list(own[name].shape)} here"
+        for name in own.keys() & saved.keys()
+        if own[name].shape != saved[name].shape
+    }
+    found = {
+        "missing": sorted(own.keys() - saved.keys()),
+        "unknown": sorted(saved.keys() - own.keys()),
+        "of another shape": [shapes[name] for name in sorted(shapes)],
+    }
+    if any(found.values()):
+        listed = "; ".join(f"{len(names)} tensors {what}: {_some(names)}" for what, names in found.items() if names)
+        raise CheckpointError(f"{checkpoint.path}: is of another network: {listed}; check task.kind, model.preset")
+    module.load_state_dict(dict(saved), strict=True)
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}"
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -186,21 +307,17 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _step(name: str) -> int:
-    return int(name.removeprefix("step_"))
-
-
-def _clean(root: str) -> None:
-    """Remove what a killed process left half-written. A run's folder has one writer."""
+def clean(root: str) -> None:
+    """Remove what a killed run left half-written; call it before the ranks start."""
     for name in os.listdir(root) if os.path.isdir(root) else ():
-        if name.endswith(_PARTIAL):
+        if name.endswith(PARTIAL):
             shutil.rmtree(os.path.join(root, name), ignore_errors=True)
 
 
-def _sync(path: str) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def step_of(name: str) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(name.removeprefix("step_"))

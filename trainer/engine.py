@@ -64,6 +64,7 @@ class Engine:
         device: torch.device,
     ) -> None:
         self.groups = decay_groups(groups, optim)
+        self.rank = dist.get_rank()
         self.precision, self.device, self.stage = engine.precision, device, engine.zero_stage
         self._optim = optim
         self._shapes = {name: p.shape for name, p in module.named_parameters()}
@@ -80,9 +81,9 @@ class Engine:
 
     def _make_state(self) -> State:
         if self.stage == 0:
-            return WholeState(self._optimizer, self.groups, dist.get_rank(), dist.get_world_size())
+            return WholeState(self._optimizer, self.groups, self.rank, dist.get_world_size())
         if self.stage == 3:
-            return PartitionState(self._optimizer, self.module, self.groups, dist.get_rank())
+            return PartitionState(self._optimizer, self.module, self.groups, self.rank)
         return FragmentState(self._optimizer, self.groups)
 
     @property
@@ -95,6 +96,10 @@ class Engine:
     def trained(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in the order of the groups."""
         return {name: parameter for named in self.groups.values() for name, parameter in named}
+
+    def shape_of(self, name: str) -> torch.Size:
+        """The whole shape of a parameter, frozen ones included, whatever part of it is here."""
+        return self._shapes[name]
 
     @property
     def spans(self) -> dict[str, Span]:
@@ -163,7 +168,9 @@ class Engine:
             return dict(self.module.state_dict())
         parts = {name: self.weight_part(name) for name in self.spans}
         joined = self.whole(parts, everywhere=everywhere)
-        return joined | dict(self.module.named_buffers()) if joined else {}
+        if not joined:
+            return {}
+        return joined | {name: buffer for name, buffer in self.module.state_dict().items() if name not in joined}
 
     def moment_parts(self) -> dict[str, Tensor]:
         """This rank's stretches of the moments by `moment/parameter name`: flat views; {} before the first update."""
@@ -179,7 +186,7 @@ class Engine:
         }
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Moments by `moment/parameter name`, whole, on every rank's CPU: for tests and small networks. A collective."""
+        """Moments by `moment/parameter name`, whole, on every rank's CPU: for tests and checks. A collective."""
         parts = self.moment_parts()
         found: dict[str, Tensor] = {}
         for moment in MOMENTS if self.applied_steps else ():

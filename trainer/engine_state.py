@@ -188,7 +188,7 @@ class Joiner:
             self._spans = gathered
 
     def whole(self, parts: Mapping[str, Tensor], *, everywhere: bool) -> dict[str, Tensor]:
-        """Whole tensors by name, on rank 0 or `everywhere`; {} on the others. Values travel as they are, bit for bit."""
+        """Whole tensors by name, on rank 0 or `everywhere`; {} on the others. Every bit travels."""
         joined: dict[str, Tensor] = {}
         for bucket in self._buckets(parts):
             joined.update(self._bucket({name: parts[name] for name in bucket}, everywhere))

@@ -7,8 +7,9 @@ all of them over the *global* batch, however it was cut into ranks and micro-bat
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from trainer.config_train import TrainConfig
 from trainer.engine import Engine, StepResult
 from trainer.schedule import factor
 from trainer.tasks.base import Task
+from trainer.timing import PhaseTimer
 
 
 class TrainingDiverged(RuntimeError):
@@ -41,6 +43,24 @@ class StepRecord:
     phases: dict[str, float] = field(default_factory=dict)  # seconds
 
 
+class Hooks(Protocol):
+    """What happens around the steps. Every method is called by all ranks at the same step."""
+
+    def before_step(self, batch: Batch) -> None: ...
+
+    def after_step(self, record: StepRecord, batch: Batch) -> None: ...
+
+    def flags(self) -> tuple[float, float, float]:
+        """This rank's say in the next all-reduce: a checkpoint is due by the clock; the one under way is written; or
+        it failed."""
+
+    def agreed(self, due: bool, written: int, failed: int) -> None:
+        """What all ranks said in the last step."""
+
+    def checkpoint(self, *, last: bool) -> None:
+        """Save; `last`: the run ends here, so wait until it is whole."""
+
+
 @dataclass(kw_only=True)
 class Loop:
     """Runs steps until `config.steps` or an agreed stop. `cursor` and `step` are what a checkpoint saves."""
@@ -53,53 +73,54 @@ class Loop:
     step: int = 0
     cursor: Mapping[str, int] = field(default_factory=dict)
     skipped_in_a_row: int = 0
-    _stop_votes: Tensor | None = None
+    _said: Tensor | None = None  # sums over ranks of `_flags`, of the last step
 
-    def run(
-        self,
-        batches: Iterator[Batch],
-        *,
-        on_step: Callable[[StepRecord, Batch], None],
-        on_checkpoint: Callable[[], None],
-    ) -> str | None:
+    def __post_init__(self) -> None:
+        self.timer = PhaseTimer(self.engine.device)
+        self._forward = self.timer.timed("forward", self.engine)
+
+    def run(self, batches: Iterator[Batch], hooks: Hooks) -> str | None:
         """Train; returns the reason of an early stop, agreed by all ranks, or None at the end."""
-        self._stop_votes = self.vote()  # somebody may have asked while the ranks were starting
-        dist.all_reduce(self._stop_votes)
+        self._said = self._flags(hooks)  # somebody may have asked while the ranks were starting
+        dist.all_reduce(self._said)
         while self.step < self.config.steps:
-            if self.stop_agreed():
-                on_checkpoint()
+            stop, due, written, failed = (int(x) for x in self._said.tolist())
+            if stop:
+                hooks.checkpoint(last=True)
                 return self.context.stop_requested() or "stopped"
+            hooks.agreed(bool(due), written, failed)
             started = time.perf_counter()
             batch = next(batches)
-            record = self.train_step(batch, waited=time.perf_counter() - started)
-            on_step(record, batch)
+            waited = time.perf_counter() - started
+            hooks.before_step(batch)
+            record = self.train_step(batch, self._flags(hooks))
+            record.phases["data_wait"] = waited
+            hooks.after_step(record, batch)
             self.give_up_if_diverged(record)
             every = self.config.checkpoint.every
             if every and self.step % every == 0 and self.step < self.config.steps:
-                on_checkpoint()
-        on_checkpoint()
+                hooks.checkpoint(last=False)
+        hooks.checkpoint(last=True)
         return None
 
-    def train_step(self, batch: Batch, waited: float = 0.0) -> StepRecord:
+    def train_step(self, batch: Batch, flags: Tensor | None = None) -> StepRecord:
         """One optimizer update from one global batch. Every rank must call it with its share of the same batch."""
-        began = time.perf_counter()
         torch.manual_seed(step_seed(self.config.seed, self.step, self.context.rank))
-        counts = self.global_counts(batch)
+        counts = self.global_counts(batch, flags)
         terms = {name: torch.zeros((), device=self.engine.device) for name in counts}
-        weights, bad_keys = self.task.term_weights, []
+        weights = self.task.term_weights
         for index, micro in enumerate(cut(batch, self.micro_batches)):
-            with self.engine.autocast():
-                sums = self.task.sums(self.engine, micro)
-            means = {name: sums[name] / counts[name] for name in counts}
-            loss = torch.stack([weights[name] * means[name] for name in counts]).sum()
-            # The engine averages gradients over ranks; ours are parts of a sum.
-            self.engine.backward(loss * self.context.world_size, last=index == self.micro_batches - 1)
+            with self.timer("loss"), self.engine.autocast():
+                sums = self.task.sums(self._forward, micro)
+                means = {name: sums[name] / counts[name] for name in counts}
+                loss = torch.stack([weights[name] * means[name] for name in counts]).sum()
+            with self.timer("backward"):  # the engine averages gradients over ranks; ours are parts of a sum
+                self.engine.backward(poisoned(loss) * self.context.world_size, last=index == self.micro_batches - 1)
             for name in counts:
                 terms[name] += means[name].detach()
-            bad_keys.append((loss.detach(), micro.keys))
-        computed = time.perf_counter()
         rates = self.learning_rates()
-        result = self.engine.step(rates)
+        with self.timer("optimizer"):
+            result = self.engine.step(rates)
         self.step += 1
         self.cursor = batch.cursor
         return StepRecord(
@@ -108,16 +129,19 @@ class Loop:
             result=result,
             learning_rates=rates,
             images=self.config.global_batch,
-            bad_keys=tuple(key for loss, keys in bad_keys if result.skipped and not loss.isfinite() for key in keys),
-            phases={"data_wait": waited, "compute": computed - began, "optimizer": time.perf_counter() - computed},
+            bad_keys=self.suspects(batch) if result.skipped else (),
+            phases=self.timer.take(),
         )
 
-    def global_counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Images with weight per term over all ranks, at least 1; carries the ranks' votes to stop along."""
+    def global_counts(self, batch: Batch, flags: Tensor | None = None) -> dict[str, Tensor]:
+        """Images with weight per term over all ranks, at least 1; carries the ranks' flags along."""
         local = self.task.counts(batch)
-        packed = torch.stack([*(local[name].float() for name in local), self.vote()])
+        packed = torch.stack([local[name].float() for name in local])
+        if flags is not None:
+            packed = torch.cat([packed, flags])
         dist.all_reduce(packed)
-        self._stop_votes = packed[-1]
+        if flags is not None:
+            self._said = on_host(packed[len(local) :])
         return {name: packed[i].clamp(min=1) for i, name in enumerate(local)}
 
     def global_terms(self, record: StepRecord) -> dict[str, float]:
@@ -126,18 +150,36 @@ class Loop:
         dist.all_reduce(packed)
         return dict(zip(record.terms, packed.tolist(), strict=True))
 
-    def vote(self) -> Tensor:
-        """1 when this rank was asked to stop, else 0."""
-        return torch.tensor(float(self.context.stop_requested() is not None), device=self.engine.device)
+    @torch.no_grad()
+    def suspects(self, batch: Batch) -> tuple[str, ...]:
+        """Keys of this rank's samples whose own loss is not finite; all ranks call it after a skipped step.
 
-    def stop_agreed(self) -> bool:
-        """Whether any rank asked to stop in the last step: the same answer on every rank."""
-        return self._stop_votes is not None and bool(self._stop_votes.item() > 0)
+        None where every loss is finite and only a gradient was not.
+        """
+        found = []
+        for row, key in zip(cut(batch, self.most_rows(batch)), batch.keys, strict=False):
+            with self.engine.autocast():
+                sums = self.task.sums(self.engine, row)
+            if not torch.stack(list(sums.values())).sum().isfinite():
+                found.append(key)
+        return tuple(key for key in found if key)
+
+    def most_rows(self, batch: Batch) -> int:
+        """The largest number of rows that any rank has of this batch: collectives of a forward pass have to pair up."""
+        rows = torch.tensor(len(batch), device=self.engine.device)
+        dist.all_reduce(rows, dist.ReduceOp.MAX)
+        return int(rows)
+
+    def _flags(self, hooks: Hooks) -> Tensor:
+        """This rank's: was asked to stop, a checkpoint is due, the one under way is written, failed."""
+        stop = float(self.context.stop_requested() is not None)
+        return torch.tensor([stop, *hooks.flags()], device=self.engine.device)
 
     def learning_rates(self) -> dict[str, float]:
         """Rates of this step: functions of samples seen, so the number of ranks does not change them."""
         optim, batch = self.config.optim, self.config.global_batch
-        scale = factor(self.step * batch, self.config.steps * batch, optim.warmup_samples, optim.schedule)
+        total = self.config.steps * batch
+        scale = factor(self.step * batch, total, optim.warmup_samples, optim.schedule, optim.power)
         return {"encoder": optim.encoder_lr * scale, "decoder": optim.decoder_lr * scale}
 
     def give_up_if_diverged(self, record: StepRecord) -> None:
@@ -148,6 +190,19 @@ class Loop:
                 "(engine.max_skipped_steps); lower optim.encoder_lr and optim.decoder_lr or look at the samples in "
                 "journal.jsonl"
             )
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite, so is its gradient then, and the engine drops the step on all ranks."""
+    return loss * (1 + 0 * loss.detach())
+
+
+def on_host(flags: Tensor) -> Tensor:
+    """A copy in main memory without waiting; it has arrived once the step's gradient norm has been read."""
+    if not flags.is_cuda:
+        return flags
+    host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+    return host.copy_(flags, non_blocking=True)
 
 
 def cut(batch: Batch, pieces: int) -> Iterator[Batch]:

@@ -92,6 +92,10 @@ class Recorder:
             self.exporter.metric("fathom_event_result").labels(event=name, name=key).set(value)
         self._track(step, {f"{name}/{key}": value for key, value in values.items()})
 
+    def note(self, text: str) -> None:
+        """Show a line to the user, with the next progress."""
+        self._notes.append(text)
+
     def close(self) -> None:
         """Let the trackers send the rest. Again is nothing."""
         for tracker in self._trackers or ():

@@ -24,7 +24,7 @@ from dataio.dataset import Dataset
 from dataio.labels import LabelStore
 from dataio.plan import pass_batches, skipped_batches
 from dataio.spec import DataError
-from trainer.checkpoint import CheckpointError, find_checkpoint
+from trainer.checkpoint import CheckpointError, clean, find_checkpoint
 from trainer.config import ConfigError, dump_config, parse_config, read_config
 from trainer.config_train import TrainConfig
 from trainer.journal import Journal, read_json_lines
@@ -87,6 +87,7 @@ def train(
     otherwise.
     """
     samples = check_inputs(config)
+    config = with_steps(config, samples)
     if resume and not os.path.exists(os.path.join(config.folder, "config.yaml")):
         raise ConfigError(f"{config.folder}: no run to resume; start it without --resume")
     with locked_folder(config.folder, "this run"):
@@ -169,8 +170,10 @@ def forget_ranks(folder: str) -> None:
 def check_inputs(config: TrainConfig) -> dict[str, int]:
     """Everything that can be known to be wrong before a worker starts, cheapest first. Returns each role's samples."""
     from trainer.tasks.base import make_task
+    from trainer.trackers import check_trackers
 
     task = make_task(config)
+    check_trackers(config)
     samples = dict.fromkeys(config.data.roles, 0)
     for role, spec in config.data.roles.items():
         for index, path in enumerate(spec.datasets):
@@ -183,10 +186,28 @@ def check_inputs(config: TrainConfig) -> dict[str, int]:
                 raise ConfigError(
                     f"data.roles.{role}.datasets: {path} has no depth; it is packed as {dataset.info.role}"
                 )
+    for path in config.validation.datasets:
+        if Dataset.open(path).info.quantity is None:
+            raise ConfigError(f"validation.datasets: {path} has no depth to compare with")
     for name, file in task.files.items():
         if not storage.exists(file):
             raise ConfigError(f"{name}: {file}: no such file or folder")
     return samples
+
+
+def with_steps(config: TrainConfig, samples: Mapping[str, int]) -> TrainConfig:
+    """The configuration with `passes` put into steps: the whole passes, their partial batches included, and the part of
+    one that is left. Raises ConfigError when that is less than the warm-up, or when the role is mixed by weights."""
+    if not config.passes:
+        return config
+    ((role, passes),) = config.passes.items()
+    spec = config.data.roles[role]
+    if spec.weights:
+        raise ConfigError(f"passes.{role}: its datasets are mixed by weights, which has no pass; give steps")
+    each = pass_batches(samples[role], spec.batch, spec.lanes)
+    steps = max(1, round(passes * each))
+    values = config.model_dump(mode="json") | {"steps": steps, "passes": {}}
+    return parse_config(TrainConfig, values, source=f"passes: {passes:g} of {role} are {steps} steps")
 
 
 def order_facts(config: TrainConfig, samples: Mapping[str, int]) -> dict[str, Any]:
@@ -254,6 +275,7 @@ def prepare_folder(config: TrainConfig, resume: bool) -> str | None:
     """Make or check the run's folder; returns the checkpoint to go on from."""
     folder, saved = config.folder, os.path.join(config.folder, "config.yaml")
     checkpoint = None
+    clean(os.path.join(folder, "checkpoints"))
     if os.path.exists(saved):
         if not resume:
             raise ConfigError(f"{folder}: this run exists; go on with --resume or choose another name (--set name=...)")
@@ -272,25 +294,30 @@ def prepare_folder(config: TrainConfig, resume: bool) -> str | None:
 
 
 def refuse_changes(before: TrainConfig, now: TrainConfig) -> None:
-    """A resumed run keeps its data, task, network and seed. Raises ConfigError naming the first field that differs."""
+    """A resumed run keeps its data, task, network and seed. Raises ConfigError listing the fields that differ."""
+    found = []
     for section in FIXED:
         old, new = before.model_dump(mode="json")[section], now.model_dump(mode="json")[section]
         free = CHANGEABLE.get(section, frozenset())
         old, new = ({k: v for k, v in d.items() if k not in free} if free else d for d in (old, new))
-        if old != new:
-            field, was, found = first_difference(section, old, new)
-            raise ConfigError(
-                f"{field}: is {found!r}, but the run to resume has {was!r}; use that or start under another name"
-            )
+        found += differences(section, old, new)
+    if found:
+        listed = "; ".join(f"{field}: is {new!r}, but the run to resume has {old!r}" for field, old, new in found[:8])
+        more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+        raise ConfigError(f"{listed}{more}; use what it has or start under another name")
+
+
+def differences(where: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """Path and both values of every field in which two plain configurations differ; an absent field is None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [found for key in keys for found in differences(f"{where}.{key}", old.get(key), new.get(key))]
+    return [] if old == new else [(where, old, new)]
 
 
 def first_difference(where: str, old: Any, new: Any) -> tuple[str, Any, Any]:
-    """Path and both values of the first field in which two plain configurations differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                return first_difference(f"{where}.{key}", old.get(key), new.get(key))
-    return where, old, new
+    """The first of two plain configurations' `differences`; the whole when there is none."""
+    return next(iter(differences(where, old, new)), (where, old, new))
 
 
 def environment(config: TrainConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What one rank of a training run owns, built in order and taken down in reverse."""
+"""What one rank of a training run owns, built in order and taken down in reverse; the hooks around the loop's steps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from cluster import storage
@@ -15,21 +16,31 @@ from cluster.telemetry import Exporter
 from cluster.worker import WorkerContext
 from dataio.loader import Loader
 from dataio.quarantine import Quarantine
+from dataio.types import Batch
+from trainer.autobatch import micro_batch_count
 from trainer.checkpoint import (
+    About,
     Checkpoint,
     CheckpointError,
     TrainState,
+    fingerprint,
     list_checkpoints,
     load_checkpoint,
     load_weights,
-    save_checkpoint,
+    score_of,
+    step_of,
 )
 from trainer.config_train import TrainConfig
-from trainer.engine import MOMENTS, Engine
-from trainer.loop import Loop, step_seed
+from trainer.ema import Ema
+from trainer.engine import Engine
+from trainer.invariants import Invariants
+from trainer.loop import Loop, StepRecord, step_seed
 from trainer.record import Recorder
 from trainer.run import TELEMETRY, first_difference
+from trainer.saver import Keep, Saved, Saver, require_space
+from trainer.shadow import Shadow
 from trainer.tasks.base import Task, make_task
+from trainer.validation import Validator
 
 
 class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
@@ -37,8 +48,12 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
 
     def __init__(self, config: TrainConfig, context: WorkerContext, checkpoint_path: str | None) -> None:
         self.config, self.context = config, context
+        self.device = torch.device(context.device)
         self._stack = contextlib.ExitStack()
-        self._saved: int | None = None  # the step of the newest checkpoint
+        self._saved: int | None = None  # the step of the newest checkpoint, written or under way
+        self._score: tuple[int, float] | None = None  # (step, value) of the last validation
+        self._failure: storage.StorageError | None = None  # of the newest save
+        self._clock = time.monotonic()
         try:
             self._build(load_checkpoint(checkpoint_path) if checkpoint_path else None)
         except BaseException:
@@ -48,22 +63,18 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
+    @property
+    def root(self) -> str:
+        """Folder of the checkpoints."""
+        return os.path.join(self.config.folder, "checkpoints")
+
     def _build(self, checkpoint: Checkpoint | None) -> None:
         config, context = self.config, self.context
-        device = torch.device(context.device)
-        torch.manual_seed(step_seed(config.seed, 0, 0))  # every rank builds the same network
-        self.task: Task = make_task(config)
-        module = self.task.build()
-        if checkpoint:
-            self._check_network(checkpoint, module)
-            load_weights(module, checkpoint)
-        self.task.prepare(device)
-        if checkpoint and checkpoint.frozen != self.task.frozen_fingerprint():
-            raise CheckpointError(
-                f"{checkpoint.path}: was trained with another frozen encoder than the file named now "
-                "(task.frozen_encoder or model.encoder_weights); restore that file"
-            )
-        micro_batches = micro_batch_count(config, context.world_size)
+        module = self._network(checkpoint)
+        self.validator = Validator.of(config, module, context.rank, context.world_size, self.device)
+        copied = config.optim.ema_decay is not None or config.engine.zero_stage == 3
+        self.shadow = Shadow(module, copied)
+        micro_batches = self._micro_batches(module, checkpoint)
         module.train()
         self.engine = Engine(
             module,
@@ -71,18 +82,25 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             optim=config.optim,
             engine=config.engine,
             micro_batches=micro_batches,
-            device=device,
+            device=self.device,
         )
         self._stack.callback(self.engine.close)
-        self._restore_optimizer(checkpoint)
-        self._saved = checkpoint.state.step if checkpoint else None
+        self.ema = Ema(self.engine, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.invariants = Invariants(self.engine, self.ema) if config.engine.debug else None
+        if checkpoint:
+            self._restore(checkpoint)
+        lower = self.validator.lower_is_better if self.validator else True
+        keep = Keep(newest=config.checkpoint.keep, best=config.checkpoint.keep_best, lower_is_better=lower)
         if context.rank == 0:
-            self._require_space()
+            require_space(self.root, self.engine, keep, len(list_checkpoints(self.root)))
         exporter = Exporter(config.name, context.rank, discovery=os.path.join(config.folder, TELEMETRY))
         self.exporter = self._stack.enter_context(exporter)
-        self.loader = self._loader(device, checkpoint)
+        self.loader = self._loader(checkpoint)
         self._stack.callback(self.loader.close)
         self.recorder = Recorder(config, self.task, context, self.exporter, self.loader)
+        self._stack.callback(self.recorder.close)
+        self.saver = Saver(self.root, self.engine, self.ema, keep, self._on_saved)
+        self._stack.callback(self.saver.close)
         self.loop = Loop(
             config=config,
             task=self.task,
@@ -93,28 +111,53 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             cursor=dict(checkpoint.state.cursor) if checkpoint else {},
         )
 
-    def _restore_optimizer(self, checkpoint: Checkpoint | None) -> None:
-        if not checkpoint:
-            return
+    def _micro_batches(self, module: nn.Module, checkpoint: Checkpoint | None) -> int:
+        """As configured; where `auto` chose before, on as many ranks, the same again: a resume keeps every bit."""
+        state = checkpoint.state if checkpoint else None
+        if self.config.engine.micro_batch == "auto" and state and state.workers == self.context.world_size:
+            return state.micro_batches
+        return micro_batch_count(self.config, self.task, module, self.context, self.device)
+
+    def _network(self, checkpoint: Checkpoint | None) -> nn.Module:
+        """The network with its initial or saved weights, and what is frozen beside it."""
+        torch.manual_seed(step_seed(self.config.seed, 0, 0))  # every rank builds the same network
+        self.task: Task = make_task(self.config)
+        module = self.task.build()
+        if checkpoint:
+            self._check_network(checkpoint, module)
+            load_weights(module, checkpoint)
+        self.task.prepare(self.device)
+        if checkpoint and checkpoint.about.frozen != self.task.frozen_fingerprint():
+            raise CheckpointError(
+                f"{checkpoint.path}: was trained with another frozen encoder than the file named now "
+                "(task.frozen_encoder or model.encoder_weights); restore that file"
+            )
+        return module
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Moments, average and counters; then look whether what the engine holds is what was saved."""
         expected = {name: [n for n, _ in ps] for name, ps in self.engine.groups.items()}
         if dict(checkpoint.state.groups) != expected:
+            field, was, found = first_difference("groups", dict(checkpoint.state.groups), expected)
             raise CheckpointError(
-                f"{checkpoint.path}: its parameter groups differ from this network's; check task and model"
+                f"{checkpoint.path}: its parameter groups differ from this network's: {field} was {was!r} and is "
+                f"{found!r}; check task, model and optim.decay_norms_and_biases"
             )
         self.engine.load_optimizer_state(checkpoint.optimizer, checkpoint.state.applied_steps)
+        if self.ema:
+            self.ema.load(checkpoint.ema or checkpoint.weights)
+        self._saved = checkpoint.state.step
+        weights = self.engine.whole_weights()
+        told = [fingerprint(weights) == checkpoint.fingerprint if self.context.rank == 0 else None]
+        if self.context.world_size > 1:
+            dist.broadcast_object_list(told, src=0)
+        if not told[0]:
+            raise CheckpointError(
+                f"{checkpoint.path}: the weights in the engine are not those that were saved (their fingerprints "
+                "differ); remove the folder to go on from the one before"
+            )
 
-    def _require_space(self) -> None:
-        """Refuse before the first step what the disk cannot hold: `keep` checkpoints and the next one."""
-        tensors = self.engine.module.state_dict().values()
-        trained = [parameter for named in self.engine.groups.values() for _, parameter in named]
-        each = 4 * (sum(t.numel() for t in tensors) + len(MOMENTS) * sum(p.numel() for p in trained))
-        root = os.path.join(self.config.folder, "checkpoints")
-        missing = self.config.checkpoint.keep + 1 - len(list_checkpoints(root))
-        storage.require_free(
-            root, max(1, missing) * each, f"a run that keeps {self.config.checkpoint.keep} checkpoints"
-        )
-
-    def _loader(self, device: torch.device, checkpoint: Checkpoint | None) -> Loader:
+    def _loader(self, checkpoint: Checkpoint | None) -> Loader:
         config, context = self.config, self.context
         quarantine = Quarantine(
             os.path.join(config.folder, f"quarantine.{context.rank}.jsonl"), config.data.max_bad_fraction
@@ -126,7 +169,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             seed=config.seed,
             rank=context.rank,
             world_size=context.world_size,
-            device=str(device),
+            device=str(self.device),
             quarantine=quarantine,
         )
         if checkpoint and dict(checkpoint.state.data) != loader.describe():
@@ -142,7 +185,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
 
     def _check_network(self, checkpoint: Checkpoint, module: nn.Module) -> None:
         """The file that `model.weights` names may have changed since: same tensors, another function."""
-        saved, built = checkpoint.network, self.task.network_record(module)
+        saved, built = checkpoint.about.network, self.task.network_record(module)
         if saved is not None and built is not None and dict(saved) != built:
             field, was, found = first_difference("network", dict(saved), built)
             raise CheckpointError(
@@ -152,49 +195,114 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
 
     def run(self) -> str | None:
         """Train to the end or to an agreed stop, then export. Returns the reason of a stop."""
-        batches: Iterator = iter(self.loader)
-        reason = self.loop.run(
-            batches,
-            on_step=lambda record, batch: self.recorder.on_step(self.loop, record, batch),
-            on_checkpoint=self.save,
-        )
-        if reason is None and self.context.rank == 0:
-            self.engine.module.eval()
-            self.task.export(self.engine.module, os.path.join(self.config.folder, "weights"))
+        batches: Iterator[Batch] = iter(self.loader)
+        reason = self.loop.run(batches, self)
+        if reason is None:
+            network = self.shadow.current(self.engine, self.ema, everywhere=False)
+            if self.context.rank == 0 and network is not None:
+                self.task.export(network, os.path.join(self.config.folder, "weights"))
         return reason
 
-    def save(self) -> None:
-        """Write a checkpoint: all ranks gather the moments, rank 0 writes. Nothing where this step has its own."""
-        if self._saved == self.loop.step:
-            return
-        self._saved = self.loop.step
-        began = time.perf_counter()
-        moments = self.engine.optimizer_state()
-        if self.context.rank == 0:
-            weights = {name: t.detach().cpu() for name, t in self.engine.module.state_dict().items()}
-            state = TrainState(
-                step=self.loop.step,
-                applied_steps=self.engine.applied_steps,
-                cursor=dict(self.loop.cursor),
-                data=self.loader.describe(),
-                groups={name: [n for n, _ in ps] for name, ps in self.engine.groups.items()},
-            )
-            root = os.path.join(self.config.folder, "checkpoints")
-            path = save_checkpoint(
-                root, state, weights, moments,
-                keep=self.config.checkpoint.keep,
-                frozen=self.task.frozen_fingerprint(),
-                network=self.task.network_record(self.engine.module),
-            )  # fmt: skip
-            self.recorder.journal.write("checkpoint", step=state.step, path=os.path.basename(path))
-            self.exporter.metric("fathom_checkpoint_last_success_timestamp_seconds").set_to_current_time()
-        self.exporter.metric("fathom_checkpoint_duration_seconds").labels(op="save").observe(
-            time.perf_counter() - began
+    # Hooks of the loop.
+
+    def before_step(self, batch: Batch) -> None:
+        if self.invariants:
+            self.invariants.before_step(batch)
+
+    def after_step(self, record: StepRecord, batch: Batch) -> None:
+        if self.ema and not record.result.skipped:
+            self.ema.update()
+        if self.invariants:
+            self.invariants.after_step(record)
+        self.recorder.on_step(self.loop, record, batch)
+        if self.validator and self.validator.due(record.step):
+            self._validate(self.validator)
+
+    def flags(self) -> tuple[float, float, float]:
+        minutes = self.config.checkpoint.every_minutes
+        overdue = minutes is not None and time.monotonic() - self._clock >= 60 * minutes
+        return float(overdue and self.context.rank == 0), *self.saver.flags()  # rank 0's clock, so that all agree
+
+    def agreed(self, due: bool, written: int, failed: int) -> None:
+        self.saver.settle(written, failed)
+        if due:
+            self.checkpoint(last=False)
+
+    def checkpoint(self, *, last: bool) -> None:
+        """Nothing where this step has its own. Raises StorageError when the last one cannot be written."""
+        if self._saved != self.loop.step:
+            self._saved, self._clock = self.loop.step, time.monotonic()
+            self.saver.begin(self._state(), self._about())
+        if last:
+            self.saver.finish()
+            if self._failure:
+                raise self._failure
+
+    def _state(self) -> TrainState:
+        return TrainState(
+            step=self.loop.step,
+            applied_steps=self.engine.applied_steps,
+            cursor=dict(self.loop.cursor),
+            data=self.loader.describe(),
+            groups={name: [n for n, _ in ps] for name, ps in self.engine.groups.items()},
+            micro_batches=self.loop.micro_batches,
+            workers=self.context.world_size,
         )
 
+    def _about(self) -> About:
+        scored = self._score is not None and self._score[0] == self.loop.step
+        return About(
+            frozen=self.task.frozen_fingerprint(),
+            network=self.task.network_record(self.engine.module),
+            score=self._score[1] if scored and self._score else None,
+            metric=self.config.validation.metric if scored else None,
+        )
 
-def micro_batch_count(config: TrainConfig, world_size: int) -> int:
-    """Forward passes per step, the same on every rank: the largest share of a batch cut by `engine.micro_batch`."""
-    share = sum(spec.batch // spec.lanes * (-(-spec.lanes // world_size)) for spec in config.data.roles.values())
-    size = config.engine.micro_batch
-    return -(-share // size) if isinstance(size, int) else 1
+    def _on_saved(self, saved: Saved) -> None:
+        """A failed save is told and counted; the run goes on."""
+        metric = self.exporter.metric
+        metric("fathom_checkpoint_duration_seconds").labels(op="save").observe(saved.seconds)
+        metric("fathom_checkpoint_stall_seconds_total").inc(saved.stall_s)
+        if saved.error is not None:
+            metric("fathom_checkpoint_failures_total").inc()
+            self._saved, self._failure = None, storage.StorageError(saved.error)
+            if self.context.rank == 0:
+                self.recorder.note(f"warning: checkpoint of step {saved.step} failed: {saved.error}; the run goes on")
+                with contextlib.suppress(storage.StorageError):  # the same full disk
+                    self.recorder.journal.write("checkpoint_failed", step=saved.step, error=saved.error)
+            return
+        self._failure = None
+        metric("fathom_checkpoint_last_success_timestamp_seconds").set_to_current_time()
+        if self.context.rank == 0:
+            self.recorder.journal.write(
+                "checkpoint", step=saved.step, path=f"step_{saved.step:08d}",
+                stall_seconds=round(saved.stall_s, 3), seconds=round(saved.seconds, 3),
+            )  # fmt: skip
+
+    def _validate(self, validator: Validator) -> None:
+        """Measure the network as it would be exported; save it when it is among the best."""
+        network = self.shadow.current(self.engine, self.ema, everywhere=True)
+        assert network is not None
+        try:
+            values = validator.run(network)
+        finally:
+            self.engine.module.train()
+        self.recorder.event("validation", self.loop.step, values)
+        score = validator.score(values)
+        if score is None:
+            return
+        self._score = (self.loop.step, score)
+        if self.config.checkpoint.keep_best and self._is_among_the_best(validator, score):
+            self.checkpoint(last=False)
+
+    def _is_among_the_best(self, validator: Validator, score: float) -> bool:
+        """Rank 0 looks at what is on disk, and tells."""
+        told: list[bool] = [False]
+        if self.context.rank == 0:
+            scores = [score_of(self.root, step_of(name)) for name in list_checkpoints(self.root)]
+            known: list[float] = sorted((s for s in scores if s is not None), reverse=not validator.lower_is_better)
+            worst = known[self.config.checkpoint.keep_best - 1 :][:1]
+            told = [not worst or (score < worst[0] if validator.lower_is_better else score > worst[0])]
+        if self.context.world_size > 1:
+            dist.broadcast_object_list(told, src=0)
+        return told[0]

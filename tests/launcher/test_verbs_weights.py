@@ -16,7 +16,8 @@ from model.files import write_safetensors
 from model.save import record_of
 from model.weights import official_state
 from tests.launcher.conftest import Run
-from trainer.checkpoint import TrainState, save_checkpoint
+from tests.trainer.checkpoints import save_checkpoint
+from trainer.checkpoint import TrainState
 
 GROUP = "weights"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,28 @@ def run_ranks(fn: Callable[..., Any], world_size: int, folder: Path, *args: Any)
         for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
             buffer.unlink()
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(world_size)]
+
+
+def kill_ranks(fn: Callable[..., Any], world_size: int, folder: Path, when: Callable[[], bool], *args: Any) -> None:
+    """Start `fn` on every rank and kill all of them (SIGKILL) as soon as `when()`; they must not end by themselves."""
+    import torch.multiprocessing as mp
+
+    folder.mkdir(parents=True, exist_ok=True)
+    port = str(100_000 + os.getpid())
+    context = mp.spawn(_child, (fn, world_size, str(folder), port, args), nprocs=world_size, join=False)
+    deadline = time.monotonic() + 240
+    try:
+        while not when():
+            assert all(process.is_alive() for process in context.processes), "a rank ended before it was killed"
+            assert time.monotonic() < deadline, "the moment to kill the ranks did not come"
+            time.sleep(0.005)
+    finally:
+        for process in context.processes:
+            process.kill()
+        for process in context.processes:
+            process.join()
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            buffer.unlink()
 
 
 def _child(rank: int, fn: Callable[..., Any], world_size: int, folder: str, port: str, args: tuple[Any, ...]) -> None:

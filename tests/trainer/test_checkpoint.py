@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,21 +18,27 @@ from torch import Tensor, nn
 
 from cluster import storage
 from tests.trainer.batches import train_config
+from tests.trainer.checkpoints import save_checkpoint
 from trainer import checkpoint as module
 from trainer.checkpoint import (
-    FILES,
     CheckpointError,
+    Moments,
     TrainState,
+    clean,
     find_checkpoint,
     fingerprint,
     list_checkpoints,
     load_checkpoint,
     load_weights,
-    save_checkpoint,
+    part_name,
+    prune,
     verify_checkpoint,
 )
 from trainer.config_train import TrainConfig
 from trainer.run import prepare_folder, with_earlier_skips
+
+PARTS = [part_name(0, 2), part_name(1, 2)]
+FILES = [*PARTS, "state.json", "weights.safetensors"]  # sorted, as the manifest's own name is not among them
 
 
 def tensors(seed: int, megabytes: float = 0.0) -> dict[str, Tensor]:
@@ -42,7 +49,7 @@ def tensors(seed: int, megabytes: float = 0.0) -> dict[str, Tensor]:
     return named
 
 
-def save(root: Path, step: int, *, keep: int = 3, megabytes: float = 0.0, frozen: str | None = None) -> str:
+def save(root: Path, step: int, *, keep: int = 3, megabytes: float = 0.0, **about: Any) -> str:
     weights = tensors(step, megabytes)
     moments = {f"exp_avg/{name}": tensor * 2 for name, tensor in weights.items()}
     state = TrainState(
@@ -52,7 +59,7 @@ def save(root: Path, step: int, *, keep: int = 3, megabytes: float = 0.0, frozen
         data={"plan_version": 1, "roles": {"labelled": {"lanes": 4}}},
         groups={"decoder": list(weights)},
     )
-    return save_checkpoint(str(root), state, weights, moments, keep=keep, frozen=frozen)
+    return save_checkpoint(root, state, weights, moments, keep=keep, **about)
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
@@ -69,12 +76,13 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
         data={"plan_version": 1, "roles": {"labelled": {"lanes": 4}}},
         groups={"decoder": ["a.weight", "a.bias"]},
     )
-    assert loaded.frozen == "abc"
+    assert loaded.about.frozen == "abc" and loaded.ema is None
     assert loaded.weights.keys() == tensors(7).keys()
     assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in tensors(7).items())
     assert all(torch.equal(loaded.optimizer[f"exp_avg/{name}"], 2 * tensor) for name, tensor in tensors(7).items())
+    assert sorted(loaded.optimizer) == ["exp_avg/a.bias", "exp_avg/a.weight"] and len(loaded.optimizer) == 2
     manifest = json.loads((Path(path) / "manifest.json").read_text())
-    assert manifest["weights"] == fingerprint(loaded.weights)
+    assert manifest["weights"] == loaded.fingerprint == fingerprint(loaded.weights)
     assert (tmp_path / "latest").read_text() == "step_00000007"
 
 
@@ -82,7 +90,34 @@ def test_a_checkpoint_without_an_update_has_no_moments(tmp_path: Path) -> None:
     state = TrainState(step=1, applied_steps=0, cursor={"labelled": 8})
     path = save_checkpoint(str(tmp_path), state, tensors(0), {}, keep=1)
     assert verify_checkpoint(path) is None
-    assert load_checkpoint(path).optimizer == {}
+    assert dict(load_checkpoint(path).optimizer) == {}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_any_stretch_of_a_moment_can_be_read_whoever_wrote_it(tmp_path: Path, ranks: int) -> None:
+    whole = torch.arange(60.0).reshape(5, 12)
+    state = TrainState(step=1, applied_steps=1, cursor={})
+    path = save_checkpoint(tmp_path, state, tensors(0), {"exp_avg/w": whole}, ranks=ranks)
+    moments = load_checkpoint(path).optimizer
+    assert torch.equal(moments["exp_avg/w"], whole)
+    for start in range(0, 60, 7):
+        for stop in (start, start + 1, 31, 60):
+            assert torch.equal(moments.part("exp_avg/w", start, max(start, stop)), whole.reshape(-1)[start:stop])
+    with pytest.raises(KeyError, match=r"exp_avg/w: 5 of elements 50 to 65 are in no file"):
+        moments.part("exp_avg/w", 50, 65)
+    with pytest.raises(KeyError):
+        moments.part("exp_avg_sq/w", 0, 1)
+    with pytest.raises(KeyError, match="are in no file"):
+        Moments([str(Path(path) / part_name(ranks - 1, ranks))]).part("exp_avg/w", 0, 60 if ranks > 1 else 61)
+
+
+def test_the_average_is_saved_beside_the_weights(tmp_path: Path) -> None:
+    state = TrainState(step=1, applied_steps=1, cursor={})
+    path = save_checkpoint(tmp_path, state, tensors(0), {}, ema=tensors(1))
+    ema = load_checkpoint(path).ema
+    assert ema is not None and all(torch.equal(ema[name], tensor) for name, tensor in tensors(1).items())
+    (Path(path) / "ema.safetensors").unlink()
+    assert "ema.safetensors" in str(verify_checkpoint(path))
 
 
 def test_the_manifest_is_written_last_and_the_rename_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +137,8 @@ def test_the_manifest_is_written_last_and_the_rename_follows(tmp_path: Path, mon
     save(tmp_path, 1)
     whole = sorted([*FILES, "manifest.json"])
     assert seen == [
-        ("state.json", sorted(FILES[:2])),
-        ("manifest.json", sorted(FILES)),
+        ("state.json", sorted([*PARTS, "weights.safetensors"])),
+        ("manifest.json", FILES),
         ("step_00000001", whole),
         ("latest", ["step_00000001"]),
     ]
@@ -132,9 +167,9 @@ def test_every_file_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
 
 
 def flip_a_byte(path: Path) -> None:
-    data = bytearray((path / "optimizer.safetensors").read_bytes())
+    data = bytearray((path / PARTS[1]).read_bytes())
     data[-5] ^= 1
-    (path / "optimizer.safetensors").write_bytes(data)
+    (path / PARTS[1]).write_bytes(data)
 
 
 def truncate(path: Path) -> None:
@@ -144,6 +179,25 @@ def truncate(path: Path) -> None:
 
 def remove_a_file(path: Path) -> None:
     (path / "state.json").unlink()
+
+
+def remove_a_rank(path: Path) -> None:
+    (path / PARTS[0]).unlink()
+
+
+def forget_a_rank(path: Path) -> None:
+    """As if the manifest had been written before the other rank was done."""
+    (path / PARTS[1]).unlink()
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"][PARTS[1]], manifest["digest"]
+    (path / "manifest.json").write_text(json.dumps(manifest | {"digest": module._digest(manifest)}))
+
+
+def change_the_manifest(path: Path) -> None:
+    """Valid JSON with another fingerprint: one flipped bit in a digit."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["weights"] = ("1" if manifest["weights"][0] == "0" else "0") + manifest["weights"][1:]
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def remove_the_manifest(path: Path) -> None:
@@ -165,12 +219,15 @@ def replace_the_manifest(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (flip_a_byte, "optimizer.safetensors does not match its checksum"),
+        (flip_a_byte, "optimizer-00001-of-00002.safetensors does not match its checksum"),
+        (remove_a_rank, "optimizer-00000-of-00002.safetensors"),
+        (forget_a_rank, "optimizer-00001-of-00002.safetensors"),
+        (change_the_manifest, "manifest.json does not match its checksum"),
         (truncate, "weights.safetensors does not match its checksum"),
         (remove_a_file, "state.json"),
         (remove_the_manifest, "manifest.json"),
         (cut_the_manifest, "manifest.json is damaged"),
-        (empty_the_manifest, "manifest.json is damaged"),
+        (empty_the_manifest, "format None, this version reads 2"),
         (replace_the_manifest, "manifest.json is damaged"),
     ],
 )
@@ -202,7 +259,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_again_by_itself(
     assert prepare_folder(config, True) == newer
     flip_a_byte(Path(newer))
     assert prepare_folder(config, True) == older
-    assert "passed over step_00000002: optimizer.safetensors" in capsys.readouterr().err
+    assert "passed over step_00000002: optimizer-00001" in capsys.readouterr().err
     truncate(Path(older))
     with pytest.raises(CheckpointError, match=r"none of 2 is whole \(step_00000002: .*\); remove them to start from"):
         prepare_folder(config, True)
@@ -242,14 +299,32 @@ def test_a_damaged_later_one_does_not_push_out_what_was_just_written(tmp_path: P
     assert not (tmp_path / "step_00000001").exists()
 
 
+def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    """Lower is better; one without a score is never among the best."""
+    for step, score in enumerate([0.5, 0.2, None, 0.3, 0.4, 0.9], start=1):
+        state = TrainState(step=step, applied_steps=step, cursor={})
+        save_checkpoint(tmp_path, state, tensors(step), {}, keep=1, keep_best=2, score=score, metric="abs_rel")
+    assert list_checkpoints(str(tmp_path)) == ["step_00000002", "step_00000004", "step_00000006"]
+    assert prune(str(tmp_path), 6, keep=1, keep_best=1, lower_is_better=False) == [2, 4]  # the newest is the best too
+
+
 def test_half_written_leftovers_are_ignored_and_cleaned(tmp_path: Path) -> None:
     whole = Path(save(tmp_path, 1))
     for name in ("step_00000005.partial", "step_00000002.partial", "step_00000001.replaced.partial"):
         shutil.copytree(whole, tmp_path / name)
     (tmp_path / "step_notes.txt").write_text("mine")
     assert list_checkpoints(str(tmp_path)) == ["step_00000001"]
+    clean(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001", "step_notes.txt"]
     save(tmp_path, 2)
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001", "step_00000002", "step_notes.txt"]
+    clean(str(tmp_path / "absent"))
+
+
+def test_files_of_another_number_of_ranks_do_not_get_into_a_checkpoint(tmp_path: Path) -> None:
+    partial = tmp_path / "step_00000003.partial"
+    partial.mkdir()
+    (partial / part_name(2, 3)).write_bytes(b"of a run with three ranks that was killed")
+    assert sorted(os.listdir(save(tmp_path, 3))) == sorted([*FILES, "manifest.json"])
 
 
 def test_the_same_step_may_be_written_again(tmp_path: Path) -> None:
@@ -274,8 +349,11 @@ def test_weights_of_the_same_network_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("network", "words"),
     [
-        (Network(5), "0 tensors missing, 0 unknown, 2 of another shape (first: a.bias)"),
-        (nn.Linear(4, 3), "2 tensors missing, 2 unknown, 0 of another shape (first: bias)"),
+        (
+            Network(5),
+            "2 tensors of another shape: a.bias is [3] there and [5] here, a.weight is [3, 4] there and [5, 4] here;",
+        ),
+        (nn.Linear(4, 3), "2 tensors missing: bias, weight; 2 tensors unknown: a.bias, a.weight;"),
     ],
 )
 def test_another_network_is_refused_in_one_line(tmp_path: Path, network: nn.Module, words: str) -> None:
@@ -289,7 +367,7 @@ def test_another_network_is_refused_in_one_line(tmp_path: Path, network: nn.Modu
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-@pytest.mark.parametrize("content", ['{"format": 99}', "[]", "{", '{"format": 1, "step": 1}'])
+@pytest.mark.parametrize("content", ['{"format": 99}', "[]", "{", '{"format": 2, "step": 1}'])
 def test_a_state_of_another_format_is_refused(tmp_path: Path, content: str) -> None:
     path = save(tmp_path, 1)
     (Path(path) / "state.json").write_text(content)
@@ -341,24 +419,10 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoints(small_disk: Path, m
     with pytest.raises(storage.StorageError) as caught:
         save(small_disk, 2, keep=1, megabytes=2)
     message = str(caught.value)
-    assert "cannot write the checkpoint" in message and "earlier checkpoints are kept" in message
+    assert "cannot be written" in message and "No space left on device" in message
     assert "\n" not in message
-    assert sorted(os.listdir(small_disk)) == ["latest", "step_00000001"]
+    assert list_checkpoints(str(small_disk)) == ["step_00000001"]
     assert find_checkpoint(str(small_disk)) == (older, [])
-
-
-def test_a_failed_write_is_one_line_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    older = save(tmp_path, 1, keep=1)
-
-    def refuse(tensors: object, path: str) -> None:
-        Path(path).write_bytes(b"half")
-        raise module.SafetensorError("Error while serializing: No space left on device")
-
-    monkeypatch.setattr(module, "save_file", refuse)
-    with pytest.raises(storage.StorageError, match="No space left on device; earlier checkpoints are kept"):
-        save(tmp_path, 2, keep=1)
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001"]
-    assert find_checkpoint(str(tmp_path)) == (older, [])
 
 
 def save_and_die(root: Path, where: str) -> None:
@@ -366,8 +430,8 @@ def save_and_die(root: Path, where: str) -> None:
     save(root, 1, keep=1)
     save_file, write, rename = module.save_file, storage.atomic_write, os.rename
 
-    def dying_save_file(tensors: dict[str, Tensor], path: str) -> None:
-        save_file(tensors, path)
+    def dying_save_file(tensors: dict[str, Tensor], path: str, metadata: Any) -> None:
+        save_file(tensors, path, metadata=metadata)
         if os.path.basename(path) == where:
             os._exit(9)
 
@@ -392,7 +456,7 @@ def save_and_die(root: Path, where: str) -> None:
     ("where", "newest"),
     [
         ("weights.safetensors", 1),
-        ("optimizer.safetensors", 1),
+        (part_name(1, 2), 1),
         ("manifest.json", 1),
         ("rename", 1),
         ("renamed", 2),
@@ -405,5 +469,6 @@ def test_killed_while_writing(tmp_path: Path, where: str, newest: int) -> None:
     process.join(60)
     assert process.exitcode == 9
     assert find_checkpoint(str(tmp_path)) == (str(tmp_path / f"step_{newest:08d}"), [])
+    clean(str(tmp_path))
     save(tmp_path, 3, keep=1)
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000003"]

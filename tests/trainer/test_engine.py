@@ -358,3 +358,42 @@ def test_deepspeed_knows_every_key(stage: int, precision: str) -> None:
     assert ("torch_autocast" in config) == (precision == "bf16")
     assert config["zero_optimization"]["stage"] == stage
     assert (config["gradient_clipping"], config["gradient_accumulation_steps"]) == (0.5 if stage else 0.0, 3)
+
+
+def partitioned_step(rank: int, world_size: int) -> dict[int, Any]:
+    """One step of a network whose large parameters ZeRO-3 really cuts (it keeps small ones whole)."""
+    from model import DepthAnything
+    from trainer.tasks.base import encoder_decoder_groups
+
+    found = {}
+    images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))[rank::world_size]
+    for stage in (0, 3):
+        torch.manual_seed(0)
+        network = DepthAnything.from_preset("v2-vits")
+        optim, section = OptimSection(), EngineSection(zero_stage=stage, precision="fp32")
+        engine = Engine(
+            network, encoder_decoder_groups(network), optim=optim, engine=section, micro_batches=1,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        prediction = engine(images, features=True)
+        engine.backward(prediction.disparity_BHW.square().mean() + prediction.features_BND.square().mean(), last=True)
+        gradients = engine.gradients()
+        result = engine.step({"encoder": 1e-4, "decoder": 1e-3})
+        cut = [name for name in engine.trained if 0 < len(engine.spans[name]) < engine.shape_of(name).numel()]
+        whole = engine.whole_weights(everywhere=True)
+        found[stage] = (gradients, result.grad_norm, cut, {n: t.clone() for n, t in whole.items()})
+        engine.close()
+    return found
+
+
+def test_a_network_that_is_really_cut_computes_the_same(tmp_path: Path) -> None:
+    for found in run_ranks(partitioned_step, 2, tmp_path):
+        (gradients, norm, _, weights), (cut_gradients, cut_norm, cut, cut_weights) = found[0], found[3]
+        assert "pretrained.pos_embed" in cut and "pretrained.blocks.11.attn.qkv.weight" in cut
+        assert cut_norm == pytest.approx(norm, rel=1e-5)
+        assert cut_gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert torch.allclose(cut_gradients[name], gradient, rtol=1e-4, atol=1e-6 * norm), name
+        assert cut_weights.keys() == weights.keys()  # the frozen ones, too
+        # Adam's first step is the sign of the gradient: where that is rounding, so is the step
+        assert all(torch.allclose(cut_weights[name], weights[name], atol=2.1e-3) for name in weights)

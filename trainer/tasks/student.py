@@ -61,7 +61,7 @@ class ProjectedDepthAnything(DepthAnything):
         prediction = super().forward(image_BCHW, features)
         if prediction.features_BND is None:
             return prediction
-        return replace(prediction, features_BND=self.projection(prediction.features_BND))
+        return prediction._replace(features_BND=self.projection(prediction.features_BND))
 
     def plain(self) -> DepthAnything:
         """The network without the projection: the same tensors."""

@@ -1,0 +1,196 @@
+"""How many rows a forward pass takes: as configured, or (`micro_batch: auto`) the most that fit into memory.
+
+Before the engine exists each rank runs the task forward and backward on one and on two made-up rows, and measures the
+peak. The rest is a line: rows * slope + base, held against what is free less what the engine is going to need. No
+collective runs meanwhile, so a rank that runs out of memory leaves nobody waiting; at the end the smallest counts.
+
+Shape suffixes: B batch, C channel, H W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cluster.worker import WorkerContext
+from dataio.types import Batch, Target
+from trainer.config import ConfigError
+from trainer.config_train import EngineSection, TrainConfig
+from trainer.tasks.base import Task
+
+SHARE_OF_FREE = 0.8  # the rest is for fragmentation, the loader's batches and what a line does not see
+
+
+def micro_batch_count(
+    config: TrainConfig, task: Task, module: nn.Module, context: WorkerContext, device: torch.device
+) -> int:
+    """Forward passes per step, the same on every rank. A collective with `auto`.
+
+    Raises ConfigError when not even one row fits.
+    """
+    rows = share_of(config, context.world_size)
+    size = config.engine.micro_batch
+    if size == "auto":
+        size = _largest(config, task, module, context, device, rows)
+    return -(-rows // min(size, rows)) if size else 1
+
+
+def share_of(config: TrainConfig, world_size: int) -> int:
+    """The most rows of a global batch that one rank gets."""
+    return sum(spec.batch // spec.lanes * (-(-spec.lanes // world_size)) for spec in config.data.roles.values())
+
+
+def _largest(
+    config: TrainConfig, task: Task, module: nn.Module, context: WorkerContext, device: torch.device, rows: int
+) -> int:
+    free = free_memory(device) // (1 if device.type == "cuda" else ranks_here(context))
+    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    room = int(SHARE_OF_FREE * free) - engine_bytes(parameters, config.engine, context.world_size)
+    module.train().to(device)
+    try:
+        fits = largest_that_fits(lambda n: peak_bytes(task, module, config, n, device), room, rows)
+    finally:
+        module.zero_grad(set_to_none=True)
+        gc.collect()
+    smallest = torch.tensor(fits, device=device)
+    if context.world_size > 1:
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    if not int(smallest):
+        raise ConfigError(
+            f"engine.micro_batch: auto: not even one row of {config.data.input_size} pixels fits into "
+            f"{free / 2**30:.1f} GiB; use model.activation_checkpointing, a higher engine.zero_stage, "
+            "engine.cpu_offload or a smaller network"
+        )
+    return int(smallest)
+
+
+def largest_that_fits(measure: Callable[[int], int | None], room: int, rows: int) -> int:
+    """The largest number of rows, up to `rows`, whose peak stays within `room` bytes; 0 when one row does not.
+
+    `measure(n)` gives the peak of n rows, or None when memory ran out.
+    """
+    one = measure(1)
+    if one is None or one > room:
+        return 0
+    two = measure(2) if rows > 1 else None
+    if two is None or two > room:
+        return 1
+    slope = max(two - one, 1)
+    guess = min(rows, 2 + (room - two) // slope)
+    while guess > 2 and ((peak := measure(guess)) is None or peak > room):
+        guess = guess * 3 // 4
+    return guess
+
+
+def engine_bytes(parameters: int, engine: EngineSection, world_size: int) -> int:
+    """What the engine takes beside the weights: gradients, two moments, the fp32 partition and its gradient.
+
+    By ZeRO stage (arXiv 1910.02054, section 5): 0 keeps all of it on every rank, 1 and 2 cut the optimizer's part, 3
+    the gradients and weights too, which then are gathered layer by layer.
+    """
+    share = -(-parameters // world_size)
+    optimizer = 8 * (parameters if engine.zero_stage == 0 else share)
+    if engine.cpu_offload:
+        optimizer = 0
+    partition = 0 if engine.zero_stage == 0 else 8 * share
+    gradients = 4 * (share if engine.zero_stage >= 2 else parameters)
+    return optimizer + partition + gradients
+
+
+def peak_bytes(task: Task, module: nn.Module, config: TrainConfig, rows: int, device: torch.device) -> int | None:
+    """Peak memory of a forward and backward pass on `rows` made-up rows, beyond what is used now; None: it ran out."""
+    batch = made_up_batch(task, config, rows, device)
+    try:
+        low = config.engine.precision == "bf16"
+        with _peak(device) as peak, torch.autocast(device.type, torch.bfloat16, enabled=low):
+            sums = task.sums(module, batch)
+            torch.stack(list(sums.values())).sum().backward()
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return peak[0]
+
+
+def made_up_batch(task: Task, config: TrainConfig, rows: int, device: torch.device) -> Batch:
+    """Rows as a rank would get them, the last roles first: those cost a student its frozen encoder as well."""
+    size = config.data.input_size
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator).to(device)
+
+    region_BHW = torch.ones(rows, size, size, dtype=torch.uint8, device=device)
+    region_BHW[:, size // 4 : size // 2, size // 4 :] = 2 if "unlabelled" in task.needs else 1
+    counts, left = [], rows
+    for role in sorted(task.needs, reverse=True):
+        taken = min(left, config.data.roles[role].batch)
+        counts.append((role, taken))
+        left -= taken
+    last, taken = counts[0]
+    counts[0] = (last, taken + left)
+    return Batch(
+        views={name: rand(rows, 3, size, size) for name in task.views},
+        targets={
+            "disparity": Target(value_BHW=rand(rows, size, size), quantity="disparity"),
+            "depth_m": Target(value_BHW=rand(rows, size, size) + 1, quantity="depth_m"),
+        },
+        region_BHW=region_BHW,
+        weight_B=torch.ones(rows, device=device),
+        roles=tuple(reversed(counts)),
+        keys=tuple(f"made_up_{i}" for i in range(rows)),
+        cursor=dict.fromkeys(task.needs, 0),
+    )
+
+
+@contextlib.contextmanager
+def _peak(device: torch.device) -> Iterator[list[int]]:
+    """Gives a list whose one number, after the block, is the block's peak in bytes beyond what was used before."""
+    peak = [0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated(device) - before
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is used now
+    before = _status("VmRSS")
+    yield peak
+    peak[0] = max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had now: of the GPU, or of this machine or the control group that it gives us."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit in it
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(free, 0)
+
+
+def ranks_here(context: WorkerContext) -> int:
+    """Ranks that share this machine's memory. A collective."""
+    names: list[str] = [socket.gethostname()]
+    if context.world_size > 1:
+        names = [""] * context.world_size
+        dist.all_gather_object(names, socket.gethostname())
+    return names.count(socket.gethostname())

@@ -1,0 +1,101 @@
+"""Held-out datasets, measured while training: every rank takes its share of the images, none is measured twice."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dataio.dataset import Dataset
+from model import DepthAnything
+from trainer.config import ConfigError
+from trainer.config_train import TrainConfig
+from trainer.evaluate_images import ImageResult, Measurement, mean_of, measure_part, measurement
+
+HIGHER_IS_BETTER = ("delta1", "delta2", "delta3")
+
+
+@dataclass(kw_only=True)
+class Validator:
+    """One rank's part of the validation of a run."""
+
+    config: TrainConfig
+    datasets: list[Dataset]
+    what: Measurement
+    rank: int
+    world_size: int
+    device: torch.device
+    skipped: int = field(default=0, init=False)  # images that gave nothing, the last time
+
+    @classmethod
+    def of(
+        cls, config: TrainConfig, module: nn.Module, rank: int, world_size: int, device: torch.device
+    ) -> Validator | None:
+        """None when the run has no validation datasets. Raises ConfigError for a task or protocol that does not fit."""
+        section = config.validation
+        if not section.datasets:
+            return None
+        if not isinstance(module, DepthAnything):
+            raise ConfigError(f"validation.datasets: task {config.task.kind!r} predicts no depth; remove them")
+        what = measurement(
+            module.preset,
+            protocol=section.protocol,
+            max_depth=section.max_depth,
+            input_size=section.input_size or config.data.input_size,
+            batch=section.batch,
+            limit=section.limit,
+        )
+        datasets = [Dataset.open(path) for path in section.datasets]
+        return cls(config=config, datasets=datasets, what=what, rank=rank, world_size=world_size, device=device)
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.config.validation.metric not in HIGHER_IS_BETTER
+
+    def due(self, step: int) -> bool:
+        """Whether to validate after this step."""
+        return step % self.config.validation.every == 0 or step == self.config.steps
+
+    def run(self, module: nn.Module) -> dict[str, float]:
+        """`NAME/METRIC` of every dataset, and METRIC, the mean over datasets. The same on every rank; a collective.
+
+        Raises DataError when a dataset's files are gone.
+        """
+        assert isinstance(module, DepthAnything)
+        values: dict[str, float] = {}
+        self.skipped = 0
+        means = []
+        for path, dataset in zip(self.config.validation.datasets, self.datasets, strict=True):
+            results = self._all_results(module, dataset)
+            self.skipped += sum(not result.values for result in results)
+            means.append(mean_of(results))
+            name = os.path.basename(os.path.normpath(path))
+            values |= {f"{name}/{metric}": value for metric, value in means[-1].items()}
+        for metric in means[0] if all(means) else ():
+            values[metric] = sum(mean[metric] for mean in means) / len(means)
+        return values
+
+    def _all_results(self, module: DepthAnything, dataset: Dataset) -> list[ImageResult]:
+        @torch.no_grad()
+        def predict(image_BCHW: Tensor) -> Tensor:
+            prediction = module(image_BCHW)
+            value_BHW = prediction.depth_m_BHW if self.what.metric else prediction.disparity_BHW
+            assert value_BHW is not None
+            return value_BHW.float()
+
+        own = measure_part(
+            dataset, predict, self.what, part=self.rank, of=self.world_size, device=self.device,
+            threads=self.config.data.threads,
+        )  # fmt: skip
+        if self.world_size == 1:
+            return own
+        gathered: list[list[ImageResult]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(gathered, own)
+        return [result for results in gathered for result in results]
+
+    def score(self, values: dict[str, float]) -> float | None:
+        """What `checkpoint.keep_best` goes by; None when nothing could be measured."""
+        return values.get(self.config.validation.metric)
