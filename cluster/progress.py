@@ -51,6 +51,13 @@ class Progress:
     ) -> None:
         self.close()
 
+    def set_total(self, total: float) -> None:
+        """Say how much there is, where that was not known before."""
+        with suppress(Exception):
+            self._total = total
+            if self._bar is not None:
+                self._bar.update(self._task, total=int(total))
+
     def update(self, done: float, **values: Any) -> None:
         """`done` units are complete; `values` are shown beside it (floats with four digits)."""
         with suppress(Exception):

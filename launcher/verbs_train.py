@@ -31,6 +31,9 @@ def train(
     config: ConfigArgument,
     overrides: OverridesOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest whole checkpoint.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Check invariants before and after every step; slow.")
+    ] = False,
     skip_samples: Annotated[
         list[str] | None,
         typer.Option(metavar="FROM:TO", help="Pass over these samples of the run's order; repeatable. See the docs."),
@@ -53,12 +56,13 @@ def train(
 
     stretches = [list(_stretch(text)) for text in skip_samples or ()]
     added = [f"data.skip_samples={json.dumps(stretches)}"] if stretches else []
+    added += ["engine.debug=true"] if debug else []
     settings = read_config(TrainConfig, config, [*(overrides or []), *added])
     from trainer.run import show_step
     from trainer.run import train as run
 
     notice = "finishing the step and writing a checkpoint; Ctrl-C again ends at once"
-    with StopFlag(notice=notice) as stop, Progress(settings.name, settings.steps, "steps") as bar:
+    with StopFlag(notice=notice) as stop, Progress(settings.name, settings.steps or None, "steps") as bar:
         outcome = run(
             settings,
             resume=resume,

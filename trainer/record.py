@@ -60,6 +60,7 @@ class Recorder:
         self._trackers: list[Tracker] | None = None  # the first step tells where their curves go on
         self._failed_trackers: set[str] = set()
         self._notes: list[str] = []
+        self.shown: dict[str, float] = {}  # beside the loss in the progress line, until it is changed
         self._last = time.perf_counter()
         self._since_line = (0, 0, 0.0)  # steps, images, seconds
         exporter.metric("fathom_world_size").set(context.world_size)
@@ -174,7 +175,7 @@ class Recorder:
                 "total": self.config.steps,
                 "loss": total,
                 "metrics": self.exporter.address,
-                "shown": {"loss": total, "images/s": images_per_second},
+                "shown": {"loss": total, "images/s": images_per_second, **self.shown},
                 "notes": list(self._notes),
             }
         )

@@ -150,14 +150,18 @@ def run_ranks(
 
 def show_step(bar: Progress) -> Callable[[Mapping[str, Any]], None]:
     """An `on_progress` for `train` that draws on `bar`, and says once where the live metrics are served."""
-    said = False
+    told: int | None = None  # notes
 
     def on_progress(report: Mapping[str, Any]) -> None:
-        nonlocal said
-        if not said:
+        nonlocal told
+        if told is None:
+            bar.set_total(report["total"])
             bar.note(f"live metrics: http://{report['metrics']}/metrics")
-            said = True
-        bar.update(report["done"], loss=report["loss"])
+            told = 0
+        for note in report["notes"][told:]:
+            bar.note(note)
+        told = len(report["notes"])
+        bar.update(report["done"], **report["shown"])
 
     return on_progress
 

@@ -42,7 +42,7 @@ class Validator:
             raise ConfigError(f"validation.datasets: task {config.task.kind!r} predicts no depth; remove them")
         what = measurement(
             module.preset,
-            protocol=section.protocol,
+            protocol=section.protocol or ("metric" if module.preset.head == "metric" else "disparity"),
             max_depth=section.max_depth,
             input_size=section.input_size or config.data.input_size,
             batch=section.batch,

@@ -17,7 +17,7 @@ from cluster.worker import WorkerContext
 from dataio.loader import Loader
 from dataio.quarantine import Quarantine
 from dataio.types import Batch
-from trainer.autobatch import micro_batch_count
+from trainer.autobatch import micro_batch_count, share_of
 from trainer.checkpoint import (
     About,
     Checkpoint,
@@ -196,12 +196,21 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
     def run(self) -> str | None:
         """Train to the end or to an agreed stop, then export. Returns the reason of a stop."""
         batches: Iterator[Batch] = iter(self.loader)
+        self._clock = time.monotonic()
+        self._say_micro_batches()
         reason = self.loop.run(batches, self)
         if reason is None:
             network = self.shadow.current(self.engine, self.ema, everywhere=False)
             if self.context.rank == 0 and network is not None:
                 self.task.export(network, os.path.join(self.config.folder, "weights"))
         return reason
+
+    def _say_micro_batches(self) -> None:
+        if self.config.engine.micro_batch == "auto" and self.context.rank == 0:
+            count, share = self.loop.micro_batches, share_of(self.config, self.context.world_size)
+            rows = -(-share // count)
+            self.recorder.note(f"micro_batch: auto: {count} forward passes of at most {rows} rows a step and rank")
+            self.recorder.journal.write("micro_batches", count=count, rows=rows)
 
     # Hooks of the loop.
 
@@ -225,7 +234,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
 
     def agreed(self, due: bool, written: int, failed: int) -> None:
         self.saver.settle(written, failed)
-        if due:
+        if due and self.loop.step:
             self.checkpoint(last=False)
 
     def checkpoint(self, *, last: bool) -> None:
@@ -292,6 +301,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         if score is None:
             return
         self._score = (self.loop.step, score)
+        self.recorder.shown[self.config.validation.metric] = score
         if self.config.checkpoint.keep_best and self._is_among_the_best(validator, score):
             self.checkpoint(last=False)
 

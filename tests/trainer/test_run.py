@@ -153,7 +153,7 @@ def teacher(runs: Path, **changes: Any) -> TrainConfig:
 def test_what_decides_the_order_and_the_lesson_is_fixed(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         refuse_changes(teacher(tmp_path), teacher(tmp_path, **change))
-    assert str(caught.value) == f"{says} use that or start under another name"
+    assert str(caught.value) == f"{says} use what it has or start under another name"
 
 
 FREE: dict[str, Any] = {
