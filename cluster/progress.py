@@ -91,14 +91,13 @@ class Progress:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
-        from rich.table import Column
 
         # One text of ours, for Rich forgets the rate when updates are over 30 s apart. On a narrow terminal the bar
         # goes first, then the end of the text.
         self._bar = Bar(
-            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[state]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn("{task.fields[state]}", markup=False),
             console=Console(file=self._stream),
             redirect_stdout=False,
             redirect_stderr=False,

@@ -60,8 +60,9 @@ def test_a_narrow_terminal_keeps_what_matters(monkeypatch: pytest.MonkeyPatch) -
     with Progress("teacher", 484375, "steps", stream=out, clock=lambda: now[0]) as progress:
         progress.update(10, loss=0.5)
         now[0] = 60.0  # farther apart than Rich's own memory
-        progress.update(130, loss=0.5)
-    assert "130/484375 steps  2 steps/s  2 d 19:15:22 left  loss 0.5" in out.getvalue()
+        progress.update(130, loss=0.5, **{"images/s": 51.25, "more": "than fits"})
+    assert "130/484375 steps  2 steps/s  2 d 19:15:22 left  loss 0.5" in out.getvalue()  # in one line
+    assert "fits" not in out.getvalue()
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

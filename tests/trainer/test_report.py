@@ -126,7 +126,7 @@ def test_ten_colours_come_again_with_another_stroke() -> None:
 def test_values_over_decades_have_a_logarithmic_axis() -> None:
     wide = curves_svg({"a": [(0, 0.01), (1, 5.0), (2, 1.0)]}, x="step", y="norm")
     narrow = curves_svg({"a": [(0, 0.1), (1, 5.0), (2, 1.0)]}, x="step", y="norm")
-    negative = curves_svg({"a": [(0, -1.0), (1, 500.0), (2, 1.0)]}, x="step", y="norm")
+    negative = curves_svg({"a": [(0, -1.0), (1, 500.0), (2, 0.001)]}, x="step", y="norm")
     powers = [">−</tspan>" in svg for svg in (wide, narrow, negative)]  # the exponent of a tick at 0.01
     assert powers == [True, False, False]
 
