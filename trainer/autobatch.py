@@ -129,8 +129,6 @@ def made_up_batch(task: Task, config: TrainConfig, rows: int, device: torch.devi
     def rand(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator).to(device)
 
-    region_BHW = torch.ones(rows, size, size, dtype=torch.uint8, device=device)
-    region_BHW[:, size // 4 : size // 2, size // 4 :] = 2 if "unlabelled" in task.needs else 1
     counts, left = [], rows
     for role in sorted(task.needs, reverse=True):
         taken = min(left, config.data.roles[role].batch)
@@ -138,6 +136,9 @@ def made_up_batch(task: Task, config: TrainConfig, rows: int, device: torch.devi
         left -= taken
     last, taken = counts[0]
     counts[0] = (last, taken + left)
+    region_BHW = torch.ones(rows, size, size, dtype=torch.uint8, device=device)
+    if last == "unlabelled":  # as CutMix would
+        region_BHW[-counts[0][1] :, size // 4 : size // 2, size // 4 :] = 2
     return Batch(
         views={name: rand(rows, 3, size, size) for name in task.views},
         targets={
