@@ -35,7 +35,8 @@ from dataio.dataset import INFO_NAME
 from dataio.pack_synth import pack_synth
 from launcher import recipes
 from trainer.config import ConfigError, apply_override
-from trainer.labelling import LabelConfig, run_labelling
+from trainer.config_label import LabelConfig
+from trainer.labelling import run_labelling
 from trainer.quickstart import LADDER, STRONG, Request, Results, Sizes, Stopped, evaluate_stage, timed, train_stage
 from trainer.run import commit
 
