@@ -1,121 +1,201 @@
-"""One training step of a student by its parts: what the losses cost beside the networks.
+"""A step of the whole trainer against a bare PyTorch loop: the same network, loss and batches, one rank.
 
-    .venv/bin/python benchmarks/bench_step.py --preset v2-vits --batch 2
+    .venv/bin/python benchmarks/bench_step.py --preset v2-vits --size 252 --batch 2
 
-Network, frozen encoder, losses and optimizer as a step runs them, each timed alone with its inputs made beforehand;
-losses forward and backward, down to the network's outputs. The parts take turns within every repetition. Networks are
-in bfloat16 autocast, losses in float32. Half of the rows are unlabelled and carry a CutMix rectangle; a tenth of the
-pixels are holes. Gradient matching and SiLog are plain PyTorch (`trainer.losses`): this table says if that is enough.
+The trainer is the one that `fathom train` runs on a rank: engine (DeepSpeed), loop, all-reduces, timers, metrics,
+journal, TensorBoard; only the loader is replaced by batches in memory, as data are not the question here. The bare loop
+is what one would write by hand, with the same fused AdamW. They take turns, step by step, in one process, so that a
+busy machine slows both; the ratio is of times that follow each other. Every tenth step is logged, as in recipes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
-from benchmarks.bench_kernels import Clock, milliseconds
-from model import DepthAnything, Encoder
-from trainer.losses import (
-    feature_alignment_loss,
-    gradient_matching_loss,
-    regional_affine_invariant_loss,
-    silog_loss,
-)
+from benchmarks.common import command_line, hardware
+from cluster.runtime import remove_shared_memory
+from cluster.worker import WorkerContext
+from dataio.pack_synth import pack_synth
+from dataio.types import Batch, Target
+from trainer.config import parse_config
+from trainer.config_train import TrainConfig
+from trainer.losses import regional_affine_invariant_loss
+from trainer.tasks.base import encoder_decoder_groups
+from trainer.timing import PhaseTimer
 
-WARM_UP = 2
-Part = tuple[Callable[[], Any], Callable[[Any], Any]]  # what to prepare, what to time
-LOSSES = ("affine-invariant, two regions", "feature alignment", "gradient matching", "SiLog")
+WARM_UP = 3
+PHASES = ("forward", "loss", "backward", "optimizer")
 
 
-def parts(arguments: argparse.Namespace) -> dict[str, Part]:
-    """Each part of the step."""
-    device, batch, side = arguments.device, arguments.batch, arguments.size
-    g = torch.Generator().manual_seed(0)
-    net = DepthAnything.from_preset(arguments.preset).to(device)
-    frozen = Encoder.from_preset(arguments.preset).to(device).requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-6)
-    image_BCHW = torch.randn(batch, 3, side, side, generator=g).to(device)
-    target_BHW = torch.rand(batch, side, side, generator=g).to(device) + 0.1
-    region_BHW = torch.ones(batch, side, side, dtype=torch.uint8)
-    region_BHW[batch // 2 :, side // 5 : -side // 4, side // 8 : -side // 6] = 2
-    region_BHW[torch.rand(region_BHW.shape, generator=g) < 0.1] = 0
-    region_BHW = region_BHW.to(device)
-
-    def forward() -> tuple[Tensor, Tensor]:
-        with torch.autocast(device, torch.bfloat16):
-            prediction = net(image_BCHW, features=True)
-        return prediction.disparity_BHW, prediction.features_BND
-
-    def frozen_forward(_: Any) -> Tensor:
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-            return frozen(image_BCHW[batch // 2 :]).last_BND
-
-    with torch.no_grad():
-        disparity_BHW, features_BND = (x.float() for x in forward())
-    frozen_BND = frozen_forward(None).float()
-    upstream = [torch.full_like(x, 1e-3) for x in forward()]
-    for p in net.parameters():
-        p.grad = torch.zeros_like(p)
-
-    def backward(outputs: tuple[Tensor, Tensor]) -> None:
-        torch.autograd.backward(outputs, upstream)
-
-    def loss(function: Callable[[Tensor], Tensor], output: Tensor) -> Part:
-        leaf = output.detach().requires_grad_()
-        return lambda: None, lambda _: torch.autograd.grad(function(leaf).sum(), leaf)
-
-    positive_BHW = disparity_BHW.abs() + 0.1
-    losses = (
-        loss(lambda x: regional_affine_invariant_loss(x, target_BHW, region_BHW, 2), disparity_BHW),
-        loss(lambda x: feature_alignment_loss(x, frozen_BND, 0.85), features_BND[batch // 2 :]),
-        loss(lambda x: gradient_matching_loss(x, target_BHW, region_BHW, 2), disparity_BHW),
-        loss(lambda x: silog_loss(x, target_BHW, region_BHW > 0), positive_BHW),
-    )
-    return {
-        "network, forward": (lambda: None, lambda _: forward()),
-        "network, backward": (forward, backward),
-        "frozen encoder": (lambda: None, frozen_forward),
-        "AdamW": (lambda: None, lambda _: optimizer.step()),
-        **dict(zip(LOSSES, losses, strict=True)),
+def config_of(arguments: argparse.Namespace, folder: str, stage: int) -> TrainConfig:
+    """A teacher's run, long enough for all steps."""
+    roles = {"labelled": {"datasets": [f"{folder}/data"], "batch": arguments.batch, "lanes": 1}}
+    values: dict[str, Any] = {
+        "name": f"stage{stage}",
+        "runs": f"{folder}/runs",
+        "steps": arguments.steps + WARM_UP + 1,
+        "task": {"kind": "teacher"},
+        "model": {"preset": arguments.preset},
+        "data": {"input_size": arguments.size, "roles": roles},
+        "engine": {"zero_stage": stage, "precision": arguments.precision},
+        "checkpoint": {"every": 10**6, "keep": 1},
+        "preview_every": 10**6,
     }
+    return parse_config(TrainConfig, values)
+
+
+def batches_of(arguments: argparse.Namespace, device: torch.device) -> list[Batch]:
+    """Four batches, a tenth of their pixels without a measurement."""
+    g, shape = torch.Generator().manual_seed(0), (arguments.batch, arguments.size, arguments.size)
+    made = []
+    for number in range(4):
+        region_BHW = (torch.rand(shape, generator=g) > 0.1).to(torch.uint8).to(device)
+        target = Target(value_BHW=torch.rand(shape, generator=g).to(device), quantity="disparity")
+        made.append(
+            Batch(
+                views={"student": torch.randn(shape[0], 3, *shape[1:], generator=g).to(device)},
+                targets={"disparity": target},
+                region_BHW=region_BHW,
+                weight_B=torch.ones(arguments.batch, device=device),
+                roles=(("labelled", arguments.batch),),
+                keys=tuple(f"{number}-{row}" for row in range(arguments.batch)),
+                cursor={"labelled": 0},
+            )
+        )
+    return made
+
+
+class BareLoop:
+    """What one would write by hand: network, AdamW with two rates, autocast, loss, update."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        from model import DepthAnything
+
+        torch.manual_seed(0)
+        self.network = DepthAnything.from_preset(config.model.preset).to(device).train()
+        groups = encoder_decoder_groups(self.network)
+        rates = {"encoder": config.optim.encoder_lr, "decoder": config.optim.decoder_lr}
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [p for _, p in named], "lr": rates[name]} for name, named in groups.items()],
+            weight_decay=0.01,
+            fused=True,
+        )
+        self.device, self.low = device, config.engine.precision == "bf16"
+        self.timer = PhaseTimer(device)
+
+    def step(self, batch: Batch) -> None:
+        with self.timer("loss"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.low):
+            with self.timer("forward"):
+                pred_BHW = self.network(batch.views["student"]).disparity_BHW
+            target_BHW = batch.targets["disparity"].value_BHW
+            loss = regional_affine_invariant_loss(pred_BHW.float(), target_BHW, batch.region_BHW, 1).mean()
+        with self.timer("backward"):
+            loss.backward()
+        with self.timer("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+
+def measure(arguments: argparse.Namespace, folder: str, stage: int) -> dict[str, np.ndarray]:
+    """Seconds of each step after the warm-up: `trainer`, `bare` and the trainer's phases."""
+    from trainer.worker import RankTrainer
+
+    cuda = arguments.device == "cuda"
+    device = torch.device("cuda:0" if cuda else "cpu")
+    config = config_of(arguments, folder, stage)
+    bare, batches = BareLoop(config, device), batches_of(arguments, device)
+    seconds: dict[str, list[float]] = {"trainer": [], "bare": []}
+    phases: list[dict[str, float]] = []
+    bare_phases: list[dict[str, float]] = []
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def turns() -> Iterator[Batch]:
+        for number in range(config.steps):
+            batch = batches[number % len(batches)]
+            began = now()
+            bare.step(batch)
+            seconds["bare"].append(now() - began)
+            bare_phases.append(bare.timer.take())
+            began = now()
+            yield batch
+            seconds["trainer"].append(now() - began)
+
+    with RankTrainer(config, WorkerContext(device=str(device)), None) as trainer:
+        after_step = trainer.after_step
+
+        def noted(record: Any, batch: Batch) -> None:
+            after_step(record, batch)
+            phases.append(dict(record.phases))
+
+        trainer.after_step = noted  # type: ignore[method-assign]
+        trainer.checkpoint = lambda *, last: None  # type: ignore[method-assign]
+        trainer.loop.run(turns(), trainer)
+    kept = slice(WARM_UP, WARM_UP + arguments.steps)
+    found = {name: np.array(values[kept]) for name, values in seconds.items()}
+    for who, split in (("trainer", phases), ("bare", bare_phases)):
+        found |= {f"{who} {phase}": np.array([one.get(phase, 0.0) for one in split[kept]]) for phase in PHASES}
+    return found
+
+
+def quartiles(values: np.ndarray, digits: int = 1) -> str:
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--preset", default="v2-vits")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--size", type=int, default=518)
+    parser.add_argument("--size", type=int, default=252)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
-    step, clock = parts(arguments), Clock(arguments.device)
-    for _ in range(WARM_UP):
-        for part in step.values():
-            clock(*part)
-    rounds = [{name: clock(*part) for name, part in step.items()} for _ in range(arguments.repeats)]
-    seconds = {name: np.array([one[name] for one in rounds]) for name in step}
-    # SiLog belongs to metric training: it is no part of this step's sum.
-    whole = sum(times for name, times in seconds.items() if name != "SiLog")
-    cuda = arguments.device == "cuda"
-    machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    load = "" if cuda else f", load {os.getloadavg()[0]:.1f}"
-    print(f"{machine}; torch {torch.__version__}{load}; {arguments.preset}, B={arguments.batch}, "
-          f"{arguments.size} pixels a side; {arguments.repeats} repetitions; median [quartiles]\n")  # fmt: skip
-    print("| part | ms | share of the step, % |\n|---|---|---|")
-    for name, times in seconds.items():
-        print(f"| {name} | {milliseconds(times)} | {100 * np.median(times / whole):.2f} |")
-    print(f"| all but SiLog | {milliseconds(np.asarray(whole))} | 100 |")
+    torch.set_num_threads(arguments.threads)
+    if arguments.device == "cuda":
+        os.environ["DS_ACCELERATOR"] = "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", CROSS_RANK="0", CROSS_SIZE="1",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(100_000 + os.getpid()),
+        )  # fmt: skip
+        backend = "nccl" if arguments.device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        pack_synth("labelled", f"{folder}/data", seed=0, count=4, size=56, labelled=True, samples_per_shard=4)
+        rows = {stage: measure(arguments, folder, stage) for stage in arguments.stages}
+        dist.destroy_process_group()
+        remove_shared_memory(f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{os.environ['MASTER_PORT']}_")
+    load = "" if arguments.device == "cuda" else f", {arguments.threads} threads, load {os.getloadavg()[0]:.1f}"
+    print(
+        f"{hardware(arguments.device)}; torch {torch.__version__}{load}; {arguments.preset}, {arguments.batch} x "
+        f"{arguments.size} pixels, {arguments.precision}; {arguments.steps} steps; median [quartiles], ms\n"
+    )
+    print(f"| | step | {' | '.join(PHASES)} | trainer / bare |\n|---|---|{'---|' * len(PHASES)}---|")
+    for stage, found in rows.items():
+        for who in ("trainer", "bare"):
+            cells = [quartiles(1e3 * found[name]) for name in (who, *(f"{who} {phase}" for phase in PHASES))]
+            ratio = quartiles(found["trainer"] / found["bare"], 3) if who == "trainer" else ""
+            print(f"| {who}, zero_stage {stage} | {' | '.join(cells)} | {ratio} |")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
-TESTS_S=190
-KERNELS_S=165
-STEP_S=40
+TESTS_S=180
+KERNELS_S=145
+STEP_S=45
+LOSSES_S=30
 MODEL_S=60
 DATA_S=60
-SMALL_S=20 # 535 in all
+SMALL_S=15 # 535 in all
 
 [ -x .venv/bin/python ] && default=.venv/bin/python || default=python3
 PYTHON=${PYTHON:-$default}
@@ -59,9 +60,11 @@ step tests "$TESTS_S" "$PYTHON" -m pytest -m gpu -q --durations=10 -p no:cachepr
 # all of them runs the benchmark alone.
 step bench_kernels "$KERNELS_S" "$PYTHON" benchmarks/bench_kernels.py --device cuda --case-s 4 \
     --limit-s $((KERNELS_S - 40)) --plot "$RESULTS/bench_kernels.png"
-step bench_step "$STEP_S" "$PYTHON" benchmarks/bench_step.py --device cuda --preset v2-vitl --batch 16 --repeats 15
+step bench_step "$STEP_S" "$PYTHON" benchmarks/bench_step.py --device cuda --preset v2-vitl --batch 16 --size 518 \
+    --steps 20 --stages 2
+step bench_losses "$LOSSES_S" "$PYTHON" benchmarks/bench_losses.py --device cuda --preset v2-vitl --batch 16 --repeats 15
 # What the data plane delivers beside what a small network consumes.
-step bench_step_small "$SMALL_S" "$PYTHON" benchmarks/bench_step.py --device cuda --preset v2-vits --batch 32 --repeats 5
+step bench_losses_small "$SMALL_S" "$PYTHON" benchmarks/bench_losses.py --device cuda --preset v2-vits --batch 32 --repeats 5
 step bench_data "$DATA_S" "$PYTHON" benchmarks/bench_data.py --device cuda --threads "$(nproc)" --batch 24 \
     --images 192 --repeats 1
 step bench_model "$MODEL_S" "$PYTHON" benchmarks/bench_model.py --device cuda --batch 8 --repeats 15

@@ -27,7 +27,11 @@ COMMANDS = {
         "| ours, one call a region |",
         "| copy of the same bytes |",
     ),
-    "bench_step.py --device cpu --preset tiny --batch 2 --size 70 --repeats 1": ("| frozen encoder |", "| SiLog |"),
+    "bench_losses.py --device cpu --preset tiny --batch 2 --size 70 --repeats 1": ("| frozen encoder |", "| SiLog |"),
+    "bench_step.py --device cpu --preset tiny --batch 2 --size 56 --steps 2 --stages 2": (
+        "| trainer, zero_stage 2 |",
+        "| bare, zero_stage 2 |",
+    ),
     "bench_data.py --device cpu --threads 1 --size 56 --batch 6 --images 12 --repeats 1": (
         "| ours |",
         "| DataLoader, webdataset, PIL |",

@@ -65,16 +65,19 @@ class Engine:
     ) -> None:
         self.groups = decay_groups(groups, optim)
         self.rank = dist.get_rank()
-        self.precision, self.device, self.stage = engine.precision, device, engine.zero_stage
+        self.precision, self.device = engine.precision, device
+        self.stage = effective_stage(engine, dist.get_world_size())
         self._optim = optim
         self._shapes = {name: p.shape for name, p in module.named_parameters()}
         prepare_cpu_operator()
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module.to(device),
             optimizer=make_optimizer(self.groups, optim),
-            config=deepspeed_config(optim, engine, micro_batches),
+            config=deepspeed_config(optim, engine.model_copy(update={"zero_stage": self.stage}), micro_batches),
             dist_init_required=False,
         )
+        if dist.get_world_size() == 1:
+            self._engine.enable_backward_allreduce = False  # it would flatten and copy every gradient for nobody
         self.applied_steps = 0
         self._state = self._make_state()
         self._joiner = Joiner(self.spans, self._shapes, dist.get_world_size())
@@ -230,6 +233,12 @@ class Engine:
 
     def close(self) -> None:
         self._engine.destroy()
+
+
+def effective_stage(engine: EngineSection, world_size: int) -> int:
+    """The ZeRO stage that makes sense: on one rank there is nothing to cut, and flat copies of everything cost memory
+    and time. With `cpu_offload` the stage stays, as only ZeRO offloads."""
+    return engine.zero_stage if world_size > 1 or engine.cpu_offload else 0
 
 
 def deepspeed_config(optim: OptimSection, engine: EngineSection, micro_batches: int) -> dict[str, Any]:

@@ -169,7 +169,8 @@ class PartitionState:
 def _create(optimizer: torch.optim.Optimizer, flat: Iterable[Tensor], applied_steps: int) -> None:
     for parameter in flat:
         moments = {moment: torch.zeros_like(parameter.data) for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(applied_steps)), **moments}
+        step = torch.tensor(float(applied_steps), device=parameter.device)  # where the fused kernels look for it
+        optimizer.state[parameter] = {"step": step, **moments}
 
 
 def _steps(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -45,13 +45,16 @@ def settings_of(group: str, optim: OptimSection) -> dict[str, Any]:
 
 
 def make_optimizer(groups: Groups, optim: OptimSection) -> torch.optim.Optimizer:
-    """Adam or AdamW (arXiv 1412.6980, 1711.05101) over named groups; the learning rates come with every step."""
+    """Adam or AdamW (arXiv 1412.6980, 1711.05101) over named groups; the learning rates come with every step.
+
+    PyTorch's fused kernels: one pass over memory instead of a dozen, on CPUs as on GPUs.
+    """
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optim.optimizer]
     entries = [
         {"params": [p for _, p in named], "name": name, "lr": 0.0, **settings_of(name, optim)}
         for name, named in groups.items()
     ]
-    return kind(entries)
+    return kind(entries, fused=True)
 
 
 def apply_settings(entries: Iterable[dict[str, Any]], optim: OptimSection, rates: Mapping[str, float]) -> None:
