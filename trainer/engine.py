@@ -76,7 +76,7 @@ class Engine:
             config=deepspeed_config(optim, engine.model_copy(update={"zero_stage": self.stage}), micro_batches),
             dist_init_required=False,
         )
-        if dist.get_world_size() == 1:
+        if self.stage == 0 and dist.get_world_size() == 1:
             self._engine.enable_backward_allreduce = False  # it would flatten and copy every gradient for nobody
         self.applied_steps = 0
         self._state = self._make_state()
