@@ -127,6 +127,21 @@ def test_npy_depth_becomes_coded_disparity(tmp_path):
     assert np.allclose(disparity_HW[1:], 1 / depth_HW[1:], atol=2 / 131068 + 1e-6)
 
 
+def test_npy_depth_stays_metres_where_metres_are_learned(tmp_path):
+    """One pixel at a centimetre must not cost the far ones their accuracy, as it would in disparity."""
+    depth_HW = np.linspace(0.5, 80, 48 * 56, dtype=np.float32).reshape(48, 56)
+    depth_HW[0, :3] = (np.nan, 0, 0.01)
+    out = io.BytesIO()
+    np.save(out, depth_HW)
+    shards = [{"a": {"jpg": labelled(0)["jpg"], "depth.npy": out.getvalue()}}]
+    (source,) = sources_of(write_dataset(tmp_path / "d", shards))
+    (sample,) = read_samples(source, [0], RoleNeeds(target="depth_m"))
+    assert sample.quantity == "depth_m"
+    found_HW = decode_png16(sample.target, sample.code)
+    assert np.isnan(found_HW[0, :2]).all()
+    assert np.abs(found_HW[1:] - depth_HW[1:]).max() <= 80 / 131068 + 1e-5
+
+
 def test_what_is_missing_has_a_reason(tmp_path):
     shards = [
         {
