@@ -28,6 +28,7 @@ COMMANDS = {
         "| copy of the same bytes |",
     ),
     "bench_losses.py --device cpu --preset tiny --batch 2 --size 70 --repeats 1": ("| frozen encoder |", "| SiLog |"),
+    "bench_checkpoint.py --preset tiny --repeats 2": ("| 2 | 0 |", "| 2 | 1 |"),
     "bench_step.py --device cpu --preset tiny --batch 2 --size 56 --steps 2 --stages 2": (
         "| trainer, zero_stage 2 |",
         "| bare, zero_stage 2 |",

@@ -110,7 +110,7 @@ def test_a_run_leaves_what_the_contract_lists(world: World) -> None:
     assert [line["step"] for line in json_lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     for name in ("step_00000003.png", "step_00000006.png"):
         with Image.open(run / "previews" / name) as picture:
-            assert picture.size[0] == 3 * SIZE  # image, target, prediction
+            assert picture.size[0] == 4 * SIZE  # image, target, prediction, valid
     assert {path.name for path in (run / "weights").iterdir()} >= {"model.safetensors", "config.json"}
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints", "config.yaml", "environment.json", "journal.jsonl", "metrics.jsonl", "previews", "weights",
