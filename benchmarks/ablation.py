@@ -240,13 +240,21 @@ def run_regime(request: Request, names: Sequence[str], stop: StopFlag) -> None:
         chain = Chain(request, stop)
         if set(names) <= set(chain.done.rows):
             return
-        with ray_session(cpus=2):
-            try:
-                for name in names:
-                    chain.measure(name)
-                    print(f"seed {request.seed}: {name} measured at {time.strftime('%H:%M:%S')}", flush=True)
-            finally:
-                chain.write()
+        try:
+            for name in names:
+                chain.measure(name)
+                print(f"seed {request.seed}: {name} measured at {time.strftime('%H:%M:%S')}", flush=True)
+        finally:
+            chain.write()
+
+
+def run(requests: Mapping[int, Request], regimes: Sequence[str], rows: Sequence[str]) -> None:
+    """Regime by regime, seed by seed; Ray is started once."""
+    with StopFlag() as stop, ray_session(cpus=2):
+        for regime in regimes:
+            names = [name for name in REGIMES[regime] if name in rows]
+            for request in requests.values():
+                run_regime(request, names, stop)
 
 
 def report(out: Path, requests: Mapping[int, Request]) -> None:
@@ -277,17 +285,14 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Regime by regime, seed by seed."""
+    """Measure, then print."""
     arguments = parse()
     out = arguments.out.resolve()
     requests = {seed: make_request(out / f"seed{seed}", seed, arguments.scale) for seed in arguments.seeds}
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with StopFlag() as stop:
-            for regime in () if arguments.table else arguments.regime:
-                names = [name for name in REGIMES[regime] if name in (arguments.rows or ROWS)]
-                for request in requests.values():
-                    run_regime(request, names, stop)
+        if not arguments.table:
+            run(requests, arguments.regime, arguments.rows or list(ROWS))
     except Stopped as stopped:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(exit_status(stopped.reason))
