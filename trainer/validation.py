@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -97,5 +98,6 @@ class Validator:
         return [result for results in gathered for result in results]
 
     def score(self, values: dict[str, float]) -> float | None:
-        """What `checkpoint.keep_best` goes by; None when nothing could be measured."""
-        return values.get(self.config.validation.metric)
+        """What `checkpoint.keep_best` goes by; None when nothing could be measured, or a prediction was not finite."""
+        value = values.get(self.config.validation.metric, math.nan)
+        return value if math.isfinite(value) else None
