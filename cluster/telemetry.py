@@ -61,6 +61,7 @@ METRICS: Mapping[str, Metric] = {
         "histogram", "Wall time of one checkpoint operation (save, load).", ("op",), _STEP_BUCKETS_S
     ),
     "fathom_checkpoint_stall_seconds_total": Metric("counter", "Time that training waited for checkpoints."),
+    "fathom_record_failures_total": Metric("counter", "Log lines and previews that could not be written."),
     "fathom_checkpoint_failures_total": Metric("counter", "Checkpoints that could not be written; the run went on."),
     "fathom_checkpoint_last_success_timestamp_seconds": Metric(
         "gauge", "When the last checkpoint was complete, since the epoch."

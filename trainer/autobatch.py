@@ -10,6 +10,7 @@ Shape suffixes: B batch, C channel, H W pixels.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import socket
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from cluster.worker import WorkerContext
 from dataio.types import Batch, Target
 from trainer.config import ConfigError
 from trainer.config_train import EngineSection, TrainConfig
+from trainer.optim import effective_stage
 from trainer.tasks.base import Task
 
 SHARE_OF_FREE = 0.8  # the rest is for fragmentation, the loader's batches and what a line does not see
@@ -53,13 +55,12 @@ def _largest(
 ) -> int:
     free = free_memory(device) // (1 if device.type == "cuda" else ranks_here(context))
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    room = int(SHARE_OF_FREE * free) - engine_bytes(parameters, config.engine, context.world_size)
+    average = 4 * parameters // context.world_size if config.optim.ema_decay else 0
+    section = config.engine.model_copy(update={"zero_stage": effective_stage(config.engine, context.world_size)})
+    room = int(SHARE_OF_FREE * free) - engine_bytes(parameters, section, context.world_size) - average
     module.train().to(device)
-    try:
-        fits = largest_that_fits(lambda n: peak_bytes(task, module, config, n, device), room, rows)
-    finally:
-        module.zero_grad(set_to_none=True)
-        gc.collect()
+    peak_bytes(task, module, config, 1, device)  # libraries and kernels take their memory at the first call
+    fits = largest_that_fits(lambda n: peak_bytes(task, module, config, n, device), room, rows)
     smallest = torch.tensor(fits, device=device)
     if context.world_size > 1:
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
@@ -91,23 +92,24 @@ def largest_that_fits(measure: Callable[[int], int | None], room: int, rows: int
 
 
 def engine_bytes(parameters: int, engine: EngineSection, world_size: int) -> int:
-    """What the engine takes beside the weights: gradients, two moments, the fp32 partition and its gradient.
+    """What the engine takes beside the weights and one set of gradients: two moments, the fp32 partition, its gradient.
 
-    By ZeRO stage (arXiv 1910.02054, section 5): 0 keeps all of it on every rank, 1 and 2 cut the optimizer's part, 3
-    the gradients and weights too, which then are gathered layer by layer.
+    By ZeRO stage (arXiv 1910.02054, section 5): 0 keeps all of it on every rank, the others cut it. Stages 2 and 3 cut
+    gradients too, which the measured peak holds whole: there the estimate is on the safe side.
     """
     share = -(-parameters // world_size)
     optimizer = 8 * (parameters if engine.zero_stage == 0 else share)
     if engine.cpu_offload:
         optimizer = 0
     partition = 0 if engine.zero_stage == 0 else 8 * share
-    gradients = 4 * (share if engine.zero_stage >= 2 else parameters)
-    return optimizer + partition + gradients
+    return optimizer + partition
 
 
 def peak_bytes(task: Task, module: nn.Module, config: TrainConfig, rows: int, device: torch.device) -> int | None:
     """Peak memory of a forward and backward pass on `rows` made-up rows, beyond what is used now; None: it ran out."""
     batch = made_up_batch(task, config, rows, device)
+    module.zero_grad(set_to_none=True)  # gradients are part of every peak, or of none
+    give_back_memory(device)
     try:
         low = config.engine.precision == "bf16"
         with _peak(device) as peak, torch.autocast(device.type, torch.bfloat16, enabled=low):
@@ -116,9 +118,19 @@ def peak_bytes(task: Task, module: nn.Module, config: TrainConfig, rows: int, de
     except torch.OutOfMemoryError:
         return None
     finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        module.zero_grad(set_to_none=True)
+        give_back_memory(device)
     return peak[0]
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Return what is free to the device or the system, so that a peak is measured from the same level each time."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    with contextlib.suppress(OSError, AttributeError):  # of glibc; other allocators give back by themselves
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def made_up_batch(task: Task, config: TrainConfig, rows: int, device: torch.device) -> Batch:

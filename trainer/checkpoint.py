@@ -15,8 +15,10 @@ once, so a half-written one is never mistaken for a whole one. Random numbers ne
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -36,6 +38,7 @@ from trainer.engine_state import Span
 FORMAT = 2
 WEIGHTS, EMA, STATE, MANIFEST = "weights.safetensors", "ema.safetensors", "state.json", "manifest.json"
 PARTIAL = ".partial"
+REPLACED = f".replaced{PARTIAL}"
 _NAME = re.compile(r"step_(\d{8,})")
 _PART = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -55,6 +58,7 @@ class TrainState:
     groups: Mapping[str, Any] = field(default_factory=dict)  # parameter names per group
     micro_batches: int = 1  # forward passes per step: `micro_batch: auto` keeps what it found, so that bits stay
     workers: int = 1
+    skipped_in_a_row: int = 0  # steps without an update just before
     format: int = FORMAT
 
 
@@ -160,7 +164,7 @@ def commit(root: str, state: TrainState, files: Mapping[str, str], fingerprint: 
     Returns its folder. Raises StorageError; the earlier checkpoints stay.
     """
     final, partial = os.path.join(root, f"step_{state.step:08d}"), partial_folder(root, state.step)
-    replaced = f"{final}.replaced{PARTIAL}"
+    replaced = f"{final}{REPLACED}"
     try:
         storage.atomic_write(os.path.join(partial, STATE), json.dumps(asdict(state), indent=1))
         listed = {**files, STATE: storage.sha256_file(os.path.join(partial, STATE))}
@@ -170,12 +174,16 @@ def commit(root: str, state: TrainState, files: Mapping[str, str], fingerprint: 
             os.unlink(os.path.join(partial, name))
         storage.atomic_write(os.path.join(partial, MANIFEST), json.dumps(manifest, indent=1))
         if os.path.isdir(final):  # a run that walked back writes the same step again
+            shutil.rmtree(replaced, ignore_errors=True)
             os.rename(final, replaced)
         os.rename(partial, final)
     except OSError as error:
+        if os.path.isdir(replaced) and not os.path.isdir(final):
+            os.rename(replaced, final)
         raise storage.StorageError(f"{final}: cannot be completed: {error}; earlier checkpoints are kept") from error
     shutil.rmtree(replaced, ignore_errors=True)
-    storage.atomic_write(os.path.join(root, "latest"), os.path.basename(final))
+    with contextlib.suppress(storage.StorageError):  # for people; a resume looks at the folders themselves
+        storage.atomic_write(os.path.join(root, "latest"), os.path.basename(final))
     return final
 
 
@@ -183,15 +191,17 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def prune(root: str, newest: int, *, keep: int, keep_best: int = 0, lower_is_better: bool = True) -> list[int]:
-    """Remove all checkpoints up to step `newest` but the `keep` newest and the `keep_best` with the best score.
+def prune(
+    root: str, newest: int, *, keep: int, keep_best: int = 0, metric: str | None = None, lower_is_better: bool = True
+) -> list[int]:
+    """Remove all checkpoints up to step `newest` but the `keep` newest and the `keep_best` with the best `metric`.
 
     Returns the steps that went. Folders of later steps stay: they were not whole, else the run had gone on from them,
     and must not push out whole ones.
     """
     steps = [step_of(name) for name in list_checkpoints(root)]
     steps = [step for step in steps if step <= newest]
-    scores = {step: score for step in steps if (score := score_of(root, step)) is not None}
+    scores = scores_of(root, metric, steps) if metric else {}
     best = sorted(scores, key=lambda step: (scores[step] if lower_is_better else -scores[step], -step))[:keep_best]
     gone = sorted(set(steps) - set(steps[-keep:]) - set(best))
     for step in gone:
@@ -199,13 +209,17 @@ def prune(root: str, newest: int, *, keep: int, keep_best: int = 0, lower_is_bet
     return gone
 
 
-def score_of(root: str, step: int) -> float | None:
-    """The validation score in a checkpoint's manifest; None without one."""
-    try:
-        manifest = json.loads(storage.read_bytes(os.path.join(root, f"step_{step:08d}", MANIFEST)))
-        return float(manifest["score"])
-    except (OSError, storage.StorageError, ValueError, KeyError, TypeError):
-        return None
+def scores_of(root: str, metric: str, steps: Iterable[int]) -> dict[int, float]:
+    """The validation scores in these checkpoints' manifests, by step; those of another metric are no match."""
+    found = {}
+    for step in steps:
+        try:
+            manifest = json.loads(storage.read_bytes(os.path.join(root, f"step_{step:08d}", MANIFEST)))
+            if manifest["metric"] == metric and math.isfinite(manifest["score"]):
+                found[step] = float(manifest["score"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def list_checkpoints(root: str) -> list[str]:
@@ -314,7 +328,10 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 def clean(root: str) -> None:
     """Remove what a killed run left half-written; call it before the ranks start."""
     for name in os.listdir(root) if os.path.isdir(root) else ():
-        if name.endswith(PARTIAL):
+        whole = os.path.join(root, name.removesuffix(REPLACED))
+        if name.endswith(REPLACED) and not os.path.isdir(whole):  # killed between two renames
+            os.rename(os.path.join(root, name), whole)
+        elif name.endswith(PARTIAL):
             shutil.rmtree(os.path.join(root, name), ignore_errors=True)
 
 

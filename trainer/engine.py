@@ -13,6 +13,7 @@ file avoids:
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from trainer.config_train import EngineSection, OptimSection
 from trainer.engine_ops import prepare_cpu_operator
 from trainer.engine_state import MOMENTS, FragmentState, Joiner, PartitionState, Span, State, WholeState
-from trainer.optim import Groups, apply_settings, decay_groups, make_optimizer
+from trainer.optim import Groups, apply_settings, decay_groups, effective_stage, make_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +147,7 @@ class Engine:
         parameters = list(self.trained.values())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         grad_norm = float(norm)  # the gradients are all-reduced: every rank decides the same
-        skipped = not torch.isfinite(norm).item()
+        skipped = not math.isfinite(grad_norm)
         if skipped:
             for parameter in parameters:
                 parameter.grad = None  # the optimizer leaves parameters without a gradient alone
@@ -233,12 +234,6 @@ class Engine:
 
     def close(self) -> None:
         self._engine.destroy()
-
-
-def effective_stage(engine: EngineSection, world_size: int) -> int:
-    """The ZeRO stage that makes sense: on one rank there is nothing to cut, and flat copies of everything cost memory
-    and time. With `cpu_offload` the stage stays, as only ZeRO offloads."""
-    return engine.zero_stage if world_size > 1 or engine.cpu_offload else 0
 
 
 def deepspeed_config(optim: OptimSection, engine: EngineSection, micro_batches: int) -> dict[str, Any]:

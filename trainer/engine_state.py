@@ -144,10 +144,6 @@ class PartitionState:
         partition: Tensor = self._parameters[name].ds_tensor
         return partition.detach().reshape(-1)[: len(self.spans[name])]
 
-    def shape(self, name: str) -> torch.Size:
-        shape: torch.Size = self._parameters[name].ds_shape
-        return shape
-
     def moment(self, moment: str, name: str) -> Tensor:
         return self._partition(moment, name)[: len(self.spans[name])]
 

@@ -75,10 +75,10 @@ class Invariants:
     def _of_update(self, record: StepRecord) -> Iterator[str]:
         engine = self._engine
         changed = self._sums() != self._before
-        moves = not record.result.skipped and all(rate > 0 for rate in record.learning_rates.values())
+        moves = record.result.grad_norm > 0 and all(rate > 0 for rate in record.learning_rates.values())
         if record.result.skipped and changed:
             yield "a skipped step has changed weights"
-        if moves and self._before and not changed:
+        if moves and not record.result.skipped and self._before and not changed:
             yield "an update has changed no weight"
         if engine.applied_steps != self._applied + (not record.result.skipped):
             yield f"applied_steps went from {self._applied} to {engine.applied_steps}"

@@ -157,11 +157,12 @@ class Loop:
         None where every loss is finite and only a gradient was not.
         """
         found = []
-        for row, key in zip(cut(batch, self.most_rows(batch)), batch.keys, strict=False):
+        # as many forward passes on every rank as the one with most rows needs: at stage 3 each is a collective
+        for number, row in enumerate(cut(batch, self.most_rows(batch))):
             with self.engine.autocast():
                 sums = self.task.sums(self.engine, row)
-            if not torch.stack(list(sums.values())).sum().isfinite():
-                found.append(key)
+            if number < len(batch) and not torch.stack(list(sums.values())).sum().isfinite():
+                found.append(batch.keys[number])
         return tuple(key for key in found if key)
 
     def most_rows(self, batch: Batch) -> int:

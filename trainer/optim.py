@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config_train import OptimSection
+from trainer.config_train import EngineSection, OptimSection
 
 Named = list[tuple[str, nn.Parameter]]
 Groups = Mapping[str, Named]
@@ -61,3 +61,9 @@ def apply_settings(entries: Iterable[dict[str, Any]], optim: OptimSection, rates
     """Set every hyper-parameter of every group again, by the group's name. KeyError for a group nobody declared."""
     for entry in entries:
         entry.update(settings_of(entry["name"], optim), lr=rates[rate_name(entry["name"])])
+
+
+def effective_stage(engine: EngineSection, world_size: int) -> int:
+    """The ZeRO stage that makes sense: on one rank there is nothing to cut, and flat copies of everything cost memory
+    and time. With `cpu_offload` the stage stays, as only ZeRO offloads."""
+    return engine.zero_stage if world_size > 1 or engine.cpu_offload else 0

@@ -13,8 +13,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,7 @@ class Recorder:
         self._trackers: list[Tracker] | None = None  # the first step tells where their curves go on
         self._failed_trackers: set[str] = set()
         self._notes: list[str] = []
+        self._lost: set[str] = set()  # records that could not be written, each told once
         self.shown: dict[str, float] = {}  # beside the loss in the progress line, until it is changed
         self._last = time.perf_counter()
         self._since_line = (0, 0, 0.0)  # steps, images, seconds
@@ -77,6 +78,10 @@ class Recorder:
         if step % self.config.preview_every == 0 or last:
             self.preview(loop.engine.module, step, batch)
         self._last = time.perf_counter()  # what logging took is no part of the next step
+
+    def before_step(self) -> None:
+        """What happened since the last step (a validation, a checkpoint) is no part of the next one's time."""
+        self._last = time.perf_counter()
 
     def event(self, name: str, step: int, values: Mapping[str, float]) -> None:
         """Results that are measured now and then, such as a validation's; on ranks other than 0 nothing happens.
@@ -136,7 +141,7 @@ class Recorder:
             dist.all_gather_object(gathered, record.bad_keys)
         if self.context.rank == 0:
             keys = sorted({key for keys in gathered for key in keys or ()})
-            self.journal.write("step_skipped", step=record.step, reason="non_finite", keys=keys)
+            self.write("step_skipped", step=record.step, reason="non_finite", keys=keys)
 
     def _log(self, terms: Mapping[str, float], record: StepRecord) -> None:
         for name, value in terms.items():
@@ -181,11 +186,27 @@ class Recorder:
         )
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        storage.append_line(os.path.join(self.config.folder, "metrics.jsonl"), json.dumps(line))
+        with self._unless_full("metrics.jsonl"):
+            storage.append_line(os.path.join(self.config.folder, "metrics.jsonl"), json.dumps(line))
 
     def _open_trackers(self, next_step: int) -> None:
         if self._trackers is None and not self.context.rank:
             self._trackers = open_trackers(self.config, next_step, self._tracker_failed)
+
+    def write(self, event: str, **facts: Any) -> None:
+        """A line of the journal, unless the disk is full: a run that trains does not end for its records."""
+        with self._unless_full("journal.jsonl"):
+            self.journal.write(event, **facts)
+
+    @contextmanager
+    def _unless_full(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except storage.StorageError as error:
+            self.exporter.metric("fathom_record_failures_total").inc()
+            if what not in self._lost:
+                self._lost.add(what)
+                self.note(f"warning: {what} cannot be written: {error}; the run goes on without it")
 
     def _track(self, step: int, scalars: Mapping[str, float]) -> None:
         values = {name: value for name, value in scalars.items() if math.isfinite(value)}
@@ -222,7 +243,8 @@ class Recorder:
         if self.context.rank:
             return
         picture_HWC = draw_preview(batch, rows, predicted_BHW)
-        with storage.atomic_writer(os.path.join(self.config.folder, "previews", f"step_{step:08d}.png")) as file:
+        path = os.path.join(self.config.folder, "previews", f"step_{step:08d}.png")
+        with self._unless_full("a preview"), storage.atomic_writer(path) as file:
             Image.fromarray(picture_HWC).save(file, format="PNG")
         for tracker in self._trackers or ():
             tracker.image(step, "preview", picture_HWC)

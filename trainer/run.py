@@ -24,7 +24,7 @@ from dataio.dataset import Dataset
 from dataio.labels import LabelStore
 from dataio.plan import pass_batches, skipped_batches
 from dataio.spec import DataError
-from trainer.checkpoint import CheckpointError, clean, find_checkpoint
+from trainer.checkpoint import CheckpointError, clean, find_checkpoint, step_of
 from trainer.config import ConfigError, dump_config, parse_config, read_config
 from trainer.config_train import TrainConfig
 from trainer.journal import Journal, read_json_lines
@@ -92,6 +92,7 @@ def train(
         raise ConfigError(f"{config.folder}: no run to resume; start it without --resume")
     with locked_folder(config.folder, "this run"):
         config = with_earlier_skips(config) if resume else config
+        before = settings_of(config.folder)
         checkpoint = prepare_folder(config, resume)
         forget_ranks(config.folder)
         journal = Journal(config.folder)
@@ -105,6 +106,8 @@ def train(
         try:
             outcome = run_ranks(config, checkpoint, on_progress, stop or StopFlag())
         except BaseException as error:
+            if isinstance(error, CheckpointError):  # the ranks have refused to go on: as if nobody had asked
+                put_back(config.folder, before)
             with contextlib.suppress(storage.StorageError):  # a full disk must not hide what happened
                 journal.write("failed", error=f"{type(error).__name__}: {error}"[:2000])
             raise
@@ -112,6 +115,22 @@ def train(
             forget_ranks(config.folder)
         journal.write("stopped" if outcome.stopped else "finished", step=outcome.step, reason=outcome.stopped)
     return outcome
+
+
+SETTINGS = ("config.yaml", "environment.json")
+
+
+def settings_of(folder: str) -> dict[str, bytes]:
+    """What a run's folder says of its configuration and environment."""
+    paths = {name: os.path.join(folder, name) for name in SETTINGS}
+    return {name: storage.read_bytes(path) for name, path in paths.items() if os.path.exists(path)}
+
+
+def put_back(folder: str, settings: Mapping[str, bytes]) -> None:
+    """Undo what a refused resume has written."""
+    for name, content in settings.items():
+        with contextlib.suppress(storage.StorageError):
+            storage.atomic_write(os.path.join(folder, name), content)
 
 
 def finished_step(journal: Journal) -> int | None:
@@ -283,7 +302,9 @@ def prepare_folder(config: TrainConfig, resume: bool) -> str | None:
     if os.path.exists(saved):
         if not resume:
             raise ConfigError(f"{folder}: this run exists; go on with --resume or choose another name (--set name=...)")
-        refuse_changes(read_config(TrainConfig, saved), config)
+        before = read_config(TrainConfig, saved)
+        refuse_changes(before, config)
+        say_changes(folder, before, config)
         checkpoint, passed = find_checkpoint(os.path.join(folder, "checkpoints"))
         for line in passed:
             Journal(folder).write("checkpoint_passed_over", problem=line)
@@ -292,6 +313,9 @@ def prepare_folder(config: TrainConfig, resume: bool) -> str | None:
             raise CheckpointError(
                 f"{folder}/checkpoints: none of {len(passed)} is whole ({passed[0]}); remove them to start from step 0"
             )
+        done = step_of(os.path.basename(checkpoint)) if checkpoint else 0
+        if done > config.steps:
+            raise ConfigError(f"steps: is {config.steps}, but the run has done {done}; give as many or more")
     storage.atomic_write(saved, dump_config(config))
     storage.atomic_write(os.path.join(folder, "environment.json"), json.dumps(environment(config), indent=1))
     return checkpoint
@@ -309,6 +333,20 @@ def refuse_changes(before: TrainConfig, now: TrainConfig) -> None:
         listed = "; ".join(f"{field}: is {new!r}, but the run to resume has {old!r}" for field, old, new in found[:8])
         more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
         raise ConfigError(f"{listed}{more}; use what it has or start under another name")
+
+
+def say_changes(folder: str, before: TrainConfig, now: TrainConfig) -> None:
+    """What a resume changes, although it may: on stderr and in the journal."""
+    if before.optim.optimizer != now.optim.optimizer:
+        raise ConfigError(
+            f"optim.optimizer: is {now.optim.optimizer!r}, but the run to resume has {before.optim.optimizer!r}; use "
+            "that or start another run from its weights (model.weights)"
+        )
+    found = differences("", before.model_dump(mode="json"), now.model_dump(mode="json"))
+    lines = [f"{field[1:]}: was {old!r}, is {new!r}" for field, old, new in found]
+    if lines:
+        Journal(folder).write("configuration_changed", changes=lines)
+        print("\n".join(f"changed on resume: {line}" for line in lines), file=sys.stderr)
 
 
 def differences(where: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:

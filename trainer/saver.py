@@ -48,6 +48,7 @@ class Keep:
 
     newest: int
     best: int = 0
+    metric: str | None = None  # what the best is the best by
     lower_is_better: bool = True
 
 
@@ -196,9 +197,9 @@ class Saver:
         except storage.StorageError as error:
             return self._abandon(pending.state.step, str(error))
         keep = self._keep
-        prune(
-            self._root, pending.state.step,
-            keep=keep.newest, keep_best=keep.best, lower_is_better=keep.lower_is_better,
+        self._thread.submit(  # before the next one is written; removing gigabytes takes a while
+            prune, self._root, pending.state.step,
+            keep=keep.newest, keep_best=keep.best, metric=keep.metric, lower_is_better=keep.lower_is_better,
         )  # fmt: skip
         return None
 
@@ -207,15 +208,14 @@ class Saver:
         return error
 
 
-def require_space(root: str, engine: Engine, keep: Keep, existing: int) -> None:
+def require_space(root: str, engine: Engine, keep: Keep, existing: int, averaged: bool = False) -> None:
     """Refuse before the first step what the disk cannot hold: the checkpoints that stay and the next one.
 
-    Raises StorageError naming what is needed and what is free.
+    `averaged`: each holds a moving average too. Raises StorageError naming what is needed and what is free.
     """
     trained = sum(shape.numel() for shape in map(engine.shape_of, engine.trained))
     weights = sum(engine.shape_of(name).numel() for name in dict(engine.module.named_parameters()))
     missing = keep.newest + keep.best + 1 - existing
     os.makedirs(root, exist_ok=True)
-    storage.require_free(
-        root, max(1, missing) * 4 * (weights + 2 * trained), f"a run that keeps {keep.newest + keep.best} checkpoints"
-    )
+    each = 4 * (weights * (1 + averaged) + 2 * trained)
+    storage.require_free(root, max(1, missing) * each, f"a run that keeps {keep.newest + keep.best} checkpoints")

@@ -37,3 +37,8 @@ class Shadow:
             return None
         self._copy.load_state_dict(weights, strict=True)
         return self._copy.to(engine.device)
+
+    def put_away(self) -> None:
+        """Take the copy off the device again."""
+        if self._copy is not None:
+            self._copy.cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +15,8 @@ from model import DepthAnything
 from trainer.config import ConfigError
 from trainer.config_train import TrainConfig
 from trainer.evaluate_images import ImageResult, Measurement, mean_of, measure_part, measurement
-
-HIGHER_IS_BETTER = ("delta1", "delta2", "delta3")
+from trainer.evaluate_write import HIGHER, LOWER
+from trainer.protocols import nearest
 
 
 @dataclass(kw_only=True)
@@ -49,12 +49,17 @@ class Validator:
             batch=section.batch,
             limit=section.limit,
         )
+        known = {*LOWER, *HIGHER}
+        if section.metric not in known:
+            raise ConfigError(
+                f"validation.metric: found {section.metric!r}; {nearest(section.metric, sorted(known))}"
+            )
         datasets = [Dataset.open(path) for path in section.datasets]
         return cls(config=config, datasets=datasets, what=what, rank=rank, world_size=world_size, device=device)
 
     @property
     def lower_is_better(self) -> bool:
-        return self.config.validation.metric not in HIGHER_IS_BETTER
+        return self.config.validation.metric not in HIGHER
 
     def due(self, step: int) -> bool:
         """Whether to validate after this step."""
@@ -73,7 +78,7 @@ class Validator:
             results = self._all_results(module, dataset)
             self.skipped += sum(not result.values for result in results)
             means.append(mean_of(results))
-            name = os.path.basename(os.path.normpath(path))
+            name = short_name(path, self.config.validation.datasets)
             values |= {f"{name}/{metric}": value for metric, value in means[-1].items()}
         for metric in means[0] if all(means) else ():
             values[metric] = sum(mean[metric] for mean in means) / len(means)
@@ -101,3 +106,13 @@ class Validator:
         """What `checkpoint.keep_best` goes by; None when nothing could be measured, or a prediction was not finite."""
         value = values.get(self.config.validation.metric, math.nan)
         return value if math.isfinite(value) else None
+
+
+def short_name(path: str, among: Sequence[str]) -> str:
+    """The last folders of a dataset's path, as many as tell it from the others."""
+    parts = [other.rstrip("/").split("/") for other in among]
+    own = path.rstrip("/").split("/")
+    for length in range(1, len(own) + 1):
+        if sum(other[-length:] == own[-length:] for other in parts) == 1:
+            return "/".join(own[-length:])
+    return path

@@ -27,7 +27,7 @@ from trainer.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_weights,
-    score_of,
+    scores_of,
     step_of,
 )
 from trainer.config_train import TrainConfig
@@ -41,6 +41,12 @@ from trainer.saver import Keep, Saved, Saver, require_space
 from trainer.shadow import Shadow
 from trainer.tasks.base import Task, make_task
 from trainer.validation import Validator
+
+
+class CheckpointLost(RuntimeError):
+    """The checkpoint that a run ends with cannot be written: what was trained since the one before is lost."""
+
+    exit_status = 1
 
 
 class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
@@ -90,9 +96,15 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         if checkpoint:
             self._restore(checkpoint)
         lower = self.validator.lower_is_better if self.validator else True
-        keep = Keep(newest=config.checkpoint.keep, best=config.checkpoint.keep_best, lower_is_better=lower)
+        keep = Keep(
+            newest=config.checkpoint.keep,
+            best=config.checkpoint.keep_best,
+            metric=config.validation.metric if self.validator else None,
+            lower_is_better=lower,
+        )
         if context.rank == 0:
-            require_space(self.root, self.engine, keep, len(list_checkpoints(self.root)))
+            existing = len(list_checkpoints(self.root))
+            require_space(self.root, self.engine, keep, existing, averaged=self.ema is not None)
         exporter = Exporter(config.name, context.rank, discovery=os.path.join(config.folder, TELEMETRY))
         self.exporter = self._stack.enter_context(exporter)
         self.loader = self._loader(checkpoint)
@@ -109,6 +121,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             micro_batches=micro_batches,
             step=checkpoint.state.step if checkpoint else 0,
             cursor=dict(checkpoint.state.cursor) if checkpoint else {},
+            skipped_in_a_row=checkpoint.state.skipped_in_a_row if checkpoint else 0,
         )
 
     def _micro_batches(self, module: nn.Module, checkpoint: Checkpoint | None) -> int:
@@ -138,10 +151,11 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         """Moments, average and counters; then look whether what the engine holds is what was saved."""
         expected = {name: [n for n, _ in ps] for name, ps in self.engine.groups.items()}
         if dict(checkpoint.state.groups) != expected:
-            field, was, found = first_difference("groups", dict(checkpoint.state.groups), expected)
+            both = (checkpoint.state.groups, expected)
+            sizes = [{name: len(names) for name, names in groups.items()} for groups in both]
             raise CheckpointError(
-                f"{checkpoint.path}: its parameter groups differ from this network's: {field} was {was!r} and is "
-                f"{found!r}; check task, model and optim.decay_norms_and_biases"
+                f"{checkpoint.path}: its parameter groups differ from this network's: parameters by group were "
+                f"{sizes[0]} and are {sizes[1]}; check task, model and optim.decay_norms_and_biases"
             )
         self.engine.load_optimizer_state(checkpoint.optimizer, checkpoint.state.applied_steps)
         if self.ema:
@@ -210,11 +224,12 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             count, share = self.loop.micro_batches, share_of(self.config, self.context.world_size)
             rows = -(-share // count)
             self.recorder.note(f"micro_batch: auto: {count} forward passes of at most {rows} rows a step and rank")
-            self.recorder.journal.write("micro_batches", count=count, rows=rows)
+            self.recorder.write("micro_batches", count=count, rows=rows)
 
     # Hooks of the loop.
 
     def before_step(self, batch: Batch) -> None:
+        self.recorder.before_step()
         if self.invariants:
             self.invariants.before_step(batch)
 
@@ -239,13 +254,15 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
 
     def checkpoint(self, *, last: bool) -> None:
         """Nothing where this step has its own. Raises StorageError when the last one cannot be written."""
-        if self._saved != self.loop.step:
-            self._saved, self._clock = self.loop.step, time.monotonic()
-            self.saver.begin(self._state(), self._about())
-        if last:
-            self.saver.finish()
-            if self._failure:
-                raise self._failure
+        for _ in range(2 if last else 1):  # the run's last one is tried twice
+            if self._saved != self.loop.step:
+                self._clock = time.monotonic()
+                self.saver.begin(self._state(), self._about())
+                self._saved = self.loop.step
+            if last:
+                self.saver.finish()
+        if last and self._failure:
+            raise CheckpointLost(f"the last checkpoint could not be written: {self._failure}")
 
     def _state(self) -> TrainState:
         return TrainState(
@@ -256,6 +273,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             groups={name: [n for n, _ in ps] for name, ps in self.engine.groups.items()},
             micro_batches=self.loop.micro_batches,
             workers=self.context.world_size,
+            skipped_in_a_row=self.loop.skipped_in_a_row,
         )
 
     def _about(self) -> About:
@@ -277,13 +295,12 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             self._saved, self._failure = None, storage.StorageError(saved.error)
             if self.context.rank == 0:
                 self.recorder.note(f"warning: checkpoint of step {saved.step} failed: {saved.error}; the run goes on")
-                with contextlib.suppress(storage.StorageError):  # the same full disk
-                    self.recorder.journal.write("checkpoint_failed", step=saved.step, error=saved.error)
+                self.recorder.write("checkpoint_failed", step=saved.step, error=saved.error)
             return
         self._failure = None
         metric("fathom_checkpoint_last_success_timestamp_seconds").set_to_current_time()
         if self.context.rank == 0:
-            self.recorder.journal.write(
+            self.recorder.write(
                 "checkpoint", step=saved.step, path=f"step_{saved.step:08d}",
                 stall_seconds=round(saved.stall_s, 3), seconds=round(saved.seconds, 3),
             )  # fmt: skip
@@ -295,8 +312,11 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         try:
             values = validator.run(network)
         finally:
+            self.shadow.put_away()
             self.engine.module.train()
         self.recorder.event("validation", self.loop.step, values)
+        if self.validator and self.validator.skipped and self.context.rank == 0:
+            self.recorder.write("validation_skipped", step=self.loop.step, images=self.validator.skipped)
         score = validator.score(values)
         if score is None:
             return
@@ -309,8 +329,9 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         """Rank 0 looks at what is on disk, and tells."""
         told: list[bool] = [False]
         if self.context.rank == 0:
-            scores = [score_of(self.root, step_of(name)) for name in list_checkpoints(self.root)]
-            known: list[float] = sorted((s for s in scores if s is not None), reverse=not validator.lower_is_better)
+            steps = [step_of(name) for name in list_checkpoints(self.root)]
+            scores = scores_of(self.root, self.config.validation.metric, steps).values()
+            known = sorted(scores, reverse=not validator.lower_is_better)
             worst = known[self.config.checkpoint.keep_best - 1 :][:1]
             told = [not worst or (score < worst[0] if validator.lower_is_better else score > worst[0])]
         if self.context.world_size > 1:

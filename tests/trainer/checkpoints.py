@@ -50,5 +50,5 @@ def save_checkpoint(
         name = part_name(rank, ranks)
         files[name] = write_moments(folder, name, parts, places)
     path = commit(str(root), state, files, fingerprint(weights), About(**about))
-    prune(str(root), state.step, keep=keep, keep_best=keep_best)
+    prune(str(root), state.step, keep=keep, keep_best=keep_best, metric="abs_rel")
     return path

@@ -57,9 +57,26 @@ def _child(rank: int, fn: Callable[..., Any], world_size: int, folder: str, port
     import torch
     import torch.distributed as dist
 
+    cut_small_parameters()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     result = fn(rank, world_size, *args)
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def cut_small_parameters() -> None:
+    """ZeRO-3 as it is for large networks: DeepSpeed keeps parameters below 100,000 elements whole and gathers ahead."""
+    import trainer.engine as module
+
+    real = module.deepspeed_config
+    eager = ("param_persistence_threshold", "max_reuse_distance", "max_live_parameters", "prefetch_bucket_size")
+
+    def config(*args: Any) -> dict[str, Any]:
+        made = real(*args)
+        if made["zero_optimization"]["stage"] == 3:
+            made["zero_optimization"] |= {f"stage3_{name}": 0 for name in eager}
+        return made
+
+    module.deepspeed_config = config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def test_where_memory_runs_out_it_takes_fewer() -> None:
 def test_what_the_engine_needs_falls_with_every_stage() -> None:
     """1,000 parameters on 4 ranks, in bytes; fp32 throughout."""
     needs = [engine_bytes(1000, EngineSection(zero_stage=stage), 4) for stage in (0, 1, 2, 3)]
-    assert needs == [8000 + 4000, 2000 + 2000 + 4000, 2000 + 2000 + 1000, 2000 + 2000 + 1000]
-    assert engine_bytes(1000, EngineSection(zero_stage=2, cpu_offload=True), 4) == 3000
+    assert needs == [8000, 4000, 4000, 4000]
+    assert engine_bytes(1000, EngineSection(zero_stage=2, cpu_offload=True), 4) == 2000
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student", "pretext"])
@@ -78,6 +79,21 @@ def test_made_up_rows_go_through_every_task_and_leave_no_gradient(tmp_path: Path
         assert torch.stack(list(sums.values())).sum().isfinite()
     peak = peak_bytes(task, module, config, 4, torch.device("cpu"))
     assert peak is not None and peak >= 0
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_more_rows_take_more_each_time_they_are_measured() -> None:
+    """No first call in it, no gradient of an earlier one, no memory that was kept: 1, 2, 4, and 1 again."""
+    config = train_config("teacher", model={"preset": "v2-vits"})
+    config = config.model_copy(update={"data": replace(config.data, input_size=112)})
+    task = task_of(config)
+    module = task.build()
+    peak_bytes(task, module, config, 1, torch.device("cpu"))
+    one, two, four, again = (peak_bytes(task, module, config, n, torch.device("cpu")) for n in (1, 2, 4, 1))
+    assert one and two and four and again
+    assert one < two < four
+    assert abs(again - one) < 0.3 * one
+    assert one > 4 * sum(p.numel() for p in module.parameters() if p.requires_grad)  # gradients are in it
 
 
 def test_a_peak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from cluster import storage
 from tests.trainer.batches import train_config
 from tests.trainer.checkpoints import save_checkpoint
+from tests.trainer.disks import small_disk
 from trainer import checkpoint as module
 from trainer.checkpoint import (
     CheckpointError,
@@ -305,7 +305,37 @@ def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
         state = TrainState(step=step, applied_steps=step, cursor={})
         save_checkpoint(tmp_path, state, tensors(step), {}, keep=1, keep_best=2, score=score, metric="abs_rel")
     assert list_checkpoints(str(tmp_path)) == ["step_00000002", "step_00000004", "step_00000006"]
-    assert prune(str(tmp_path), 6, keep=1, keep_best=1, lower_is_better=False) == [2, 4]  # the newest is the best too
+    assert prune(str(tmp_path), 6, keep=1, keep_best=1, metric="rmse") == [2, 4]  # of another metric none is best
+
+
+def test_a_score_that_is_not_finite_is_none(tmp_path: Path) -> None:
+    for step, score in enumerate([float("nan"), 0.3, 0.9, 0.8], start=1):
+        state = TrainState(step=step, applied_steps=step, cursor={})
+        save_checkpoint(tmp_path, state, tensors(step), {}, keep=1, keep_best=1, score=score, metric="abs_rel")
+    assert list_checkpoints(str(tmp_path)) == ["step_00000002", "step_00000004"]
+    assert prune(str(tmp_path), 4, keep=1, keep_best=1, metric="abs_rel", lower_is_better=False) == [2]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    """Writing a step again: the old folder has gone aside, the new one is not there yet."""
+    path = Path(save(tmp_path, 3))
+    path.rename(f"{path}.replaced.partial")
+    clean(str(tmp_path))
+    assert find_checkpoint(str(tmp_path)) == (str(path), [])
+
+
+def test_a_rename_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename = save(tmp_path, 3), os.rename
+
+    def refuse(source: str, target: str) -> None:
+        if str(source).endswith("3.partial"):
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(module.os, "rename", refuse)
+    with pytest.raises(storage.StorageError, match="earlier checkpoints are kept"):
+        save(tmp_path, 3)
+    assert find_checkpoint(str(tmp_path)) == (path, [])
 
 
 def test_half_written_leftovers_are_ignored_and_cleaned(tmp_path: Path) -> None:
@@ -399,30 +429,22 @@ def test_too_little_disk_is_said_before_anything_is_written(tmp_path: Path, monk
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = os.geteuid() == 0 and shutil.which("mount") is not None
-    if mounted:
-        command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-        mounted = subprocess.run(command, capture_output=True).returncode == 0
-    if not mounted:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", 3) as folder:
+        yield folder
 
 
-def test_a_disk_that_fills_up_leaves_the_earlier_checkpoints(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    older = save(small_disk, 1, keep=1)
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoints(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = save(disk, 1, keep=1)
     monkeypatch.setattr(storage, "require_free", lambda *args: None)  # another process took the space meanwhile
     with pytest.raises(storage.StorageError) as caught:
-        save(small_disk, 2, keep=1, megabytes=2)
+        save(disk, 2, keep=1, megabytes=2)
     message = str(caught.value)
     assert "cannot be written" in message and "No space left on device" in message
     assert "\n" not in message
-    assert list_checkpoints(str(small_disk)) == ["step_00000001"]
-    assert find_checkpoint(str(small_disk)) == (older, [])
+    assert list_checkpoints(str(disk)) == ["step_00000001"]
+    assert find_checkpoint(str(disk)) == (older, [])
 
 
 def save_and_die(root: Path, where: str) -> None:

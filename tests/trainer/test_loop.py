@@ -93,6 +93,30 @@ def test_a_nan_on_one_rank_stops_the_update_on_all_and_names_the_samples(tmp_pat
     assert (first["weights"][2] == last["weights"][2]).all()
 
 
+def uneven_run(rank: int, world_size: int) -> Any:
+    """Stage 3, a NaN on rank 1, which has one row less than rank 0."""
+    config = train_config("teacher", engine={"precision": "fp32", "zero_stage": 3})
+    loop = make_loop(config, rank, world_size, 1)
+    records = []
+    for step in range(3):
+        batch = next(iter(share(config, rank, world_size, seed=step).split(4 - rank)))
+        if step == 1 and rank == 1:
+            batch.views["student"][2] = float("nan")
+        records.append(loop.train_step(batch))
+    cut_ones = [name for name in loop.engine.trained if len(loop.engine.spans[name]) > 0]
+    partitioned = [p for p in loop.engine.module.parameters() if p.requires_grad and p.numel() == 0]
+    return [r.result.skipped for r in records], records[1].bad_keys, len(cut_ones), len(partitioned), batch.keys
+
+
+def test_ranks_with_unequal_rows_look_for_the_sample_together_at_stage_3(tmp_path: Path) -> None:
+    """Each forward pass gathers weights: as many on every rank."""
+    first, last = run_ranks(uneven_run, 2, tmp_path)
+    assert first[0] == last[0] == [False, True, False]
+    assert first[1] == () and last[1] == (share(train_config("teacher"), 1, 2, seed=1).keys[2],)
+    assert min(first[2:4]) > 50  # parameters are really cut, and gone between steps
+    assert (len(first[4]), len(last[4])) == (4, 3)
+
+
 def diverging_run(rank: int, world_size: int) -> str:
     config = train_config("teacher", engine={"precision": "fp32", "max_skipped_steps": 2}, steps=10)
     loop = make_loop(config, rank, world_size, 1)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +14,7 @@ import pytest
 import torch
 
 from cluster import storage
+from tests.trainer.disks import fill, small_disk
 from tests.trainer.ranks import run_ranks
 from tests.trainer.test_engine import ROWS, Case, Network, Whole, advance, inputs, loss_of, make, rates
 from trainer.checkpoint import About, TrainState, find_checkpoint, list_checkpoints, load_checkpoint, partial_folder
@@ -151,25 +150,10 @@ def test_a_failed_save_is_told_on_every_rank_and_leaves_nothing(tmp_path: Path) 
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = os.geteuid() == 0 and shutil.which("mount") is not None
-    if mounted:
-        command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-        mounted = subprocess.run(command, capture_output=True).returncode == 0
-    if not mounted:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(path: Path) -> None:
-    """A file as large as the disk has room for."""
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(512))
+    with small_disk(tmp_path / "disk", 1) as folder:
+        yield folder
 
 
 def filling(rank: int, world_size: int, folder: Path) -> Any:
@@ -192,9 +176,9 @@ def filling(rank: int, world_size: int, folder: Path) -> Any:
     return found, [(s.step, s.error) for s in saves]
 
 
-def test_a_full_disk_costs_the_checkpoint_and_nothing_else(small_disk: Path, tmp_path: Path) -> None:
-    ((found, saves),) = run_ranks(filling, 1, tmp_path / "ranks", small_disk)
-    root = small_disk / "checkpoints"
+def test_a_full_disk_costs_the_checkpoint_and_nothing_else(disk: Path, tmp_path: Path) -> None:
+    ((found, saves),) = run_ranks(filling, 1, tmp_path / "ranks", disk)
+    root = disk / "checkpoints"
     assert found == [(str(root / f"step_0000000{step}"), []) for step in (1, 1, 3)]
     assert [error is None for _, error in saves] == [True, False, True]
     assert "No space left" in saves[1][1] and "\n" not in saves[1][1]

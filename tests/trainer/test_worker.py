@@ -15,8 +15,9 @@ from cluster.worker import WorkerContext
 from dataio.dataset import Dataset
 from model import DepthAnything
 from tests.dataio.fakes import labelled, shards_of, write_dataset
+from tests.trainer.disks import fill, small_disk
 from tests.trainer.ranks import run_ranks
-from trainer.checkpoint import list_checkpoints, load_checkpoint
+from trainer.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
 from trainer.config import ConfigError, parse_config
 from trainer.config_train import TrainConfig
 from trainer.evaluate_images import mean_of, measure_part, measurement
@@ -160,8 +161,8 @@ def refused(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> lis
     pretext = {"task": {"kind": "pretext"}, "data": {"input_size": 28, "roles": roles}}
     section = {"datasets": [data["a"]], "every": 2}
     messages = []
-    protocols = [{"validation": section | {"protocol": name}} for name in ("dispariti", "metric")]
-    for changes in (pretext, *protocols):
+    wrong = [section | {"protocol": "dispariti"}, section | {"protocol": "metric"}, section | {"metric": "absrel"}]
+    for changes in (pretext, *({"validation": one} for one in wrong)):
         config = config_of(runs, data, "refused", **changes)
         try:
             with RankTrainer(config, WorkerContext(rank=rank, world_size=world_size), None):
@@ -176,13 +177,14 @@ def test_what_cannot_be_validated_is_said_in_one_line(world: dict[str, Any], tmp
     assert "validation.datasets: task 'pretext' predicts no depth" in messages[0]
     assert "'dispariti'" in messages[1] and "disparity" in messages[1]
     assert "metric" in messages[2]
+    assert "validation.metric: found 'absrel'; did you mean 'abs_rel'?" in messages[3]
     assert not any("\n" in message for message in messages)
 
 
 def full_disk(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> Any:
     """Saves fail from step 2 on; at the end, too."""
     import trainer.saver as module
-    from trainer.worker import RankTrainer
+    from trainer.worker import CheckpointLost, RankTrainer
 
     def refuse(*args: Any) -> str:
         raise storage.StorageError("weights.safetensors: cannot be written: No space left on device")
@@ -201,7 +203,7 @@ def full_disk(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> A
         try:
             trainer.run()
             ended = "finished"
-        except storage.StorageError as error:
+        except CheckpointLost as error:
             ended = str(error)
         failures = trainer.exporter.metric("fathom_checkpoint_failures_total")._value.get()
         return ended, failures, trainer.loop.step, trainer.recorder._notes
@@ -219,3 +221,40 @@ def test_a_run_on_a_full_disk_goes_on_and_says_so(world: dict[str, Any], tmp_pat
     assert list_checkpoints(str(run / "checkpoints"))[-1] == "step_00000002"
     events = [json.loads(line)["event"] for line in (run / "journal.jsonl").read_text().splitlines()]
     assert events.count("checkpoint_failed") == results[0][1] and events[:2] == ["checkpoint", "checkpoint"]
+
+
+def filled(rank: int, world_size: int, disk: Path, data: dict[str, str]) -> Any:
+    """Another program takes the whole disk before step 3 and leaves before step 6."""
+    from trainer.worker import RankTrainer
+
+    config = config_of(disk / "runs", data, "full", checkpoint={"every": 1, "keep": 1}, validation={}, preview_every=1)
+    with RankTrainer(config, WorkerContext(rank=rank, world_size=world_size), None) as trainer:
+        before = trainer.before_step
+
+        def filling(batch: Any) -> None:
+            before(batch)
+            if trainer.loop.step == 2:
+                trainer.saver.finish()
+                fill(disk / "other")
+            if trainer.loop.step == 5:
+                (disk / "other").unlink()
+
+        trainer.before_step = filling  # type: ignore[method-assign]
+        assert trainer.run() is None
+        metric = trainer.exporter.metric
+        counts = [metric(f"fathom_{name}_failures_total")._value.get() for name in ("checkpoint", "record")]
+        return trainer.loop.step, counts, trainer.recorder._notes
+
+
+def test_a_disk_that_is_full_for_a_while_costs_records_and_checkpoints(world: dict[str, Any], tmp_path: Path) -> None:
+    """The run itself goes on, says so once for each kind, and ends whole."""
+    with small_disk(tmp_path / "disk", 48) as disk:
+        ((step, (checkpoints, records), notes),) = run_ranks(filled, 1, tmp_path / "ranks", disk, world["data"])
+        assert step == STEPS and checkpoints >= 2 and records >= 3
+        for words in ("checkpoint of step 3 failed", "a preview cannot be written"):  # small files may still find room
+            assert sum(words in note for note in notes) == 1, words
+        assert all("the run goes on" in note and "\n" not in note for note in notes)
+        root = disk / "runs" / "full" / "checkpoints"
+        assert list_checkpoints(str(root)) == [f"step_{STEPS:08d}"]
+        assert verify_checkpoint(str(root / f"step_{STEPS:08d}")) is None
+        assert sorted(path.name for path in root.iterdir()) == ["latest", f"step_{STEPS:08d}"]
