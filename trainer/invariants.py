@@ -68,7 +68,7 @@ class Invariants:
 
     def _of_gradients(self) -> Iterator[str]:
         for name, parameter in self._engine.module.named_parameters():
-            if parameter.grad is not None and bool(parameter.grad.any()):
+            if parameter.grad is not None and (not parameter.grad.numel() or bool(parameter.grad.any())):
                 yield f"{name} has a gradient between steps"
                 return
 

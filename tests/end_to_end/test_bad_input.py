@@ -53,8 +53,8 @@ def test_a_wrong_value_is_named_with_what_is_allowed(tmp_path: Path, data_world:
 
 
 def test_two_mistakes_stand_in_one_line(tmp_path: Path, data_world: World) -> None:
-    refuse_training(tmp_path, data_world, "steps: found 0", "engine.zero_stage: found 3", steps=0,
-                    engine={"zero_stage": 3})  # fmt: skip
+    refuse_training(tmp_path, data_world, "steps: found 0", "engine.zero_stage: found 4", steps=0,
+                    engine={"zero_stage": 4})  # fmt: skip
 
 
 def test_more_workers_than_lanes(tmp_path: Path, data_world: World) -> None:

@@ -107,16 +107,14 @@ def set_weights(engine: Any, weights: dict[str, Tensor]) -> None:
         if engine.stage == 0:
             parameter.data.copy_(weights[name])
             continue
-        safe_set_full_fp32_param(parameter, weights[name].clone())
         if engine.stage < 3:
+            safe_set_full_fp32_param(parameter, weights[name].clone())
             parameter.data.copy_(weights[name])
-        else:
-            span = engine.spans[name]
-            parameter.ds_tensor.data.reshape(-1)[: len(span)].copy_(weights[name].reshape(-1)[span.start : span.stop])
-    if engine.stage == 3:
-        persistent = engine._optimizer.persistent_parameters  # small ones stay whole between steps
-        if persistent:
-            persistent[0].all_gather(persistent)
+            continue
+        span = engine.spans[name]  # DeepSpeed's own setter fails where a parameter has fewer elements than ranks
+        master, _ = engine._optimizer._get_fp32_opt_state_partition(parameter, True)
+        for partition in (master, parameter.ds_tensor.data.reshape(-1)):
+            partition[: len(span)].copy_(weights[name].reshape(-1)[span.start : span.stop])
 
 
 def train(
