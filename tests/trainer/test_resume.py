@@ -99,6 +99,7 @@ class Observed:
         trainer.before_step = before
 
 
+@torch.no_grad()
 def set_weights(engine: Any, weights: dict[str, Tensor]) -> None:
     """Put whole tensors into an engine: fp32 masters and what the forward pass reads."""
     from deepspeed.utils import safe_set_full_fp32_param
