@@ -92,11 +92,10 @@ def train(
         raise ConfigError(f"{config.folder}: no run to resume; start it without --resume")
     with locked_folder(config.folder, "this run"):
         config = with_earlier_skips(config) if resume else config
-        before = settings_of(config.folder)
+        before, journal = settings_of(config.folder), Journal(config.folder)
+        done = finished_step(journal)  # before the resume itself writes to the journal
         checkpoint = prepare_folder(config, resume)
         forget_ranks(config.folder)
-        journal = Journal(config.folder)
-        done = finished_step(journal)
         if checkpoint and done is not None and done >= config.steps:
             return TrainOutcome(folder=config.folder, step=done)
         facts = order_facts(config, samples)

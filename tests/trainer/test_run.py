@@ -227,3 +227,30 @@ def test_the_length_of_a_pass_and_what_is_passed_over_are_told(tmp_path: Path) -
         "unlabelled: 4001 samples, a pass is 334 steps",
         "passes over 2 global batches, samples 36:72 of the order",
     ]
+
+
+def test_a_finished_run_stays_finished_whatever_else_a_resume_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The change is told; no rank is started for steps that are done."""
+    config = teacher(tmp_path)
+    prepare_folder(config, False)
+    run.Journal(config.folder).write("finished", step=4, reason=None)
+    monkeypatch.setattr(run, "check_inputs", lambda config: {"labelled": 8})
+    monkeypatch.setattr(run, "prepare_folder", lambda config, resume: (prepare_folder(config, resume), "step_4")[1])
+    monkeypatch.setattr(run, "run_ranks", lambda *_: pytest.fail("started"))
+    assert train(teacher(tmp_path, log_every=3), resume=True).step == 4
+    assert "changed on resume: log_every: was 10, is 3" in capsys.readouterr().err
+    events = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["finished", "configuration_changed"]
+
+
+def test_a_resume_may_not_change_the_optimizer_nor_end_before_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_folder(teacher(tmp_path), False)
+    with pytest.raises(ConfigError, match=r"optim\.optimizer: is 'adam', but the run to resume has 'adamw'"):
+        prepare_folder(teacher(tmp_path, optim__optimizer="adam"), True)
+    monkeypatch.setattr(run, "find_checkpoint", lambda root: (f"{root}/step_00000009", []))
+    with pytest.raises(ConfigError, match="steps: is 4, but the run has done 9"):
+        prepare_folder(teacher(tmp_path), True)
