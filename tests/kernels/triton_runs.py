@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.conftest import NESTED
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -16,7 +18,7 @@ def run_cases(cases: str, at_least: int, *, interpret: bool) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/kernels/{cases}"],
         cwd=REPOSITORY,
-        env={**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"},
+        env={**os.environ, NESTED: "1", "TRITON_INTERPRET": "1" if interpret else "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
