@@ -38,7 +38,7 @@ class Metric:
 
 
 METRICS: Mapping[str, Metric] = {
-    "fathom_images_total": Metric("counter", "Images used by optimizer steps, of all ranks."),
+    "fathom_images_total": Metric("counter", "Images in optimizer steps, without rows that fill up a pass."),
     "fathom_samples_skipped_total": Metric("counter", "Samples with weight 0, by reason.", ("reason",)),
     "fathom_data_read_bytes_total": Metric("counter", "Bytes of shards asked for, prefetched batches included."),
     "fathom_data_cache_hits_total": Metric("counter", "Reads of shards behind a URL from a local copy."),

@@ -7,9 +7,9 @@ all of them over the *global* batch, however it was cut into ranks and micro-bat
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ class StepRecord:
     result: StepResult
     learning_rates: dict[str, float]
     images: int  # rows of the global batch, padding included
-    bad_keys: tuple[str, ...] = ()  # samples of this rank with a non-finite loss, when the step was skipped
+    bad_keys: tuple[str, ...] = ()  # this rank's suspects, when the step was skipped
     phases: dict[str, float] = field(default_factory=dict)  # seconds
 
 
@@ -150,20 +150,31 @@ class Loop:
         dist.all_reduce(packed)
         return dict(zip(record.terms, packed.tolist(), strict=True))
 
-    @torch.no_grad()
     def suspects(self, batch: Batch) -> tuple[str, ...]:
-        """Keys of this rank's samples whose own loss is not finite; all ranks call it after a skipped step.
+        """Keys of this rank's samples whose own loss, or its gradient at the network's output, is not finite.
 
-        None where every loss is finite and only a gradient was not.
+        All ranks call it after a skipped step. None where only the network's own gradient was not finite.
         """
         found = []
         # as many forward passes on every rank as the one with most rows needs: at stage 3 each is a collective
         for number, row in enumerate(cut(batch, self.most_rows(batch))):
+            outputs: list[Tensor] = []
             with self.engine.autocast():
-                sums = self.task.sums(self.engine, row)
-            if number < len(batch) and not torch.stack(list(sums.values())).sum().isfinite():
+                sums = self.task.sums(lambda *args, **kw: self._detached(outputs, *args, **kw), row)  # noqa: B023
+            if number < len(batch) and not finite_with_gradient(torch.stack(list(sums.values())).sum(), outputs):
                 found.append(batch.keys[number])
         return tuple(key for key in found if key)
+
+    def _detached(self, outputs: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The network's prediction, cut off from the network; its tensors are added to `outputs`."""
+        with torch.no_grad():
+            prediction = self.engine(*args, **kwargs)
+        if isinstance(prediction, Tensor):
+            outputs.append(prediction.detach().requires_grad_())
+            return outputs[-1]
+        fields = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in prediction]
+        outputs += [t for t in fields if isinstance(t, Tensor)]
+        return type(prediction)(*fields)
 
     def most_rows(self, batch: Batch) -> int:
         """The largest number of rows that any rank has of this batch: collectives of a forward pass have to pair up."""
@@ -196,6 +207,16 @@ class Loop:
 def poisoned(loss: Tensor) -> Tensor:
     """The loss; where it is not finite, so is its gradient then, and the engine drops the step on all ranks."""
     return loss * (1 + 0 * loss.detach())
+
+
+def finite_with_gradient(loss: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether a scalar and its gradients with respect to `inputs` are all finite."""
+    if not loss.isfinite():
+        return False
+    if not loss.requires_grad:
+        return True
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return all(bool(g.isfinite().all()) for g in gradients if g is not None)
 
 
 def on_host(flags: Tensor) -> Tensor:

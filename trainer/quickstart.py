@@ -23,7 +23,7 @@ from trainer.config_evaluate import EvaluateConfig
 from trainer.config_label import LabelConfig
 from trainer.config_train import TrainConfig
 from trainer.journal import Journal
-from trainer.run import first_difference, show_step, train
+from trainer.run import differences, listing, show_step, train
 
 EVALUATION_SEED = 7_000_003  # scenes of training come from other seeds
 MAX_DEPTH_M = 20.0
@@ -103,10 +103,9 @@ def begin(request: Request) -> dict[str, float]:
     if storage.exists(path):
         before = json.loads(storage.read_bytes(path))
         if before != now:
-            field, was, found = first_difference("quickstart", before, now)
+            found = listing(differences("quickstart", before, now), "the folder's has")
             raise ConfigError(
-                f"{request.out}: holds a quickstart with {field} {was!r}, now {found!r}; choose another --out or "
-                "delete the folder"
+                f"{request.out}: holds another quickstart: {found}; choose another --out or delete the folder"
             )
     storage.atomic_write(path, json.dumps(now, indent=1))
     return dict(json.loads(storage.read_bytes(seconds))) if storage.exists(seconds) else {}

@@ -72,7 +72,7 @@ class Recorder:
         self._open_trackers(step)
         self._feed(record, batch)
         if record.result.skipped:
-            self._skipped(record)
+            self._skipped(record, batch)
         if step % self.config.log_every == 0 or step == 1 or last:
             self._log(loop.global_terms(record), record)
         if step % self.config.preview_every == 0 or last:
@@ -116,7 +116,7 @@ class Recorder:
         self._since_line = (steps + 1, images + record.images, spent + seconds)
         metric = self.exporter.metric
         metric("fathom_steps_total").inc()
-        metric("fathom_images_total").inc(len(batch))
+        metric("fathom_images_total").inc(len(keys_of(batch)))
         metric("fathom_step_duration_seconds").observe(seconds)
         metric("fathom_last_step_timestamp_seconds").set_to_current_time()
         for phase, spent in record.phases.items():
@@ -133,15 +133,19 @@ class Recorder:
             metric(name).inc(read[what] - self._read_before.get(what, 0))
             self._read_before[what] = read[what]
 
-    def _skipped(self, record: StepRecord) -> None:
+    def _skipped(self, record: StepRecord, batch: Batch) -> None:
+        """Names the samples at fault; where none could be singled out, all of the global batch."""
         self.exporter.metric("fathom_steps_skipped_total").labels(reason="non_finite").inc()
-        gathered: list[tuple[str, ...] | None] = [record.bad_keys]
+        mine = (record.bad_keys, keys_of(batch))
+        gathered = [mine]
         if self.context.world_size > 1:
-            gathered = [None] * self.context.world_size
-            dist.all_gather_object(gathered, record.bad_keys)
-        if self.context.rank == 0:
-            keys = sorted({key for keys in gathered for key in keys or ()})
-            self.write("step_skipped", step=record.step, reason="non_finite", keys=keys)
+            gathered = [mine] * self.context.world_size
+            dist.all_gather_object(gathered, mine)
+        if self.context.rank:
+            return
+        suspects = {key for keys, _ in gathered for key in keys}
+        keys = sorted(suspects or {key for _, keys in gathered for key in keys})
+        self.write("step_skipped", step=record.step, reason="non_finite", keys=keys, singled_out=bool(suspects))
 
     def _log(self, terms: Mapping[str, float], record: StepRecord) -> None:
         for name, value in terms.items():
@@ -256,6 +260,11 @@ class Recorder:
         fewest = torch.tensor(count, device=device)
         dist.all_reduce(fewest, dist.ReduceOp.MIN)
         return int(fewest)
+
+
+def keys_of(batch: Batch) -> tuple[str, ...]:
+    """The keys of its samples; rows that only fill up the end of a pass have none."""
+    return tuple(key for key in batch.keys if key)
 
 
 def finite(value: float) -> float | None:

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -329,9 +329,7 @@ def refuse_changes(before: TrainConfig, now: TrainConfig) -> None:
         old, new = ({k: v for k, v in d.items() if k not in free} if free else d for d in (old, new))
         found += differences(section, old, new)
     if found:
-        listed = "; ".join(f"{field}: is {new!r}, but the run to resume has {old!r}" for field, old, new in found[:8])
-        more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
-        raise ConfigError(f"{listed}{more}; use what it has or start under another name")
+        raise ConfigError(f"{listing(found, 'the run to resume has')}; use what it has or start under another name")
 
 
 def say_changes(folder: str, before: TrainConfig, now: TrainConfig) -> None:
@@ -356,9 +354,10 @@ def differences(where: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     return [] if old == new else [(where, old, new)]
 
 
-def first_difference(where: str, old: Any, new: Any) -> tuple[str, Any, Any]:
-    """The first of two plain configurations' `differences`; the whole when there is none."""
-    return next(iter(differences(where, old, new)), (where, old, new))
+def listing(found: Sequence[tuple[str, Any, Any]], had: str, shown: int = 8) -> str:
+    """`differences` for people, the first few of them: "FIELD: is NEW, but HAD OLD; ...; and N more"."""
+    clauses = [f"{field}: is {new!r}, but {had} {old!r}" for field, old, new in found[:shown]]
+    return "; ".join(clauses + ([f"and {len(found) - shown} more"] if len(found) > shown else []))
 
 
 def environment(config: TrainConfig) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from trainer.engine import Engine
 from trainer.invariants import Invariants
 from trainer.loop import Loop, StepRecord, step_seed
 from trainer.record import Recorder
-from trainer.run import TELEMETRY, first_difference
+from trainer.run import TELEMETRY, differences, listing
 from trainer.saver import Keep, Saved, Saver, require_space
 from trainer.shadow import Shadow
 from trainer.tasks.base import Task, make_task
@@ -188,10 +188,10 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         )
         if checkpoint and dict(checkpoint.state.data) != loader.describe():
             loader.close()
-            field, was, found = first_difference("data", dict(checkpoint.state.data), loader.describe())
+            found = differences("data", dict(checkpoint.state.data), loader.describe())
             raise CheckpointError(
-                f"{checkpoint.path}: was made with other data (its shards, labels or their order changed): {field} was "
-                f"{was!r} and is {found!r}; restore what it was, or start a new run from its weights with model.weights"
+                f"{checkpoint.path}: was made with other data (its shards, labels or their order changed): "
+                f"{listing(found, 'was')}; restore what it was, or start a new run from its weights with model.weights"
             )
         if checkpoint:
             loader.seek(checkpoint.state.cursor)
@@ -201,10 +201,9 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         """The file that `model.weights` names may have changed since: same tensors, another function."""
         saved, built = checkpoint.about.network, self.task.network_record(module)
         if saved is not None and built is not None and dict(saved) != built:
-            field, was, found = first_difference("network", dict(saved), built)
+            found = listing(differences("network", dict(saved), built), "was")
             raise CheckpointError(
-                f"{checkpoint.path}: is of another network: {field} was {was!r}, but model.preset or model.weights now "
-                f"gives {found!r}; restore what they were"
+                f"{checkpoint.path}: is of another network: {found}; restore what model.preset and model.weights named"
             )
 
     def run(self) -> str | None:

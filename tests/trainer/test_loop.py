@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from cluster.worker import WorkerContext
@@ -115,6 +116,35 @@ def test_ranks_with_unequal_rows_look_for_the_sample_together_at_stage_3(tmp_pat
     assert first[1] == () and last[1] == (share(train_config("teacher"), 1, 2, seed=1).keys[2],)
     assert min(first[2:4]) > 50  # parameters are really cut, and gone between steps
     assert (len(first[4]), len(last[4])) == (4, 3)
+
+
+def sharp_corner(forward: Any, batch: Batch) -> dict[str, torch.Tensor]:
+    """Finite sums; their gradient at the prediction of a row without weight is not: it is that of a root at 0."""
+    disparity_BHW = forward(batch.views["student"]).disparity_BHW * batch.weight_B[:, None, None]
+    return {"labelled": disparity_BHW.square().mean(dim=(1, 2)).sqrt().sum()}
+
+
+def sharp_run(rank: int, world_size: int, stage: int) -> Any:
+    """One row of the last rank has no weight, and a loss that cannot bear it."""
+    config = train_config("teacher", engine={"precision": "fp32", "zero_stage": stage})
+    loop = make_loop(config, rank, world_size, 1)
+    batch = share(config, rank, world_size)
+    batch.weight_B[:] = 1
+    if rank == world_size - 1:
+        batch.weight_B[1] = 0
+    loop.task.sums = sharp_corner  # type: ignore[method-assign]
+    before = {name: t.detach().clone() for name, t in loop.engine.whole_weights(everywhere=True).items()}
+    record = loop.train_step(batch)
+    after = loop.engine.whole_weights(everywhere=True)
+    same = all(bool((after[name] == t).all()) for name, t in before.items())
+    return record.result.skipped, record.bad_keys, same, bool(record.terms["labelled"].isfinite()), batch.keys[1]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_finite_loss_with_a_gradient_that_is_not_names_its_sample(tmp_path: Path, stage: int) -> None:
+    first, last = run_ranks(sharp_run, 2, tmp_path, stage)
+    assert first[:4] == (True, (), True, True)
+    assert last[:4] == (True, (last[4],), True, True)
 
 
 def diverging_run(rank: int, world_size: int) -> str:

@@ -231,8 +231,18 @@ def test_a_skipped_step_is_named_and_counted(tmp_path: Path, batch: Batch) -> No
         assert rank.metric("fathom_grad_norm") is None
     (entry,) = read_json_lines(str(tmp_path / "run" / "journal.jsonl"))
     assert (entry["event"], entry["step"], entry["keys"]) == ("step_skipped", 2, ["a", "z"])
+    assert entry["singled_out"] is True
     (line,) = lines(tmp_path)
     assert (line["loss"], line["grad_norm"], line["terms"]) == (None, None, {"a": None, "b": None})
+
+
+def test_a_skipped_step_without_suspects_names_its_whole_batch(tmp_path: Path, batch: Batch) -> None:
+    filled_up = replace(batch, keys=("", *batch.keys[1:]))
+    with Rank(settings(tmp_path)) as rank:
+        rank.step(record_of(2, result=StepResult(grad_norm=math.nan, skipped=True)), filled_up)
+        assert rank.metric("fathom_images_total") == len(batch) - 1  # a row without a key is no image
+    (entry,) = read_json_lines(str(tmp_path / "run" / "journal.jsonl"))
+    assert (entry["keys"], entry["singled_out"]) == (sorted(batch.keys[1:]), False)
 
 
 def test_bad_samples_are_counted_once(tmp_path: Path, batch: Batch) -> None:

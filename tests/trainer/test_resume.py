@@ -222,7 +222,13 @@ def test_other_data_groups_encoders_and_weights_are_refused(base: dict[str, Any]
     smaller = write_dataset(tmp_path / "smaller", shards_of([7, 5], labelled))
     checkpoint = Path(base["start"])
     changed = []
-    for name, change in (("frozen", {"frozen": "another"}), ("weights", {"weights": "0" * 64})):
+    network = json.loads((checkpoint / "manifest.json").read_text())["network"]
+    changes = {
+        "frozen": {"frozen": "another"},
+        "weights": {"weights": "0" * 64},
+        "network": {"network": network | {"position_mode": "other", "readout": "other"}},
+    }
+    for name, change in changes.items():
         copy = shutil.copytree(checkpoint, tmp_path / name / checkpoint.name)
         manifest = json.loads((copy / "manifest.json").read_text())
         (copy / "manifest.json").write_text(json.dumps(manifest | change))
@@ -231,13 +237,16 @@ def test_other_data_groups_encoders_and_weights_are_refused(base: dict[str, Any]
         refused, 1, tmp_path / "ranks", tmp_path / "runs", base["data"], [as_large, smaller],
         [str(checkpoint), *changed],
     )  # fmt: skip
-    for message, field in zip(messages, ("roles.labelled.datasets", "roles.labelled.datasets", "seed"), strict=False):
+    expected = (["roles.labelled.datasets"], ["roles.labelled.datasets", "roles.labelled.samples"], ["seed"])
+    for message, fields in zip(messages, expected, strict=False):
         assert f"step_{START:08d}: was made with other data" in message
-        assert f"data.{field} was " in message
+        assert [part.split(": is ")[0] for part in message.split("data.")[1:]] == fields
     assert "parameter groups differ" in messages[3] and "optim.decay_norms_and_biases" in messages[3]
-    assert "the weights in the engine are not those that were saved" in messages[4]
-    assert "was trained with another frozen encoder" in messages[5]
-    assert messages[6] == "went on"
+    named = "is of another network: network.position_mode: is 'official', but was 'other'; network.readout: "
+    assert named in messages[4]
+    assert "the weights in the engine are not those that were saved" in messages[5]
+    assert "was trained with another frozen encoder" in messages[6]
+    assert messages[7] == "went on"
 
 
 def test_counters_are_those_of_the_run(base: dict[str, Any]) -> None:

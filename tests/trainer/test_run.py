@@ -21,7 +21,8 @@ from trainer.config import ConfigError, dump_config, parse_config, read_config
 from trainer.config_train import TrainConfig
 from trainer.run import (
     check_inputs,
-    first_difference,
+    differences,
+    listing,
     order_facts,
     order_lines,
     prepare_folder,
@@ -174,14 +175,22 @@ def test_what_does_not_may_change(tmp_path: Path, name: str) -> None:
     refuse_changes(teacher(tmp_path), teacher(tmp_path, **{name: FREE[name]}))
 
 
-def test_the_first_difference_is_found_however_deep() -> None:
-    assert first_difference("data", {"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}}) == ("data.b.c", 2, 3)
-    assert first_difference("data", {"b": 1, "a": 1}, {"b": 2, "a": 2}) == ("data.a", 1, 2)
-    assert first_difference("task", {}, {"alpha": 0.5}) == ("task.alpha", None, 0.5)
-    assert first_difference("task", {"alpha": 0.5}, {}) == ("task.alpha", 0.5, None)
-    assert first_difference("x", {"y": [1, 2]}, {"y": [1, 3]}) == ("x.y", [1, 2], [1, 3])
-    assert first_difference("x", {"y": {"z": 1}}, {"y": None}) == ("x.y", {"z": 1}, None)
-    assert first_difference("seed", 0, 1) == ("seed", 0, 1)
+def test_differences_are_found_however_deep() -> None:
+    old, new = {"a": 1, "b": {"c": 2, "d": [1]}, "e": {"z": 1}}, {"a": 2, "b": {"c": 3, "d": [1]}, "e": None}
+    assert differences("data", old, new) == [("data.a", 1, 2), ("data.b.c", 2, 3), ("data.e", {"z": 1}, None)]
+    assert differences("task", {}, {"alpha": 0.5}) == [("task.alpha", None, 0.5)]
+    assert differences("task", {"alpha": 0.5}, {}) == [("task.alpha", 0.5, None)]
+    assert differences("x", {"y": [1, 2]}, {"y": [1, 3]}) == [("x.y", [1, 2], [1, 3])]
+    assert differences("seed", 0, 1) == [("seed", 0, 1)]
+    assert differences("seed", 1, 1) == []
+
+
+def test_many_differences_are_listed_in_a_line() -> None:
+    found = [(f"data.{name}", 1, None) for name in "abc"]
+    assert listing(found[:1], "was") == "data.a: is None, but was 1"
+    assert listing(found, "the run has", shown=2) == (
+        "data.a: is None, but the run has 1; data.b: is None, but the run has 1; and 1 more"
+    )
 
 
 def test_a_run_s_folder_is_made_once_and_says_what_made_it(tmp_path: Path) -> None:
