@@ -17,7 +17,10 @@ from launcher import options
 from launcher.options import PositionOption, PresetOption
 
 Path = Annotated[str, typer.Argument(metavar="PATH", help="A weights file, a folder, or a checkpoint (step_*).")]
-EmaOption = Annotated[bool, typer.Option("--ema", help="The averaged weights of a training checkpoint.")]
+EmaOption = Annotated[
+    bool | None,
+    typer.Option("--ema/--no-ema", help="A checkpoint's averaged weights, or its last ones; else averaged, if any."),
+]
 MissingOption = Annotated[
     list[str] | None,
     typer.Option("--allow-missing", metavar="PATTERN", help="Tensors that may be absent and keep initial values."),
@@ -53,7 +56,7 @@ def import_(
     out: Annotated[str, typer.Option(help="Folder to write: model.safetensors and config.json.")],
     preset: PresetOption = None,
     position_mode: PositionOption = None,
-    ema: EmaOption = False,
+    ema: EmaOption = None,
     allow_missing: MissingOption = None,
     allow_unexpected: UnexpectedOption = None,
 ) -> int:
@@ -100,7 +103,7 @@ def export(
     fusion: Annotated[
         str | None, typer.Option(help="interpolate or even (every rise x2, sides multiples of 28); for exporters.")
     ] = None,
-    ema: EmaOption = False,
+    ema: EmaOption = None,
     dtype: Annotated[str, typer.Option(help=f"One of: {', '.join(DTYPES)} (onnx: float32).")] = "float32",
 ) -> int:
     """Write a network for other programs: the authors' code, Hugging Face, ONNX, ...
@@ -148,7 +151,7 @@ def show(
     path: Path,
     preset: PresetOption = None,
     position_mode: PositionOption = None,
-    ema: EmaOption = False,
+    ema: EmaOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> int:
     """Say what a file is: preset, taps, layout, parameters, and the fingerprint that names its pseudo-labels.

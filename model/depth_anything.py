@@ -72,7 +72,7 @@ class DepthAnything(nn.Module):
         *,
         position_mode: PositionMode | None = None,
         fusion: Fusion | None = None,
-        ema: bool = False,
+        ema: bool | None = None,
         allow_missing: Sequence[str] = (),
         allow_unexpected: Sequence[str] = (),
     ) -> Self:
@@ -85,7 +85,8 @@ class DepthAnything(nn.Module):
             position_mode: how position embeddings are resized; default: as recorded, else as the file's layout does
                 ("exact" for Hugging Face's and muggled_dpt's, "official" for the others).
             fusion: how the decoder's maps rise; default: as recorded, else "interpolate".
-            ema: the averaged weights of a training checkpoint.
+            ema: of a training checkpoint, True: the averaged weights; False: the last ones; None: the averaged ones,
+                where there are any.
             allow_missing, allow_unexpected: shell patterns of official names; what is missing keeps its initial values.
 
         Raises:

@@ -21,7 +21,7 @@ def describe(
     preset: str | None = None,
     *,
     position_mode: PositionMode | None = None,
-    ema: bool = False,
+    ema: bool | None = None,
 ) -> dict[str, Any]:
     """Everything a file says about its network, as JSON values.
 

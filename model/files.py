@@ -53,19 +53,20 @@ class Contents:
     config: Mapping[str, Any] | None = None  # a Hugging Face config.json
 
 
-def read(path: str | os.PathLike[str], ema: bool = False) -> Contents:
+def read(path: str | os.PathLike[str], ema: bool | None = None) -> Contents:
     """Read a file, a folder of weights, or a training checkpoint's folder.
 
     Args:
         path: local file or folder.
-        ema: the averaged weights of a training checkpoint instead of the last ones.
+        ema: of a training checkpoint, True: the averaged weights; False: the last ones; None: the averaged ones, where
+            there are any, as its run validates and exports those.
 
     Raises:
         WeightsError: nothing there, broken, or not tensors; one line.
     """
     path = os.fspath(path)
     if os.path.isfile(os.path.join(path, "manifest.json")):
-        return _read_checkpoint(path, "ema.safetensors" if ema else "weights.safetensors")
+        return _read_checkpoint(path, ema)
     if ema and os.path.exists(path):
         raise WeightsError(f"{path}: averaged weights (EMA) are in training checkpoints only: give a step_* folder")
     if os.path.isdir(path):
@@ -194,10 +195,14 @@ def _read_sharded(path: str, index: str) -> Tensors:
     return tensors
 
 
-def _read_checkpoint(path: str, name: str) -> Contents:
+def _read_checkpoint(path: str, ema: bool | None) -> Contents:
     """One of a training checkpoint's networks, its bytes held against the manifest."""
     manifest = read_json(os.path.join(path, "manifest.json"))
-    expected = manifest.get("files", {}).get(name) if isinstance(manifest.get("files"), dict) else None
+    listed = manifest.get("files")
+    files: dict[str, Any] = listed if isinstance(listed, dict) else {}
+    ema = "ema.safetensors" in files if ema is None else ema
+    name = "ema.safetensors" if ema else "weights.safetensors"
+    expected = files.get(name)
     if expected is None:
         what = "no averaged weights (EMA)" if name.startswith("ema") else f"no {name}"
         raise WeightsError(f"{path}: {what} in this checkpoint's manifest.json")

@@ -111,7 +111,7 @@ def fingerprint(tensors: Mapping[str, Tensor], preset: Preset) -> str:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def open_weights(path: str | os.PathLike[str], ema: bool = False) -> Source:
+def open_weights(path: str | os.PathLike[str], ema: bool | None = None) -> Source:
     """Read a path and find out what it is. Raises WeightsError."""
     contents = files.read(path, ema)
     layout = layouts.recognise(contents.tensors)

@@ -15,6 +15,7 @@ import gc
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -25,7 +26,7 @@ from cluster.worker import WorkerContext
 from dataio.types import Batch, Target
 from trainer.config import ConfigError
 from trainer.config_train import EngineSection, TrainConfig
-from trainer.optim import effective_stage
+from trainer.optim import bucket_elements, effective_stage
 from trainer.tasks.base import Task
 
 SHARE_OF_FREE = 0.8  # the rest is for fragmentation, the loader's batches and what a line does not see
@@ -45,6 +46,24 @@ def micro_batch_count(
     return -(-rows // min(size, rows)) if size else 1
 
 
+def circumstances(config: TrainConfig, world_size: int, device: torch.device) -> dict[str, Any]:
+    """What the memory of a row hangs on beside task, network and data, which a run keeps: JSON values."""
+    engine = config.engine
+    found: dict[str, Any] = {
+        "workers": world_size,
+        "precision": engine.precision,
+        "zero_stage": engine.zero_stage,
+        "cpu_offload": engine.cpu_offload,
+        "averaged": config.optim.ema_decay is not None,
+        "activation_checkpointing": config.model.activation_checkpointing,
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"device": properties.name, "device_bytes": properties.total_memory}
+    return found
+
+
 def share_of(config: TrainConfig, world_size: int) -> int:
     """The most rows of a global batch that one rank gets."""
     return sum(spec.batch // spec.lanes * (-(-spec.lanes // world_size)) for spec in config.data.roles.values())
@@ -53,12 +72,12 @@ def share_of(config: TrainConfig, world_size: int) -> int:
 def _largest(
     config: TrainConfig, task: Task, module: nn.Module, context: WorkerContext, device: torch.device, rows: int
 ) -> int:
+    module.train().to(device)  # before looking what is free: the weights are no longer to come
     free = free_memory(device) // (1 if device.type == "cuda" else ranks_here(context))
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     average = 4 * parameters // context.world_size if config.optim.ema_decay else 0
     section = config.engine.model_copy(update={"zero_stage": effective_stage(config.engine, context.world_size)})
     room = int(SHARE_OF_FREE * free) - engine_bytes(parameters, section, context.world_size) - average
-    module.train().to(device)
     peak_bytes(task, module, config, 1, device)  # libraries and kernels take their memory at the first call
     fits = largest_that_fits(lambda n: peak_bytes(task, module, config, n, device), room, rows)
     smallest = torch.tensor(fits, device=device)
@@ -74,7 +93,8 @@ def _largest(
 
 
 def largest_that_fits(measure: Callable[[int], int | None], room: int, rows: int) -> int:
-    """The largest number of rows, up to `rows`, whose peak stays within `room` bytes; 0 when one row does not.
+    """The largest number of rows, up to `rows`, whose peak stays within `room` bytes, from 32 rows on to a sixteenth; 0
+    when one row does not fit.
 
     `measure(n)` gives the peak of n rows, or None when memory ran out.
     """
@@ -85,23 +105,34 @@ def largest_that_fits(measure: Callable[[int], int | None], room: int, rows: int
     if two is None or two > room:
         return 1
     slope = max(two - one, 1)
-    guess = min(rows, 2 + (room - two) // slope)
-    while guess > 2 and ((peak := measure(guess)) is None or peak > room):
-        guess = guess * 3 // 4
-    return guess
+    fits, fails = 2, rows + 1
+    probe = min(rows, 2 + (room - two) // slope)
+    while probe > fits:
+        peak = measure(probe)
+        if peak is not None and peak <= room:
+            fits = probe
+        else:
+            fails = probe
+        near = max(1, fits // 16)
+        if fails > rows:  # nothing has failed: the line is nearly right
+            probe = min(rows, fits + near)
+        else:
+            probe = (fits + fails) // 2 if fails - fits > near else fits
+    return fits
 
 
 def engine_bytes(parameters: int, engine: EngineSection, world_size: int) -> int:
     """What the engine takes beside the weights and one set of gradients: two moments, the fp32 partition, its gradient.
 
-    By ZeRO stage (arXiv 1910.02054, section 5): 0 keeps all of it on every rank, the others cut it. Stages 2 and 3 cut
-    gradients too, which the measured peak holds whole: there the estimate is on the safe side.
+    By ZeRO stage (arXiv 1910.02054, section 5): 0 keeps all of it on every rank, the others cut it, and gather
+    gradients in a bucket. Stages 2 and 3 cut gradients too, which the measured peak holds whole: there the estimate is
+    on the safe side.
     """
     share = -(-parameters // world_size)
     optimizer = 8 * (parameters if engine.zero_stage == 0 else share)
     if engine.cpu_offload:
         optimizer = 0
-    partition = 0 if engine.zero_stage == 0 else 8 * share
+    partition = 0 if engine.zero_stage == 0 else 8 * share + 4 * bucket_elements(parameters)
     return optimizer + partition
 
 
@@ -116,6 +147,10 @@ def peak_bytes(task: Task, module: nn.Module, config: TrainConfig, rows: int, de
             sums = task.sums(module, batch)
             torch.stack(list(sums.values())).sum().backward()
     except torch.OutOfMemoryError:
+        return None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # what PyTorch's CPU allocator says
+            raise
         return None
     finally:
         module.zero_grad(set_to_none=True)

@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -38,6 +39,7 @@ from trainer.engine_state import Span
 FORMAT = 2
 WEIGHTS, EMA, STATE, MANIFEST = "weights.safetensors", "ema.safetensors", "state.json", "manifest.json"
 PARTIAL = ".partial"
+PATIENCE_S = 20.0  # for other machines' files to appear
 REPLACED = f".replaced{PARTIAL}"
 _NAME = re.compile(r"step_(\d{8,})")
 _PART = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.safetensors")
@@ -56,7 +58,8 @@ class TrainState:
     cursor: Mapping[str, int]  # samples consumed per role
     data: Mapping[str, Any] = field(default_factory=dict)  # plan version and fingerprints, to refuse another data set
     groups: Mapping[str, Any] = field(default_factory=dict)  # parameter names per group
-    micro_batches: int = 1  # forward passes per step: `micro_batch: auto` keeps what it found, so that bits stay
+    micro_batches: int = 1  # forward passes per step
+    measured: Mapping[str, Any] | None = None  # under what `micro_batch: auto` found them; None: they were configured
     workers: int = 1
     skipped_in_a_row: int = 0  # steps without an update just before
     format: int = FORMAT
@@ -170,6 +173,7 @@ def commit(root: str, state: TrainState, files: Mapping[str, str], fingerprint: 
         listed = {**files, STATE: storage.sha256_file(os.path.join(partial, STATE))}
         manifest = {"format": FORMAT, "step": state.step, "files": listed, "weights": fingerprint, **asdict(about)}
         manifest["digest"] = _digest(manifest)
+        _await_files(partial, listed)
         for name in set(os.listdir(partial)) - set(listed):  # of an attempt with other ranks that was killed
             os.unlink(os.path.join(partial, name))
         storage.atomic_write(os.path.join(partial, MANIFEST), json.dumps(manifest, indent=1))
@@ -185,6 +189,18 @@ def commit(root: str, state: TrainState, files: Mapping[str, str], fingerprint: 
     with contextlib.suppress(storage.StorageError):  # for people; a resume looks at the folders themselves
         storage.atomic_write(os.path.join(root, "latest"), os.path.basename(final))
     return final
+
+
+def _await_files(folder: str, names: Iterable[str]) -> None:
+    """Wait until this machine sees all files; a network file system may take a while. FileNotFoundError when not."""
+    deadline = time.monotonic() + PATIENCE_S
+    while missing := sorted(set(names) - set(os.listdir(folder))):
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(
+                f"{', '.join(missing)} of other ranks cannot be seen from rank 0's machine; `runs` must be a folder "
+                "that all machines share"
+            )
+        time.sleep(0.2)
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -230,7 +246,10 @@ def list_checkpoints(root: str) -> list[str]:
 
 
 def find_checkpoint(root: str) -> tuple[str | None, list[str]]:
-    """The newest whole checkpoint's folder, and a line for every newer one that was passed over."""
+    """The newest whole checkpoint's folder, and a line for every newer one that was passed over.
+
+    Raises CheckpointError and StorageError as `verify_checkpoint` does.
+    """
     passed: list[str] = []
     for name in reversed(list_checkpoints(root)):
         problem = verify_checkpoint(os.path.join(root, name))
@@ -241,19 +260,28 @@ def find_checkpoint(root: str) -> tuple[str | None, list[str]]:
 
 
 def verify_checkpoint(path: str) -> str | None:
-    """What is wrong with a checkpoint, or None: a manifest, every file there, every checksum right."""
+    """What is wrong with a checkpoint, or None: a manifest, every file there, every checksum right.
+
+    What is no damage is no reason to go back to an older one: CheckpointError for another version's format,
+    StorageError when the place cannot be read (permissions, a failing disk or mount).
+    """
     try:
         manifest = json.loads(storage.read_bytes(os.path.join(path, MANIFEST)))
-        if manifest.get("format") != FORMAT:
-            return f"format {manifest.get('format')}, this version reads {FORMAT}"
+        if isinstance(found := manifest.get("format"), int) and found != FORMAT:
+            raise CheckpointError(
+                f"{path}: was written in format {found}, this version reads {FORMAT}; go on with the version that "
+                "environment.json names, or start a new run from its weights with model.weights"
+            )
         if manifest.pop("digest", None) != _digest(manifest):
             return f"{MANIFEST} does not match its checksum"
         files = manifest["files"]
         for name in required(files):
             if storage.sha256_file(os.path.join(path, name)) != files[name]:
                 return f"{name} does not match its checksum"
-    except OSError as error:
+    except FileNotFoundError as error:
         return str(error)
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
     return None

@@ -12,9 +12,8 @@ file avoids:
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from trainer.config_train import EngineSection, OptimSection
 from trainer.engine_ops import prepare_cpu_operator
 from trainer.engine_state import MOMENTS, FragmentState, Joiner, PartitionState, Span, State, WholeState
-from trainer.optim import Groups, apply_settings, decay_groups, effective_stage, make_optimizer
+from trainer.optim import Groups, apply_settings, bucket_elements, decay_groups, effective_stage, make_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,12 @@ class Engine:
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module.to(device),
             optimizer=make_optimizer(self.groups, optim),
-            config=deepspeed_config(optim, engine.model_copy(update={"zero_stage": self.stage}), micro_batches),
+            config=deepspeed_config(
+                optim,
+                engine.model_copy(update={"zero_stage": self.stage}),
+                micro_batches,
+                sum(p.numel() for p in self.trained.values()),
+            ),
             dist_init_required=False,
         )
         if self.stage == 0 and dist.get_world_size() == 1:
@@ -223,22 +227,20 @@ class Engine:
         found = {name: safe_get_full_grad(parameter) for name, parameter in self.trained.items()}
         return {name: gradient.detach().clone() for name, gradient in found.items() if gradient is not None}
 
-    @contextlib.contextmanager
-    def whole_module(self) -> Iterator[nn.Module]:
-        """The network with whole parameters inside the block, for reading. A collective at stage 3."""
-        if self.stage < 3:
-            yield self.module
-            return
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
-            yield self.module
-
     def close(self) -> None:
         self._engine.destroy()
 
 
-def deepspeed_config(optim: OptimSection, engine: EngineSection, micro_batches: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary. The micro-batch size is nominal: our loss carries its own global denominators."""
-    zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": False}
+def deepspeed_config(
+    optim: OptimSection, engine: EngineSection, micro_batches: int, parameters: int
+) -> dict[str, Any]:
+    """DeepSpeed's dictionary, for so many trained parameters. The micro-batch size is nominal: our loss carries its own
+    global denominators."""
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": bucket_elements(parameters),
+    }
     if engine.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     config: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import Any
 
@@ -22,6 +23,26 @@ class Journal:
     def read(self) -> list[dict[str, Any]]:
         """All whole lines, oldest first."""
         return read_json_lines(self.path)
+
+
+def logged_lines(folder: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl that stand, in order: those of its last history.
+
+    A run that goes on from a checkpoint logs its steps again, or, where it went round samples, other ones: from where a
+    step is no larger than the one before, the earlier lines from that step on are void.
+    """
+    standing: list[dict[str, Any]] = []
+    last: float = -1
+    for line in read_json_lines(storage.join(folder, "metrics.jsonl")):
+        step = line.get("step")
+        if not isinstance(step, int | float) or isinstance(step, bool) or not math.isfinite(step):
+            continue
+        if "event" not in line:
+            if step <= last:
+                standing = [one for one in standing if one["step"] < step]
+            last = step
+        standing.append(line)
+    return standing
 
 
 def read_json_lines(path: str) -> list[dict[str, Any]]:

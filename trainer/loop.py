@@ -96,7 +96,9 @@ class Loop:
             record = self.train_step(batch, self._flags(hooks))
             record.phases["data_wait"] = waited
             hooks.after_step(record, batch)
-            self.give_up_if_diverged(record)
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.result.skipped else 0
+            if self.skipped_in_a_row >= self.config.engine.max_skipped_steps:
+                self.give_up(hooks)
             every = self.config.checkpoint.every
             if every and self.step % every == 0 and self.step < self.config.steps:
                 hooks.checkpoint(last=False)
@@ -185,7 +187,7 @@ class Loop:
     def _flags(self, hooks: Hooks) -> Tensor:
         """This rank's: was asked to stop, a checkpoint is due, the one under way is written, failed."""
         stop = float(self.context.stop_requested() is not None)
-        return torch.tensor([stop, *hooks.flags()], device=self.engine.device)
+        return on_device(torch.tensor([stop, *hooks.flags()]), self.engine.device)
 
     def learning_rates(self) -> dict[str, float]:
         """Rates of this step: functions of samples seen, so the number of ranks does not change them."""
@@ -194,14 +196,14 @@ class Loop:
         scale = factor(self.step * batch, total, optim.warmup_samples, optim.schedule, optim.power)
         return {"encoder": optim.encoder_lr * scale, "decoder": optim.decoder_lr * scale}
 
-    def give_up_if_diverged(self, record: StepRecord) -> None:
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.result.skipped else 0
-        if self.skipped_in_a_row >= self.config.engine.max_skipped_steps:
-            raise TrainingDiverged(
-                f"step {self.step}: {self.skipped_in_a_row} steps in a row had a non-finite gradient "
-                "(engine.max_skipped_steps); lower optim.encoder_lr and optim.decoder_lr or look at the samples in "
-                "journal.jsonl"
-            )
+    def give_up(self, hooks: Hooks) -> None:
+        """Save, as the weights are those of the last good step, and raise TrainingDiverged."""
+        hooks.checkpoint(last=True)
+        raise TrainingDiverged(
+            f"step {self.step}: {self.skipped_in_a_row} steps in a row had a non-finite loss or gradient "
+            "(engine.max_skipped_steps); lower optim.encoder_lr and optim.decoder_lr, or look at the samples in "
+            "journal.jsonl and go round them: --resume --skip-samples"
+        )
 
 
 def poisoned(loss: Tensor) -> Tensor:
@@ -217,6 +219,11 @@ def finite_with_gradient(loss: Tensor, inputs: Sequence[Tensor]) -> bool:
         return True
     gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
     return all(bool(g.isfinite().all()) for g in gradients if g is not None)
+
+
+def on_device(flags: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device without waiting for what the device still does: from pinned memory."""
+    return flags.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flags
 
 
 def on_host(flags: Tensor) -> Tensor:

@@ -63,6 +63,11 @@ def apply_settings(entries: Iterable[dict[str, Any]], optim: OptimSection, rates
         entry.update(settings_of(entry["name"], optim), lr=rates[rate_name(entry["name"])])
 
 
+def bucket_elements(parameters: int) -> int:
+    """Size of ZeRO's gradient bucket: DeepSpeed's default, 2 GB of fp32, or the network where that is smaller."""
+    return max(1, min(500_000_000, parameters))
+
+
 def effective_stage(engine: EngineSection, world_size: int) -> int:
     """The ZeRO stage that makes sense: on one rank there is nothing to cut, and flat copies of everything cost memory
     and time. With `cpu_offload` the stage stays, as only ZeRO offloads."""

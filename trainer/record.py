@@ -79,15 +79,15 @@ class Recorder:
             self.preview(loop.engine.module, step, batch)
         self._last = time.perf_counter()  # what logging took is no part of the next step
 
-    def before_step(self) -> None:
-        """What happened since the last step (a validation, a checkpoint) is no part of the next one's time."""
+    def start_clock(self) -> None:
+        """A step begins, its wait for data included: a validation or checkpoint before it is no part of its time."""
         self._last = time.perf_counter()
 
     def event(self, name: str, step: int, values: Mapping[str, float]) -> None:
         """Results that are measured now and then, such as a validation's; on ranks other than 0 nothing happens.
 
         They get a line of their own in metrics.jsonl, `{"step": ..., "event": name, "values": {...}}`, the gauge
-        `fathom_event_result` and the trackers' `name/KEY`. Raises StorageError when the line cannot be written.
+        `fathom_event_result` and the trackers' `name/KEY`.
         """
         if self.context.rank:
             return
@@ -234,7 +234,7 @@ class Recorder:
         """previews/step_NNNNNNNN.png: two rows from either end of rank 0's batch, so that every role shows.
 
         A collective: under ZeRO 3 every rank holds a part of the weights, so each runs the forward pass, on the same
-        number of rows. Raises StorageError on rank 0 when the file cannot be written.
+        number of rows.
         """
         rows = preview_rows(len(batch))
         rows = sorted(rows[: self._fewest(len(rows), batch.weight_B.device)])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
 from cluster import storage
-from trainer.journal import read_json_lines
+from trainer.journal import logged_lines
 
 Points = Sequence[tuple[float, float]]
 
@@ -152,12 +151,11 @@ def literal(text: str) -> str:
 def loss_curves(folders: Mapping[str, str], smooth: int = 5) -> dict[str, list[tuple[float, float]]]:
     """(step, loss) of runs from their metrics.jsonl, averaged over `smooth` logged steps; empty ones are left out.
 
-    After a resume a step may stand twice; the later line counts. Lines of events have no loss.
+    Lines of events have no loss.
     """
     curves = {}
     for name, folder in folders.items():
-        lines = read_json_lines(os.path.join(folder, "metrics.jsonl"))
-        losses = {line["step"]: line["loss"] for line in lines if line.get("loss") is not None}
+        losses = {line["step"]: line["loss"] for line in logged_lines(folder) if line.get("loss") is not None}
         steps = sorted(losses)
         points = []
         for start in range(0, len(steps), smooth):

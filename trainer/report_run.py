@@ -20,7 +20,7 @@ from PIL import Image
 from cluster import storage
 from dataio.quarantine import REASONS
 from trainer.config import ConfigError
-from trainer.journal import read_json_lines
+from trainer.journal import logged_lines, read_json_lines
 from trainer.report import Page
 
 Curves = dict[str, list[tuple[float, float]]]
@@ -84,7 +84,7 @@ def read_run(folder: str) -> Run:
         found = "is no run's folder" if os.path.isdir(folder) else "no such folder"
         raise ConfigError(f"{folder}: {found}; name one that `fathom train` made ({', '.join(_MARKS)})")
     config_text = read_text(os.path.join(folder, "config.yaml"))
-    lines = [one for one in read_json_lines(os.path.join(folder, "metrics.jsonl")) if is_number(one.get("step"))]
+    lines = logged_lines(folder)
     return Run(
         name=os.path.basename(folder),
         folder=folder,
@@ -157,7 +157,10 @@ def last_loss(run: Run) -> str:
 
 
 def last_step(run: Run) -> int:
-    marks = [line.get("step") for line in (*run.steps, *run.journal)]
+    """What the last attempt has reached, as far as its lines tell."""
+    starts = [number for number, line in enumerate(run.journal) if line.get("event") == "started"]
+    attempt = run.journal[starts[-1] :] if starts else run.journal
+    marks = [line.get("step") for line in (*run.steps, *attempt)]
     return max((int(step) for step in marks if isinstance(step, int)), default=0)
 
 
@@ -178,10 +181,7 @@ def cut(text: str, most: int) -> str:
 
 
 def curves_of(run: Run) -> dict[tuple[str, str], Curves]:
-    """Everything that metrics.jsonl holds over steps: (title, y label) -> name -> points, sorted by step.
-
-    After a resume a step may stand twice; the later line counts.
-    """
+    """Everything that metrics.jsonl holds over steps: (title, y label) -> name -> points, sorted by step."""
     found: dict[tuple[str, str], dict[str, dict[float, float]]] = {}
 
     def put(figure: tuple[str, str], name: str, step: float, value: object) -> None:

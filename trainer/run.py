@@ -116,6 +116,12 @@ def train(
     return outcome
 
 
+class OutOfMemory(RuntimeError):
+    """A step did not fit into a device's memory."""
+
+    exit_status = 1
+
+
 SETTINGS = ("config.yaml", "environment.json")
 
 
@@ -208,6 +214,10 @@ def check_inputs(config: TrainConfig) -> dict[str, int]:
                 raise ConfigError(
                     f"data.roles.{role}.datasets: {path} has no depth; it is packed as {dataset.info.role}"
                 )
+    if config.validation.datasets:
+        from trainer.validation import validation_of
+
+        validation_of(config, getattr(task, "preset", None))
     for path in config.validation.datasets:
         if Dataset.open(path).info.quantity is None:
             raise ConfigError(f"validation.datasets: {path} has no depth to compare with")
@@ -302,15 +312,17 @@ def prepare_folder(config: TrainConfig, resume: bool) -> str | None:
         if not resume:
             raise ConfigError(f"{folder}: this run exists; go on with --resume or choose another name (--set name=...)")
         before = read_config(TrainConfig, saved)
-        refuse_changes(before, config)
-        say_changes(folder, before, config)
         checkpoint, passed = find_checkpoint(os.path.join(folder, "checkpoints"))
+        if checkpoint or passed or storage.exists(os.path.join(folder, "metrics.jsonl")):  # it has taken a step
+            refuse_changes(before, config)
+        say_changes(folder, before, config)
         for line in passed:
             Journal(folder).write("checkpoint_passed_over", problem=line)
             print(f"passed over {line}", file=sys.stderr)
         if passed and not checkpoint:
             raise CheckpointError(
-                f"{folder}/checkpoints: none of {len(passed)} is whole ({passed[0]}); remove them to start from step 0"
+                f"{folder}/checkpoints: none of {len(passed)} is whole ({passed[0]}); restore one, or move them away "
+                "to start from step 0"
             )
         done = step_of(os.path.basename(checkpoint)) if checkpoint else 0
         if done > config.steps:
@@ -391,9 +403,29 @@ def commit() -> str | None:
 
 def train_worker(context: Any, payload: Mapping[str, Any]) -> dict[str, Any]:
     """One rank: build the network, engine and loader, restore, run the loop, export. Runs inside the process group."""
+    import torch
+
     from trainer.worker import RankTrainer
 
     config = parse_config(TrainConfig, payload["config"])
-    with RankTrainer(config, context, payload["checkpoint"]) as rank:
-        stopped = rank.run()
-        return {"step": rank.loop.step, "stopped": stopped}
+    require_shared(config)
+    try:
+        with RankTrainer(config, context, payload["checkpoint"]) as rank:
+            rank.record_devices()
+            stopped = rank.run()
+            return {"step": rank.loop.step, "stopped": stopped}
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"rank {context.rank}: out of memory: {str(error).splitlines()[0]} Use engine.micro_batch: auto, "
+            "model.activation_checkpointing, a higher engine.zero_stage, engine.cpu_offload or more ranks"
+        ) from None
+
+
+def require_shared(config: TrainConfig) -> None:
+    """StorageError unless this rank sees what the driver has just written: its checkpoints must go to one folder."""
+    path = os.path.join(config.folder, "config.yaml")
+    if not storage.exists(path) or storage.read_bytes(path).decode() != dump_config(config):
+        raise storage.StorageError(
+            f"{path}: is not there, or another one, on {platform.node()}; runs ({config.runs}) must be a folder that "
+            "all machines of the cluster share"
+        )

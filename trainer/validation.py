@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dataio.dataset import Dataset
 from model import DepthAnything
+from model.presets import Preset
 from trainer.config import ConfigError
 from trainer.config_train import TrainConfig
 from trainer.evaluate_images import ImageResult, Measurement, mean_of, measure_part, measurement
@@ -36,25 +37,10 @@ class Validator:
         cls, config: TrainConfig, module: nn.Module, rank: int, world_size: int, device: torch.device
     ) -> Validator | None:
         """None when the run has no validation datasets. Raises ConfigError for a task or protocol that does not fit."""
-        section = config.validation
-        if not section.datasets:
+        if not config.validation.datasets:
             return None
-        if not isinstance(module, DepthAnything):
-            raise ConfigError(f"validation.datasets: task {config.task.kind!r} predicts no depth; remove them")
-        what = measurement(
-            module.preset,
-            protocol=section.protocol or ("metric" if module.preset.head == "metric" else "disparity"),
-            max_depth=section.max_depth,
-            input_size=section.input_size or config.data.input_size,
-            batch=section.batch,
-            limit=section.limit,
-        )
-        known = {*LOWER, *HIGHER}
-        if section.metric not in known:
-            raise ConfigError(
-                f"validation.metric: found {section.metric!r}; {nearest(section.metric, sorted(known))}"
-            )
-        datasets = [Dataset.open(path) for path in section.datasets]
+        what = validation_of(config, module.preset if isinstance(module, DepthAnything) else None)
+        datasets = [Dataset.open(path) for path in config.validation.datasets]
         return cls(config=config, datasets=datasets, what=what, rank=rank, world_size=world_size, device=device)
 
     @property
@@ -106,6 +92,30 @@ class Validator:
         """What `checkpoint.keep_best` goes by; None when nothing could be measured, or a prediction was not finite."""
         value = values.get(self.config.validation.metric, math.nan)
         return value if math.isfinite(value) else None
+
+
+def validation_of(config: TrainConfig, preset: Preset | None) -> Measurement:
+    """What `validation:` measures of a network of this preset; None: of one that predicts no depth.
+
+    Raises ConfigError for a task, protocol or metric that does not fit.
+    """
+    section = config.validation
+    if preset is None:
+        raise ConfigError(f"validation.datasets: task {config.task.kind!r} predicts no depth; remove them")
+    known = {*LOWER, *HIGHER}
+    if section.metric not in known:
+        raise ConfigError(f"validation.metric: found {section.metric!r}; {nearest(section.metric, sorted(known))}")
+    try:
+        return measurement(
+            preset,
+            protocol=section.protocol or ("metric" if preset.head == "metric" else "disparity"),
+            max_depth=section.max_depth,
+            input_size=section.input_size or config.data.input_size,
+            batch=section.batch,
+            limit=section.limit,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"validation.{error}") from None
 
 
 def short_name(path: str, among: Sequence[str]) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import platform
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +20,7 @@ from cluster.worker import WorkerContext
 from dataio.loader import Loader
 from dataio.quarantine import Quarantine
 from dataio.types import Batch
-from trainer.autobatch import micro_batch_count, share_of
+from trainer.autobatch import circumstances, micro_batch_count, share_of
 from trainer.checkpoint import (
     About,
     Checkpoint,
@@ -49,6 +52,11 @@ class CheckpointLost(RuntimeError):
     exit_status = 1
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
 class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
     """Task, engine, loader, loop and recorder of one rank. Leave the block to release threads, port and engine."""
 
@@ -59,6 +67,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         self._saved: int | None = None  # the step of the newest checkpoint, written or under way
         self._score: tuple[int, float] | None = None  # (step, value) of the last validation
         self._failure: storage.StorageError | None = None  # of the newest save
+        self.measured: dict[str, Any] | None = None  # under what `micro_batch: auto` was found
         self._clock = time.monotonic()
         try:
             self._build(load_checkpoint(checkpoint_path) if checkpoint_path else None)
@@ -125,10 +134,14 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         )
 
     def _micro_batches(self, module: nn.Module, checkpoint: Checkpoint | None) -> int:
-        """As configured; where `auto` chose before, on as many ranks, the same again: a resume keeps every bit."""
-        state = checkpoint.state if checkpoint else None
-        if self.config.engine.micro_batch == "auto" and state and state.workers == self.context.world_size:
-            return state.micro_batches
+        """As configured; where `auto` chose before, in the same circumstances, that again: a resume keeps every bit."""
+        if self.config.engine.micro_batch == "auto":
+            told = [circumstances(self.config, self.context.world_size, self.device)]
+            if self.context.world_size > 1:  # rank 0's, so that all ranks measure or none
+                dist.broadcast_object_list(told, src=0)
+            self.measured = told[0]
+            if checkpoint and checkpoint.state.measured == self.measured:
+                return checkpoint.state.micro_batches
         return micro_batch_count(self.config, self.task, module, self.context, self.device)
 
     def _network(self, checkpoint: Checkpoint | None) -> nn.Module:
@@ -206,6 +219,18 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
                 f"{checkpoint.path}: is of another network: {found}; restore what model.preset and model.weights named"
             )
 
+    def record_devices(self) -> None:
+        """Add every rank's machine and device to environment.json. A collective."""
+        mine = {"host": platform.node(), "device": device_name(self.device)}
+        ranks = [mine]
+        if self.context.world_size > 1:
+            ranks = [mine] * self.context.world_size
+            dist.all_gather_object(ranks, mine)
+        path = os.path.join(self.config.folder, "environment.json")
+        if self.context.rank == 0:
+            content = json.loads(storage.read_bytes(path))
+            storage.atomic_write(path, json.dumps(content | {"ranks": ranks}, indent=1))
+
     def run(self) -> str | None:
         """Train to the end or to an agreed stop, then export. Returns the reason of a stop."""
         batches: Iterator[Batch] = iter(self.loader)
@@ -228,7 +253,6 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
     # Hooks of the loop.
 
     def before_step(self, batch: Batch) -> None:
-        self.recorder.before_step()
         if self.invariants:
             self.invariants.before_step(batch)
 
@@ -250,6 +274,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         self.saver.settle(written, failed)
         if due and self.loop.step:
             self.checkpoint(last=False)
+        self.recorder.start_clock()
 
     def checkpoint(self, *, last: bool) -> None:
         """Nothing where this step has its own. Raises StorageError when the last one cannot be written."""
@@ -271,6 +296,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             data=self.loader.describe(),
             groups={name: [n for n, _ in ps] for name, ps in self.engine.groups.items()},
             micro_batches=self.loop.micro_batches,
+            measured=self.measured,
             workers=self.context.world_size,
             skipped_in_a_row=self.loop.skipped_in_a_row,
         )
@@ -290,9 +316,9 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         metric("fathom_checkpoint_duration_seconds").labels(op="save").observe(saved.seconds)
         metric("fathom_checkpoint_stall_seconds_total").inc(saved.stall_s)
         if saved.error is not None:
-            metric("fathom_checkpoint_failures_total").inc()
             self._saved, self._failure = None, storage.StorageError(saved.error)
-            if self.context.rank == 0:
+            if self.context.rank == 0:  # a checkpoint is one, however many ranks write it
+                metric("fathom_checkpoint_failures_total").inc()
                 self.recorder.note(f"warning: checkpoint of step {saved.step} failed: {saved.error}; the run goes on")
                 self.recorder.write("checkpoint_failed", step=saved.step, error=saved.error)
             return

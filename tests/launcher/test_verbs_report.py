@@ -116,9 +116,12 @@ def test_every_curve_of_a_run_is_on_its_page(fathom: Fathom, tmp_path: Path) -> 
         assert strokes(found[title]) == dict.fromkeys(["#1f77b4", "#ff7f0e"][: len(names)], points), title
 
 
-def test_a_step_that_stands_twice_counts_once_the_later_line(tmp_path: Path) -> None:
-    run = read_run(str(make_run(tmp_path / "r")))
-    assert [line["step"] for line in run.steps] != sorted({line["step"] for line in run.steps})
+def test_steps_of_a_history_that_a_resume_left_are_gone(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r")
+    steps = [line["step"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()[:-1])]
+    assert steps != sorted(set(steps))
+    run = read_run(str(folder))
+    assert [line["step"] for line in run.steps] == list(range(1, 41))
     curves = curves_of(run)
     assert curves["Loss", "loss"]["loss"] == [(float(s), step_line(s)["loss"]) for s in range(1, 41)]
     assert curves["Phases", "seconds a step"]["backward"][-1] == (40.0, step_line(40)["phases"]["backward"])

@@ -213,7 +213,8 @@ def write_checkpoint(folder: Path, nets: dict[str, DepthAnything], **changes: An
 def test_a_checkpoint_has_the_last_and_the_averaged_weights(tmp_path: Path, preset: Preset) -> None:
     last, averaged = huggingface.loud_network(preset, 1), huggingface.loud_network(preset, 2)
     folder = write_checkpoint(tmp_path / "step_7", {"weights.safetensors": last, "ema.safetensors": averaged})
-    for ema, net, more in ((False, last, ""), (True, averaged, ", averaged weights")):
+    mean = ", averaged weights"
+    for ema, net, more in ((False, last, ""), (True, averaged, mean), (None, averaged, mean)):
         again = DepthAnything.from_pretrained(folder, ema=ema)
         assert same(again, net) and again.preset == preset and again.fingerprint() == net.fingerprint()
         assert again.loaded is not None and again.loaded.container == f"training checkpoint{more}"

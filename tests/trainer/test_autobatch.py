@@ -53,17 +53,18 @@ def test_where_memory_runs_out_it_takes_fewer() -> None:
         asked.append(n)
         return 10 * n if n < 9 else None
 
-    assert largest_that_fits(measure, 10_000, 16) == 6  # 16, 12, 9, 6
-    assert asked == [1, 2, 16, 12, 9, 6]
+    assert largest_that_fits(measure, 10_000, 16) == 8
+    assert asked == [1, 2, 16, 9, 5, 7, 8]
     assert largest_that_fits(lambda n: None, 10_000, 16) == 0
     assert largest_that_fits(lambda n: 10 if n == 1 else None, 10_000, 16) == 1
 
 
 def test_what_the_engine_needs_falls_with_every_stage() -> None:
-    """1,000 parameters on 4 ranks, in bytes; fp32 throughout."""
-    needs = [engine_bytes(1000, EngineSection(zero_stage=stage), 4) for stage in (0, 1, 2, 3)]
-    assert needs == [8000, 4000, 4000, 4000]
-    assert engine_bytes(1000, EngineSection(zero_stage=2, cpu_offload=True), 4) == 2000
+    """Bytes of fp32 on 4 ranks: 10^9 parameters with a full gradient bucket, 1,000 with one of their size."""
+    needs = [engine_bytes(10**9, EngineSection(zero_stage=stage), 4) for stage in (0, 1, 2, 3)]
+    assert needs == [8 * 10**9, 6 * 10**9, 6 * 10**9, 6 * 10**9]
+    assert engine_bytes(1000, EngineSection(zero_stage=2), 4) == 2000 + 2000 + 4000
+    assert engine_bytes(1000, EngineSection(zero_stage=2, cpu_offload=True), 4) == 2000 + 4000
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student", "pretext"])

@@ -21,16 +21,20 @@ from tests.trainer.checkpoints import save_checkpoint
 from tests.trainer.disks import small_disk
 from trainer import checkpoint as module
 from trainer.checkpoint import (
+    WEIGHTS,
+    About,
     CheckpointError,
     Moments,
     TrainState,
     clean,
+    commit,
     find_checkpoint,
     fingerprint,
     list_checkpoints,
     load_checkpoint,
     load_weights,
     part_name,
+    partial_folder,
     prune,
     verify_checkpoint,
 )
@@ -227,7 +231,7 @@ def replace_the_manifest(path: Path) -> None:
         (remove_a_file, "state.json"),
         (remove_the_manifest, "manifest.json"),
         (cut_the_manifest, "manifest.json is damaged"),
-        (empty_the_manifest, "format None, this version reads 2"),
+        (empty_the_manifest, "manifest.json does not match its checksum"),
         (replace_the_manifest, "manifest.json is damaged"),
     ],
 )
@@ -261,7 +265,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_again_by_itself(
     assert prepare_folder(config, True) == older
     assert "passed over step_00000002: optimizer-00001" in capsys.readouterr().err
     truncate(Path(older))
-    with pytest.raises(CheckpointError, match=r"none of 2 is whole \(step_00000002: .*\); remove them to start from"):
+    with pytest.raises(CheckpointError, match=r"none of 2 is whole \(step_00000002: .*\); restore one, or"):
         prepare_folder(config, True)
 
 
@@ -494,3 +498,35 @@ def test_killed_while_writing(tmp_path: Path, where: str, newest: int) -> None:
     clean(str(tmp_path))
     save(tmp_path, 3, keep=1)
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000003"]
+
+
+def test_what_is_no_damage_is_no_reason_to_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place that cannot be read now, or another version's format: an older checkpoint would lose what is there."""
+    save(tmp_path, 1)
+    newer = Path(save(tmp_path, 2))
+    manifest = (newer / "manifest.json").read_text()
+    (newer / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"format": 3}))
+    with pytest.raises(CheckpointError, match=r"2: was written in format 3, this version reads 2; go on with"):
+        find_checkpoint(str(tmp_path))
+    (newer / "manifest.json").write_text(manifest)
+
+    def failing(path: str) -> str:
+        raise storage.StorageError(f"{path}: the disk reports an input/output error")
+
+    monkeypatch.setattr(storage, "sha256_file", failing)
+    with pytest.raises(storage.StorageError, match="input/output error"):
+        find_checkpoint(str(tmp_path))
+
+
+def test_a_file_that_rank_0_cannot_see_makes_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks' machines have a `runs` each."""
+    monkeypatch.setattr(module, "PATIENCE_S", 0.3)
+    older = save(tmp_path, 1)
+    partial = Path(partial_folder(str(tmp_path), 2))
+    partial.mkdir()
+    (partial / WEIGHTS).write_bytes(b"x")
+    files = {WEIGHTS: "0" * 64, part_name(1, 2): "0" * 64}
+    state = TrainState(step=2, applied_steps=2, cursor={})
+    with pytest.raises(storage.StorageError, match=r"optimizer-00001-of-00002.* a folder that all machines share"):
+        commit(str(tmp_path), state, files, "", About())
+    assert find_checkpoint(str(tmp_path)) == (older, [])

@@ -208,12 +208,22 @@ def test_a_refused_resume_changes_nothing_and_an_accepted_one_is_written_down(tm
     saved = tmp_path / "run" / "config.yaml"
     prepare_folder(teacher(tmp_path), False)
     before = saved.read_text()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")  # it has taken a step
     with pytest.raises(ConfigError, match="seed: is 1"):
         prepare_folder(teacher(tmp_path, seed=1, steps=9), True)
     assert saved.read_text() == before
     longer = teacher(tmp_path, steps=9)
     assert prepare_folder(longer, True) is None  # it had no checkpoint yet
     assert saved.read_text() == dump_config(longer) != before
+
+
+def test_a_run_that_never_took_a_step_may_change_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as a network that did not fit into memory."""
+    prepare_folder(teacher(tmp_path), False)
+    assert prepare_folder(teacher(tmp_path, seed=1), True) is None
+    assert "changed on resume: seed: was 0, is 1" in capsys.readouterr().err
 
 
 def test_there_must_be_a_run_to_resume(places: dict[str, str], tmp_path: Path) -> None:
