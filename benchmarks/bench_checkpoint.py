@@ -5,7 +5,8 @@
 Every rank takes a step on a tiny image, so that all optimizer states exist, then saves several times: `stall` is what
 the training thread waited in all (copies, and completing the checkpoint once it is written), `written` when the
 checkpoint was whole. The first save makes the buffers that later ones use again. `copy` is one plain copy of a rank's
-bytes into memory that is already there, in the same process; it is what cannot be avoided.
+bytes into memory that is already there, in the same process; it is what cannot be avoided. In brackets: the seconds of
+processor time, which a busy machine does not stretch.
 """
 
 from __future__ import annotations
@@ -24,6 +25,17 @@ from benchmarks.common import command_line, hardware
 from tests.trainer.ranks import run_ranks
 
 GIB = 2**30
+
+
+def clocks() -> np.ndarray:
+    """Wall and this thread's processor time, seconds."""
+    return np.array([time.perf_counter(), time.thread_time()])
+
+
+def shown(pairs: list[np.ndarray]) -> str:
+    """Medians of both clocks."""
+    wall, processor = np.median(np.array(pairs), axis=0)
+    return f"{wall:.2f} ({processor:.2f})"
 
 
 def saves(rank: int, world_size: int, folder: str, preset: str, stage: int, repeats: int) -> dict[str, Any]:
@@ -56,9 +68,9 @@ def saves(rank: int, world_size: int, folder: str, preset: str, stage: int, repe
     begun = []
     for step in range(1, repeats + 1):
         dist.barrier()
-        began = time.perf_counter()
+        began = clocks()
         saver.begin(TrainState(step=step, applied_steps=1, cursor={}), About())
-        begun.append(time.perf_counter() - began)
+        begun.append(clocks() - began)
         assert saver._pending is not None
         saver._pending.writing.result()  # the training would go on meanwhile
         dist.barrier()
@@ -67,10 +79,10 @@ def saves(rank: int, world_size: int, folder: str, preset: str, stage: int, repe
     buffers = [torch.empty_like(t).copy_(t) for t in tensors]
     copies = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        began = clocks()
         for buffer, tensor in zip(buffers, tensors, strict=True):
             buffer.copy_(tensor)
-        copies.append(time.perf_counter() - began)
+        copies.append(clocks() - began)
     saver.close()
     engine.close()
     assert all(saved.error is None for saved in told)
@@ -100,11 +112,9 @@ def main() -> None:
             rest = (arguments.preset, stage, arguments.repeats)
             found = run_ranks(saves, arguments.ranks, root / "ranks", str(root / "checkpoints"), *rest)
         for rank, one in enumerate(found):
-            later = {name: f"{np.median(one[name][1:]):.2f}" for name in ("begin", "stall", "written")}
-            print(
-                f"| {stage} | {rank} | {one['bytes'] / GIB:.2f} | {one['begin'][0]:.2f} | {later['begin']} | "
-                f"{np.median(one['copy']):.2f} | {later['stall']} | {later['written']} |"
-            )
+            stall, written = (f"{np.median(one[name][1:]):.2f}" for name in ("stall", "written"))
+            cells = [shown(one["begin"][:1]), shown(one["begin"][1:]), shown(one["copy"]), stall, written]
+            print(f"| {stage} | {rank} | {one['bytes'] / GIB:.2f} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

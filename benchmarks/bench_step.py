@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/bench_step.py --preset v2-vits --size 252 --batch 2
 
 The trainer is the one that `fathom train` runs on a rank: engine (DeepSpeed), loop, all-reduces, timers, metrics,
-journal, TensorBoard; only the loader is replaced by batches in memory, as data are not the question here. The bare loop
+journal, TensorBoard; on one rank its ZeRO stage is 0, whatever is configured. Only the loader is replaced by batches in
+memory, as data are not the question here. The bare loop
 is what one would write by hand, with the same fused AdamW. They take turns, step by step, in one process, so that a
 busy machine slows both; the ratio is of times that follow each other. Every tenth step is logged, as in recipes.
 """
@@ -41,17 +42,17 @@ WARM_UP = 3
 PHASES = ("forward", "loss", "backward", "optimizer")
 
 
-def config_of(arguments: argparse.Namespace, folder: str, stage: int) -> TrainConfig:
+def config_of(arguments: argparse.Namespace, folder: str) -> TrainConfig:
     """A teacher's run, long enough for all steps."""
     roles = {"labelled": {"datasets": [f"{folder}/data"], "batch": arguments.batch, "lanes": 1}}
     values: dict[str, Any] = {
-        "name": f"stage{stage}",
+        "name": "run",
         "runs": f"{folder}/runs",
         "steps": arguments.steps + WARM_UP + 1,
         "task": {"kind": "teacher"},
         "model": {"preset": arguments.preset},
         "data": {"input_size": arguments.size, "roles": roles},
-        "engine": {"zero_stage": stage, "precision": arguments.precision},
+        "engine": {"precision": arguments.precision},
         "checkpoint": {"every": 10**6, "keep": 1},
         "preview_every": 10**6,
     }
@@ -110,13 +111,13 @@ class BareLoop:
             self.optimizer.zero_grad(set_to_none=True)
 
 
-def measure(arguments: argparse.Namespace, folder: str, stage: int) -> dict[str, np.ndarray]:
+def measure(arguments: argparse.Namespace, folder: str) -> dict[str, np.ndarray]:
     """Seconds of each step after the warm-up: `trainer`, `bare` and the trainer's phases."""
     from trainer.worker import RankTrainer
 
     cuda = arguments.device == "cuda"
     device = torch.device("cuda:0" if cuda else "cpu")
-    config = config_of(arguments, folder, stage)
+    config = config_of(arguments, folder)
     bare, batches = BareLoop(config, device), batches_of(arguments, device)
     seconds: dict[str, list[float]] = {"trainer": [], "bare": []}
     phases: list[dict[str, float]] = []
@@ -166,7 +167,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, default=252)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -182,7 +182,7 @@ def main() -> None:
         backend = "nccl" if arguments.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         pack_synth("labelled", f"{folder}/data", seed=0, count=4, size=56, labelled=True, samples_per_shard=4)
-        rows = {stage: measure(arguments, folder, stage) for stage in arguments.stages}
+        found = measure(arguments, folder)
         dist.destroy_process_group()
         remove_shared_memory(f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{os.environ['MASTER_PORT']}_")
     load = "" if arguments.device == "cuda" else f", {arguments.threads} threads, load {os.getloadavg()[0]:.1f}"
@@ -191,11 +191,10 @@ def main() -> None:
         f"{arguments.size} pixels, {arguments.precision}; {arguments.steps} steps; median [quartiles], ms\n"
     )
     print(f"| | step | {' | '.join(PHASES)} | trainer / bare |\n|---|---|{'---|' * len(PHASES)}---|")
-    for stage, found in rows.items():
-        for who in ("trainer", "bare"):
-            cells = [quartiles(1e3 * found[name]) for name in (who, *(f"{who} {phase}" for phase in PHASES))]
-            ratio = quartiles(found["trainer"] / found["bare"], 3) if who == "trainer" else ""
-            print(f"| {who}, zero_stage {stage} | {' | '.join(cells)} | {ratio} |")
+    for who in ("trainer", "bare"):
+        cells = [quartiles(1e3 * found[name]) for name in (who, *(f"{who} {phase}" for phase in PHASES))]
+        ratio = quartiles(found["trainer"] / found["bare"], 3) if who == "trainer" else ""
+        print(f"| {who} | {' | '.join(cells)} | {ratio} |")
 
 
 if __name__ == "__main__":

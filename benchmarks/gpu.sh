@@ -61,7 +61,7 @@ step tests "$TESTS_S" "$PYTHON" -m pytest -m gpu -q --durations=10 -p no:cachepr
 step bench_kernels "$KERNELS_S" "$PYTHON" benchmarks/bench_kernels.py --device cuda --case-s 4 \
     --limit-s $((KERNELS_S - 40)) --plot "$RESULTS/bench_kernels.png"
 step bench_step "$STEP_S" "$PYTHON" benchmarks/bench_step.py --device cuda --preset v2-vitl --batch 16 --size 518 \
-    --steps 20 --stages 2
+    --steps 20
 step bench_losses "$LOSSES_S" "$PYTHON" benchmarks/bench_losses.py --device cuda --preset v2-vitl --batch 16 --repeats 15
 # What the data plane delivers beside what a small network consumes.
 step bench_losses_small "$SMALL_S" "$PYTHON" benchmarks/bench_losses.py --device cuda --preset v2-vits --batch 32 --repeats 5

@@ -20,7 +20,7 @@ from torch import Tensor
 from cluster.worker import WorkerContext
 from dataio.spec import DataError
 from dataio.types import Batch
-from tests.dataio.fakes import labelled, shards_of, write_dataset
+from tests.dataio.fakes import jpeg, labelled, png, shards_of, smooth, write_dataset
 from tests.trainer.ranks import run_ranks
 from trainer.checkpoint import CheckpointError, load_checkpoint
 from trainer.config import parse_config
@@ -28,18 +28,29 @@ from trainer.config_train import TrainConfig
 
 START, STEPS = 4, 24
 # (ranks, ZeRO stage) that go on from the checkpoint which two ranks at stage 2 have made
-OTHERS = [(1, 2), (3, 2), (4, 2), (2, 0), (2, 1), (2, 3), (3, 3), (1, 0)]
+OTHERS = [(1, 0), (3, 2), (4, 2), (2, 0), (2, 1), (2, 3), (3, 3), (4, 3)]
 IN_CI = [(3, 2), (2, 3)]
 NOISE, NOISY = 1e-7, 5  # relative, on the weights; as many runs
+# Gradients through a median jump to another pixel when two change places, and with them the whole run; least squares
+# is smooth, and there the spread of rounding is small enough for any mistake to show.
+CURVES = {"mad": 0.2, "lsq": 1e-4}  # loss: the largest spread that still shows something, over the mean loss
 
 
-def config_of(runs: Path, data: str, stage: int = 2, **overrides: Any) -> TrainConfig:
+def gentle(seed: int, height: int = 48, width: int = 56) -> dict[str, bytes]:
+    """Members of a sample whose depth can be learned from its image: 2 to 32 m, with a hole."""
+    image_HWC = smooth(seed, height, width)
+    code_HW = (2000 + 30_000 * image_HWC.mean(-1) / 255).astype(np.uint16)
+    code_HW[:3, :3] = 0
+    return {"depth.png": png(code_HW), "jpg": jpeg(image_HWC)}
+
+
+def config_of(runs: Path, data: str, stage: int = 2, loss: str = "mad", **overrides: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "name": "run",
         "runs": str(runs),
         "seed": 3,
         "steps": STEPS,
-        "task": {"kind": "teacher"},
+        "task": {"kind": "teacher", "loss": loss},
         "model": {"preset": "tiny"},
         "data": {
             "input_size": 28,
@@ -120,12 +131,12 @@ def set_weights(engine: Any, weights: dict[str, Tensor]) -> None:
 
 def train(
     rank: int, world_size: int, runs: Path, data: str, stage: int, start: str | None, follow: Any = None,
-    noise: int | None = None,
+    noise: int | None = None, loss: str = "mad",
 ) -> Any:  # fmt: skip
     """From `start` (None: the beginning) to the end; returns what was observed and the logged losses."""
     from trainer.worker import RankTrainer
 
-    config = config_of(runs, data, stage)
+    config = config_of(runs, data, stage, loss)
     with RankTrainer(config, WorkerContext(rank=rank, world_size=world_size), start) as trainer:
         if noise is not None:
             generator = torch.Generator().manual_seed(noise)
@@ -181,22 +192,28 @@ def test_batches_and_gradients_are_the_same_on_other_ranks_and_stages(
 
 
 @pytest.mark.slow
-def test_the_loss_curve_stays_within_the_spread_of_rounding(base: dict[str, Any], tmp_path: Path) -> None:
-    """Free-running: no farther from the same ranks' curve than runs whose weights were moved by 1e-7 are."""
-    noisy = []
-    for seed in range(NOISY):
-        runs = tmp_path / f"noisy{seed}"
-        run_ranks(train, 2, tmp_path / f"n{seed}", runs, base["data"], 2, base["start"], None, seed)
-        noisy.append(losses(runs))
-    middle = np.array(base["losses"])
-    spread = np.abs(np.array(noisy) - middle).max()
-    assert 0 < spread < 0.05
+@pytest.mark.parametrize("loss", CURVES)
+def test_the_loss_curve_stays_within_the_spread_of_rounding(tmp_path: Path, loss: str) -> None:
+    """Free-running: no farther from the same ranks' curve than runs whose weights were moved by 1e-7 are.
+
+    "Within" is twice the spread: of six curves from one distribution, each is the outermost as often as any other.
+    """
+    data = write_dataset(tmp_path / "data", shards_of([7, 6], gentle))
+
+    def curve(name: str, ranks: int, stage: int, start: str | None, noise: int | None = None) -> np.ndarray:
+        runs = tmp_path / name
+        run_ranks(train, ranks, tmp_path / f"{name}-ranks", runs, data, stage, start, None, noise, loss)
+        return np.array(losses(runs))
+
+    whole = curve("whole", 2, 2, None)
+    start = str(tmp_path / "whole" / "run" / "checkpoints" / f"step_{START:08d}")
+    noisy = [curve(f"noisy{seed}", 2, 2, start, seed) for seed in range(NOISY)]
+    spread = np.abs(np.array(noisy) - whole).max()
+    assert 0 < spread < CURVES[loss] * whole.mean()
     for ranks, stage in OTHERS:
-        runs = tmp_path / f"free{ranks}{stage}"
-        run_ranks(train, ranks, tmp_path / f"f{ranks}{stage}", runs, base["data"], stage, base["start"])
-        apart = np.abs(np.array(losses(runs)) - middle).max()
-        print(f"{ranks} ranks, stage {stage}: {apart:.2e} against {spread:.2e}")
-        assert apart <= 2 * spread  # the largest of five draws is no bound of a sixth
+        apart = np.abs(curve(f"free{ranks}{stage}", ranks, stage, start) - whole).max()
+        print(f"{loss}: {ranks} ranks, stage {stage}: {apart:.2e}; spread {spread:.2e}, mean loss {whole.mean():.3f}")
+        assert apart <= 2 * spread
 
 
 def refused(rank: int, world_size: int, runs: Path, data: str, others: list[str], checkpoints: list[str]) -> list[str]:
