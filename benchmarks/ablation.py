@@ -11,12 +11,13 @@ figure to OUT/ablation.json.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,22 @@ from dataio.pack_synth import pack_synth
 from launcher import recipes
 from trainer.config import ConfigError, apply_override
 from trainer.config_label import LabelConfig
+from trainer.config_train import TrainConfig
 from trainer.labelling import run_labelling
-from trainer.quickstart import LADDER, STRONG, Request, Results, Sizes, Stopped, evaluate_stage, timed, train_stage
-from trainer.run import commit
+from trainer.quickstart import (
+    LADDER,
+    MAX_DEPTH_M,
+    STRONG,
+    Request,
+    Results,
+    Sizes,
+    Stopped,
+    evaluate_stage,
+    stage_config,
+    timed,
+    train_stage,
+)
+from trainer.tasks.base import make_task
 
 SEEDS = (11, 12, 13)  # the quickstart's trials used 1 to 3
 FRESH_EVALUATION = 61_000_000  # plus the seed; nothing in this repository was chosen on these scenes
@@ -220,7 +234,31 @@ class Chain:
 
 def design(request: Request) -> dict[str, Any]:
     """What the figures of one folder have in common; rows may be added to it."""
-    return {"seed": request.seed, "evaluation_seed": request.evaluation_seed, "sizes": asdict(request.sizes)}
+    numbers = {"seed": request.seed, "evaluation_seed": request.evaluation_seed, "sizes": asdict(request.sizes)}
+    return {**numbers, "digest": digest(request, networks(request))}
+
+
+def networks(request: Request) -> dict[str, Any]:
+    """Every network's configuration, by name."""
+    anywhere = replace(request, out="/")
+    return {name: resolved(stage_config(anywhere, name, "LABELS")) for name in ("encoder", *ROWS)}
+
+
+def resolved(config: TrainConfig) -> dict[str, Any]:
+    """A configuration with all defaults, the task's too, wherever the seed's folder lies and its labels in it."""
+    values = config.model_dump(mode="json")
+    values["task"] = {"kind": config.task.kind, **make_task(config).options.model_dump(mode="json")}
+    for role in values["data"]["roles"].values():
+        role["labels"] = ["LABELS"] * len(role["labels"])
+    out = os.path.dirname(config.runs)
+    return dict(json.loads(json.dumps(values).replace(f'"{out.rstrip("/")}/', '"/')))
+
+
+def digest(request: Request, networks: Mapping[str, Any]) -> str:
+    """Of the networks, of the scenes and labels they see and of what is measured."""
+    labels = {name: (row.teacher, row.images) for name, row in ROWS.items() if row.teacher}
+    content = {"networks": networks, "scenes": data_sets(request), "labels": labels, "max_depth_m": MAX_DEPTH_M}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_rows(request: Request) -> Results:
@@ -229,9 +267,16 @@ def read_rows(request: Request) -> Results:
     if not storage.exists(path):
         return Results(images=request.sizes.evaluation)
     content = json.loads(storage.read_bytes(path))
-    if (found := content.pop("design")) != design(request):
-        raise ConfigError(f"{path}: holds {found}, now {design(request)}; choose another --out")
+    found, now = content.pop("design"), design(request)
+    if found != now:
+        raise ConfigError(f"{path}: holds {found}, now {now}; choose another --out")
     return Results(**content)
+
+
+def trained_by(request: Request, name: str) -> str | None:
+    """The commit that trained a row, or that went on with it last."""
+    path = os.path.join(request.out, "runs", name, "environment.json")
+    return json.loads(storage.read_bytes(path))["commit"] if storage.exists(path) else None
 
 
 def run_regime(request: Request, names: Sequence[str], stop: StopFlag) -> None:
@@ -263,7 +308,9 @@ def report(out: Path, requests: Mapping[int, Request]) -> None:
     lines = tables({seed: results.rows for seed, results in found.items() if results.rows}, ROWS)
     print("\n".join(lines))
     content = {
-        "commit": commit(),
+        "commits": {
+            seed: {name: trained_by(requests[seed], name) for name in results.rows} for seed, results in found.items()
+        },
         "designs": {seed: design(request) for seed, request in requests.items()},
         "rows": {seed: results.rows for seed, results in found.items()},
         "seconds": {seed: results.seconds for seed, results in found.items()},
@@ -299,5 +346,14 @@ def main() -> None:
     report(out, requests)
 
 
+def command() -> None:
+    """`main`; a wrong input is one line."""
+    try:
+        main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
 if __name__ == "__main__":
-    main()
+    command()

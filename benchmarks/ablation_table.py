@@ -1,7 +1,11 @@
-"""The ablation's tables: the rows in the form of the paper's table 9, and paired differences seed by seed."""
+"""The ablation's tables: the rows in the form of the paper's table 9, and paired differences seed by seed.
+
+What a difference is worth is said by the rule that was fixed before measuring: docs/decisions/0006-the-ablation.md.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -46,10 +50,32 @@ class Marked(Protocol):
     def marks(self) -> str: ...
 
 
-def spread(values: list[float], signed: bool = False) -> str:
+def spread(values: list[float]) -> str:
     """Mean and, of several values, their standard deviation."""
-    text = f"{statistics.mean(values):{'+' if signed else ''}.4f}"
+    text = f"{statistics.mean(values):.4f}"
     return f"{text} +- {statistics.stdev(values):.4f}" if len(values) > 1 else text
+
+
+def mean_rise(values: list[float]) -> str:
+    """Mean with its sign and, of several values, its standard error."""
+    text = f"{statistics.mean(values):+.4f}"
+    return f"{text} +- {standard_error(values):.4f}" if len(values) > 1 else text
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean of several values."""
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def verdict(delta1: list[float], abs_rel: list[float]) -> str:
+    """One of "helps", "not shown", "no" and "one seed", from the paired differences of every seed."""
+    if len(delta1) < 2:
+        return "one seed"
+    mean = statistics.mean(delta1)
+    everywhere = all(value > 0 for value in delta1) and all(value < 0 for value in abs_rel)
+    if everywhere and mean > 2 * standard_error(delta1):
+        return "helps"
+    return "not shown" if mean > 0 else "no"
 
 
 def tables(measured: Measured, design: Mapping[str, Marked]) -> list[str]:
@@ -76,9 +102,9 @@ def rows_table(measured: Measured, design: Mapping[str, Marked]) -> list[str]:
 
 
 def differences_table(measured: Measured) -> list[str]:
-    """One line a comparison: delta1 of the wide domain (better high) by seed, and AbsRel (better low)."""
+    """One line a comparison: delta1 of the wide domain (better high) by seed, AbsRel (better low), and the verdict."""
     seeds = "delta1, seeds " + ", ".join(map(str, measured))
-    titles = ["row", "less", seeds, "delta1, mean +- SD", "AbsRel, mean +- SD"]
+    titles = ["row", "less", seeds, "delta1, mean +- SE", "AbsRel, mean +- SE", "verdict"]
     lines = [line(titles), line(["---"] * len(titles))]
     for row, other in COMPARISONS:
         pairs = [(rows[row], rows[other]) for rows in measured.values() if row in rows and other in rows]
@@ -87,7 +113,7 @@ def differences_table(measured: Measured) -> list[str]:
                 [one[WIDE][metric] - two[WIDE][metric] for one, two in pairs] for metric in ("delta1", "abs_rel")
             )
             each = ", ".join(f"{value:+.4f}" for value in delta)
-            lines.append(line([row, other, each, spread(delta, True), spread(error, True)]))
+            lines.append(line([row, other, each, mean_rise(delta), mean_rise(error), verdict(delta, error)]))
     return lines
 
 

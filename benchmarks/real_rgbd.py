@@ -3,10 +3,11 @@
     .venv/bin/python benchmarks/real_rgbd.py ../shared/real/rgbd --weights quickstart/runs/teacher/weights --out real
 
 Packs the frames as `fathom data pack` does, trains on them as `fathom train` does, and compares the held-out frame with
-the network it started from and with two predictions that have not looked at it: one depth everywhere (the frame's own
-median, the best that a constant can be), and the mean disparity of the training frames pixel by pixel, aligned to the
-frame by least squares as a network's is. Writes table.md, results.json and sheet.png (image | truth | prediction | mean
-map). The default frames are views of one room a few centimetres apart: they show that real input goes through, no more.
+the network it started from and with two floors: the best that one number everywhere could score (of each metric and
+space by itself, so no single number scores all of it), and the mean disparity of the training frames pixel by pixel,
+aligned to the frame by least squares as a network's is. Depths are compared under the protocols `moge` and `disparity`.
+Writes table.md, results.json and sheet.png (image | truth | prediction | mean map). The default frames are views of one
+room a few centimetres apart: they show that real input goes through, no more.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ from launcher import recipes
 from model import DepthAnything
 from trainer.config import absolute_paths, parse_config
 from trainer.config_train import TrainConfig
-from trainer.metrics import align_scale_shift, depth_metrics
+from trainer.evaluate_measure import measure as measure_image
+from trainer.metrics import align_scale_shift, best_constant, metrics_of
+from trainer.protocols import PROTOCOLS
 from trainer.run import commit, show_step, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SPACES = ("depth", "disparity")
+SPACES = {"depth": PROTOCOLS["moge"], "disparity": PROTOCOLS["disparity"]}
 COPIES = 8  # of a frame: as many crops of it in every step
 
 
@@ -99,7 +102,7 @@ def fine_tune(arguments: argparse.Namespace) -> str:
     return outcome.weights
 
 
-def read_truth(path: Path, scale: float) -> np.ndarray:
+def read_depth(path: Path, scale: float) -> np.ndarray:
     """Depth in metres [H, W], NaN where there is none."""
     code = type(DEPTH_MM)(scale=scale)
     depth_HW = decode_png16(path.read_bytes(), code)
@@ -122,12 +125,19 @@ def aligned(disparity_HW: np.ndarray, depth_HW: np.ndarray) -> np.ndarray:
     return scale * disparity_HW + shift
 
 
-def score(aligned_HW: np.ndarray, depth_HW: np.ndarray) -> dict[str, dict[str, float]]:
-    """Both protocols: compared as depth (disparity raised to that of the deepest pixel), and as disparity."""
+def score(disparity_HW: np.ndarray, depth_HW: np.ndarray) -> dict[str, dict[str, float]]:
+    """A disparity of any scale and shift, measured in both spaces."""
     valid_HW = np.isfinite(depth_HW)
-    deepest_m = float(depth_HW[valid_HW].max())
-    depth = depth_metrics(1 / np.maximum(aligned_HW, 1 / deepest_m), depth_HW, valid_HW)
-    return {"depth": depth, "disparity": depth_metrics(aligned_HW, 1 / depth_HW, valid_HW)}
+    return {
+        space: metrics_of(measure_image(protocol, disparity_HW, depth_HW, valid_HW))
+        for space, protocol in SPACES.items()
+    }
+
+
+def floor(depth_HW: np.ndarray) -> dict[str, dict[str, float]]:
+    """The best that one number could score in either space."""
+    depth_K = depth_HW[np.isfinite(depth_HW)]
+    return {"depth": metrics_of(best_constant(depth_K)), "disparity": metrics_of(best_constant(1 / depth_K))}
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
@@ -163,9 +173,9 @@ def sheet(image: Image.Image, depth_HW: np.ndarray, maps: Sequence[np.ndarray]) 
 def measure(arguments: argparse.Namespace, weights: str) -> tuple[dict[str, Any], Image.Image]:
     """The held-out frame's rows and picture."""
     photo, depth = frame_files(arguments.folder, arguments.held_out)
-    depth_HW = read_truth(depth, arguments.depth_scale)
+    depth_HW = read_depth(depth, arguments.depth_scale)
     seen = [frame_files(arguments.folder, name)[1] for name in arguments.train]
-    mean_HW = mean_disparity([read_truth(path, arguments.depth_scale) for path in seen])
+    mean_HW = mean_disparity([read_depth(path, arguments.depth_scale) for path in seen])
     with Image.open(photo) as file:
         image = file.convert("RGB")
     starts = {"before fine-tuning": str(arguments.weights)} if arguments.weights else {}
@@ -173,11 +183,9 @@ def measure(arguments: argparse.Namespace, weights: str) -> tuple[dict[str, Any]
         name: DepthAnything.from_pretrained(path).infer_image(np.asarray(image), input_size=arguments.size)
         for name, path in {**starts, "tiny, fine-tuned": weights}.items()
     }
-    constant_HW = np.full(depth_HW.shape, 1 / np.nanmedian(depth_HW))
     rows = {
-        "best constant": score(constant_HW, depth_HW),
-        "mean depth map": score(aligned(mean_HW, depth_HW), depth_HW),
-        **{name: score(aligned(map_HW, depth_HW), depth_HW) for name, map_HW in maps.items()},
+        "best constant": floor(depth_HW),
+        **{name: score(map_HW, depth_HW) for name, map_HW in {"mean depth map": mean_HW, **maps}.items()},
     }
     return rows, sheet(image, depth_HW, [aligned(maps["tiny, fine-tuned"], depth_HW), aligned(mean_HW, depth_HW)])
 
@@ -210,7 +218,7 @@ def main() -> None:
     with storage.atomic_writer(str(arguments.out / "sheet.png")) as file:
         picture.save(file, format="PNG")
     storage.atomic_write(os.path.join(arguments.out, "table.md"), "\n".join([*lines, ""]))
-    kept = {key: str(value) for key, value in vars(arguments).items() if key not in ("folder", "out", "weights")}
+    kept = {key: value and str(value) for key, value in vars(arguments).items() if key not in ("folder", "out")}
     content = {"commit": commit(), "settings": kept, "rows": rows}
     storage.atomic_write(os.path.join(arguments.out, "results.json"), json.dumps(content, indent=1))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,15 @@ ALLOWED_SKIPS = (
 NESTED = "FATHOM_NESTED_TESTS"
 # Python's own helper processes: they end with the interpreter.
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+# What libraries leave in the temporary folder when their process ends abruptly goes with the session (pytest's own
+# folders stay where they are).
+_TEMPORARY = "FATHOM_TESTS_TEMPORARY"
+_own_temporary = None
+if _TEMPORARY not in os.environ:  # not a worker of xdist, not a session inside a session
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.gettempdir()
+    os.environ[_TEMPORARY] = os.environ["TMPDIR"] = _own_temporary = tempfile.mkdtemp(prefix="ft-")
+    tempfile.tempdir = None
 
 _skips: list[tuple[str, str]] = []
 _buffers_before: set[Path] = set()
@@ -153,6 +164,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             _complaints.append(f"skipped, but must run here: {nodeid}: {reason}")
     if _complaints and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure() -> None:
+    """After the last process of the session."""
+    if _own_temporary:
+        shutil.rmtree(_own_temporary, ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -80,12 +80,16 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: expected KEY=VALUE, for example optim.encoder_lr=1e-5")
     node: Any = values
     *parents, leaf = key.split(".")
-    for parent in parents:
+    for number, parent in enumerate(parents, start=1):
         if node.get(parent) is None:
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
+            whole = f"{'.'.join(parents[:number])}={'[...]' if isinstance(node, list) else 'VALUE'}"
+            raise ConfigError(
+                f"--set {override!r}: {parent!r} is a value, not a section; edit the file, or give all of it as YAML: "
+                f"--set '{whole}'"
+            )
     try:
         node[leaf] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:

@@ -63,7 +63,7 @@ class EvaluateConfig(Section):
     input_size: int = Field(default=518, multiple_of=14, gt=0)
     flip: bool = Field(default=False, description="average the predictions of the image and its mirror image")
     precision: Literal["bf16", "fp32"] = "fp32"
-    max_depth: float | None = Field(default=None, gt=0, description="metres; farther pixels are left out")
+    max_depth: float | None = Field(default=None, gt=0, description="metres; only nearer pixels count")
     limit: int | None = Field(default=None, ge=1, description="only the first N samples of each dataset")
     batch: int = Field(default=8, ge=1)
     worst: int = Field(default=8, ge=0, description="rows of worst.png, per dataset")

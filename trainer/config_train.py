@@ -121,7 +121,7 @@ class ValidationSection(Section):
     limit: int | None = Field(default=None, ge=1, description="only the first N samples of each dataset")
     protocol: str | None = Field(default=None, description="docs/evaluation.md; null: disparity or metric, by the head")
     metric: str = Field(default="abs_rel", description="what checkpoint.keep_best goes by")
-    max_depth: float | None = Field(default=None, gt=0, description="metres; farther pixels are left out")
+    max_depth: float | None = Field(default=None, gt=0, description="metres; what is as far or farther is left out")
     input_size: int | None = Field(default=None, multiple_of=14, gt=0, description="null: data.input_size")
     batch: int = Field(default=8, ge=1)
 

@@ -20,7 +20,6 @@ from trainer.config_evaluate import EvaluateConfig
 from trainer.evaluate_baselines import MeanMap, mean_map
 from trainer.evaluate_images import OUTSIDE, ImageResult, Measurement, in_order, mean_of
 from trainer.evaluate_sheet import captioned, write_sheet
-from trainer.evaluate_truth import decode_sky, open_rgb, read_truth
 from trainer.evaluate_worker import (
     SHEET_ROWS,
     Examiner,
@@ -36,7 +35,7 @@ from trainer.evaluate_worker import (
 from trainer.evaluate_write import DatasetResult, from_plain, settings, write_results
 from trainer.inference import Predictor
 
-__all__ = ["DatasetResult", "Stopped", "decode_sky", "evaluate", "evaluated", "open_rgb", "read_truth"]
+__all__ = ["DatasetResult", "Stopped", "evaluate", "evaluated"]
 
 Progress = Callable[[int, int], None]
 

@@ -42,7 +42,7 @@ class MeanMap:
 
 
 def mean_map(dataset: Dataset, limit: int | None = None, max_depth: float | None = None) -> MeanMap:
-    """Over the first `limit` samples (None: all); farther than `max_depth` metres does not count.
+    """Over the first `limit` samples (None: all); only depths below `max_depth` metres count.
 
     A sample without a usable truth is passed over. Raises DataError when the dataset has no depth, or none is usable.
     """
@@ -70,7 +70,7 @@ def _add(sums: np.ndarray, truth: Truth, max_depth: float | None) -> float | Non
     """Add one truth to the sums of depth, disparity and pixels by cell; returns its median depth."""
     depth_HW, valid_HW = truth
     if max_depth is not None:
-        valid_HW = valid_HW & (depth_HW <= max_depth)
+        valid_HW = valid_HW & (depth_HW < max_depth)
     if not valid_HW.any():
         return None
     row_K, column_K = np.nonzero(valid_HW)

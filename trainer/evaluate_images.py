@@ -63,8 +63,8 @@ class Measurement:
     multiple: int = 14
     batch: int = 8
     limit: int | None = None  # only the first samples
-    max_depth: float | None = None  # metres; farther pixels are left out
-    constant: bool = False  # measure the best constant too, as "constant"
+    max_depth: float | None = None  # metres; only nearer pixels count
+    constant: bool = False  # measure each image's best constant too, as "constant"
 
     @property
     def limits_m(self) -> tuple[float, float | None]:
@@ -205,7 +205,8 @@ def examine(
     pipeline: FramePipeline,
     fixed: Mapping[str, Callable[[int, int], np.ndarray]] | None = None,
 ) -> Iterator[Seen]:
-    """Every sample of a unit, in the order of their batches. `fixed` predictions (of h, w) are measured beside.
+    """Every sample of a unit, in the order of their batches. `fixed` predictions (of a whole image's h, w) are measured
+    beside, cut as the image is.
 
     Raises DataError when the shard is missing.
     """
@@ -219,7 +220,8 @@ def examine(
         if isinstance(truth, str) or prediction_HW is None:
             yield Seen(result=ImageResult(key=key, place=place, reason=str(truth)), frame=frame)
             continue
-        values = _values(prediction_HW, truth, what, fixed or {})
+        maps = {name: make(*frame.size_hw)[box_slices(frame)] for name, make in (fixed or {}).items()}
+        values = _values(prediction_HW, truth, what, maps)
         result = ImageResult(key=key, place=place, values=values)
         yield Seen(result=result, frame=frame, truth=truth, prediction_HW=prediction_HW)
 
@@ -268,7 +270,7 @@ def _truth(frame: Frame, benchmark: Benchmark, max_depth: float | None) -> Truth
     valid_HW = benchmark.counts(depth_HW, valid_HW)
     if max_depth is not None:
         with np.errstate(invalid="ignore"):
-            valid_HW = valid_HW & (depth_HW <= max_depth)
+            valid_HW = valid_HW & (depth_HW < max_depth)
     return (depth_HW, valid_HW) if valid_HW.any() else "no_valid_pixels"
 
 
@@ -279,12 +281,12 @@ def box_slices(frame: Frame) -> tuple[slice, slice]:
 
 
 def _values(
-    prediction_HW: np.ndarray, truth: Truth, what: Measurement, fixed: Mapping[str, Callable[[int, int], np.ndarray]]
+    prediction_HW: np.ndarray, truth: Truth, what: Measurement, fixed: Mapping[str, np.ndarray]
 ) -> dict[str, Moments]:
-    """Moments by protocol, then "constant", then "NAME: PROTOCOL" of every fixed prediction."""
+    """Moments by protocol, then "constant", then "NAME: PROTOCOL" of every fixed prediction [H, W]."""
     low, high = what.limits_m
     values = {}
-    maps = {"": prediction_HW, **{f"{name}: ": make(*truth[0].shape) for name, make in fixed.items()}}
+    maps = {"": prediction_HW, **{f"{name}: ": map_HW for name, map_HW in fixed.items()}}
     for prefix, map_HW in maps.items():
         for name in what.protocols:
             values[prefix + name] = measure(

@@ -12,6 +12,7 @@ from trainer.metrics import (
     Map,
     Moments,
     Values,
+    best_constant,
     fit_absolute,
     fit_squares,
     measured_values,
@@ -70,14 +71,11 @@ def check(protocol: Protocol, *, metric: bool, max_depth_m: float | None) -> Non
 
 
 def constant(depth_m_HW: Map, valid_HW: Map) -> Moments:
-    """What an image without content would score in metres: the prediction is the median of its valid disparities.
+    """The best that one depth for the whole image could score, in metres; each metric has its own best depth.
 
-    A network worth its name is better than this.
+    A network worth its name is better than this, although this has seen the truth.
     """
-    _, depth_K = measured_values(depth_m_HW, depth_m_HW, valid_HW)
-    if depth_K.size == 0:
-        return {}
-    return moments(np.full_like(depth_K, 1 / np.median(1 / depth_K)), depth_K)
+    return best_constant(measured_values(depth_m_HW, depth_m_HW, valid_HW)[1])
 
 
 def _in_disparity(

@@ -14,19 +14,20 @@ from trainer.benchmarks import get_benchmark
 from trainer.config_evaluate import EvaluateConfig
 from trainer.evaluate_images import ImageResult
 from trainer.protocols import PROTOCOLS
-from trainer.published import Published, beside
+from trainer.published import INFERRED, Published, beside
 
 LOWER = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "bad_pixel")
 HIGHER = ("delta1", "delta2", "delta3", "accuracy")
 NAMED = 20  # keys of skipped images in the Markdown
+VERSION = 2  # of what is measured; 1 had a cap that counts itself, and as "constant" an image's median disparity
 
 
 @dataclass(kw_only=True)
 class DatasetResult:
     """Means over the images of one dataset: `means[protocol][metric]`, and `baselines[name][protocol][metric]`.
 
-    Beside the protocols `means` has "constant", the best constant of each image in metres. `skipped` names the images
-    that could not be used, by reason; `outside` counts those that the benchmark does not ask for.
+    Beside the protocols `means` has "constant", the best constant of each image in metres, metric by metric. `skipped`
+    names the images that could not be used, by reason; `outside` counts those that the benchmark does not ask for.
     """
 
     dataset: str
@@ -43,7 +44,7 @@ def settings(config: EvaluateConfig) -> dict[str, Any]:
     names = {
         "datasets", "protocols", "average", "input_size", "flip", "precision", "max_depth", "limit", "baseline",
     }  # fmt: skip
-    return config.model_dump(mode="json", include=names)
+    return config.model_dump(mode="json", include=names) | {"version": VERSION}
 
 
 def plain(values: Any) -> Any:
@@ -127,7 +128,7 @@ def _dataset_lines(config: EvaluateConfig, result: DatasetResult) -> list[str]:
         rows: list[tuple[str, str, Mapping[str, float]]] = [("**these weights**", "", means)]
         rows += [(name, "baseline", by[protocol]) for name, by in result.baselines.items() if protocol in by]
         if "constant" in result.means and PROTOCOLS[protocol].compare == "depth":
-            rows.append(("each image's own median", "baseline", result.means["constant"]))
+            rows.append(("each image's best constant, by metric", "baseline", result.means["constant"]))
         published, note = _published(config, protocol, result)
         rows += [(row.network, row.source, row.values) for row in published]
         lines += ["", f"### {protocol}", "", f"{PROTOCOLS[protocol].summary}. Source: {PROTOCOLS[protocol].source}."]
@@ -142,11 +143,18 @@ def _published(config: EvaluateConfig, protocol: str, result: DatasetResult) -> 
     rows, split = beside(protocol, result.benchmark), get_benchmark(result.benchmark).images
     if not rows:
         return [], ""
-    if PROTOCOLS[protocol].flip and not config.flip:
-        return [], "The published numbers average image and mirror image; `flip: true` makes them comparable."
+    if PROTOCOLS[protocol].flip != config.flip:
+        how = ("are of the image alone", "false") if config.flip else ("average image and mirror image", "true")
+        return [], f"The published numbers {how[0]}; `flip: {how[1]}` makes them comparable."
     if config.limit is not None or config.max_depth is not None or config.average != "images":
         return [], "No published numbers: `limit`, `max_depth` or `average` make this another measurement."
-    return rows, "" if split in (None, result.images) else f"The published numbers are of {split} images."
+    inferred = INFERRED.get((protocol, result.benchmark or ""))
+    notes = [inferred] if inferred else []
+    if not inferred and split not in (None, result.images):
+        notes.append(f"The published numbers are of {split} images.")
+    if config.input_size != 518:
+        notes.append(f"Here the shorter side is {config.input_size} pixels; the released networks' default is 518.")
+    return rows, " ".join(notes)
 
 
 def _table(rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> list[str]:

@@ -19,6 +19,7 @@ from trainer.losses import (
     regional_affine_invariant_loss,
     regional_least_squares_loss,
 )
+from trainer.tasks.base import weight_of
 
 
 class DisparityOptions(Section):
@@ -53,7 +54,7 @@ class RoleLoss:
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Images with weight, for every term: scalars."""
-        return dict.fromkeys(self.term_weights, batch.weight_B[batch.rows(self.role)].sum())
+        return dict.fromkeys(self.term_weights, weight_of(batch, self.role))
 
     def sums(self, pred_BHW: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Sum over the role's images of every term's loss: differentiable scalars, 0 where the batch has no such rows.

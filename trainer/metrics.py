@@ -23,7 +23,7 @@ Moments = dict[str, float]  # means over an image's valid pixels, and "pixels", 
 FLAT = 1e-20  # a variance below FLAT * mean square is rounding: the map is constant
 SMALLEST = 1e-6  # a prediction is raised to this before ratios and logarithms; an aligned disparity may be negative
 ROUNDS = 100  # at most, of the robust fit
-SETTLED = 1e-10  # the robust fit ends when a round moves no residual by more than this, over the target's deviation
+SETTLED = 1e-10  # the robust fit ends when a round moves no residual by more than this, over the target's extent
 
 
 def align_scale_shift(
@@ -38,7 +38,7 @@ def align_scale_shift(
         pred_HW: prediction, any unit.
         target_HW: target, any unit, same shape.
         valid_HW: bool (anything else: valid where not 0), same shape.
-        weight_HW: w, not negative, same shape; None: 1 everywhere.
+        weight_HW: w, not negative, same shape; None: 1 everywhere. What has weight 0 is not looked at.
         robust: minimise sum w |scale * pred + shift - target| in place of the squares: what is far off counts no more
             than its distance. For a truth with gross errors; no published protocol uses it.
 
@@ -51,8 +51,10 @@ def align_scale_shift(
     maps = [pred_HW, target_HW] if weight_HW is None else [pred_HW, target_HW, weight_HW]
     pred_K, target_K, *weights = valid_values(maps, valid_HW)
     weight_K = weights[0] if weights else None
-    if weight_K is not None and (weight_K < 0).any():
-        raise ValueError(f"weight_HW must not be negative, found {weight_K.min()}")
+    if weight_K is not None:
+        if (weight_K < 0).any():
+            raise ValueError(f"weight_HW must not be negative, found {weight_K.min()}")
+        pred_K, target_K, weight_K = (x_K[weight_K != 0] for x_K in (pred_K, target_K, weight_K))
     return fit_absolute(pred_K, target_K, weight_K) if robust else fit_squares(pred_K, target_K, weight_K)
 
 
@@ -106,6 +108,31 @@ def moments(pred_K: Values, target_K: Values) -> Moments:
         for i in (1, 2, 3):
             result[f"delta{i}"] = np.mean(ratio_K < 1.25**i) + poison
     return {"pixels": float(pred_K.size), **{name: float(value) for name, value in result.items()}}
+
+
+def best_constant(target_K: Values) -> Moments:
+    """Moments of the best that one number for all pixels can reach, for each metric by the number that is best for it.
+
+    By calculus: abs_rel, the median weighted by 1 / target; sq_rel, the harmonic mean; rmse, the mean; rmse_log and
+    silog, the geometric mean; log10, the median; a delta, the number with most targets within its factor. {} without a
+    target. Targets must be finite and positive.
+    """
+    if target_K.size == 0:
+        return {}
+    sorted_K = np.sort(target_K)
+    best = {
+        "abs_rel": _weighted_median(sorted_K, 1 / sorted_K),
+        "sq_rel": 1 / np.mean(1 / sorted_K),
+        "square": np.mean(sorted_K),
+        "log_square": np.exp(np.mean(np.log(sorted_K))),
+        "log_abs": np.median(sorted_K),
+    }
+    best["log"] = best["log_square"]
+    found = {name: moments(np.full_like(sorted_K, value), sorted_K)[name] for name, value in best.items()}
+    for i in (1, 2, 3):  # a number has all targets in the open interval from c / 1.25^i to c * 1.25^i
+        behind_K = np.searchsorted(sorted_K, sorted_K * 1.25 ** (2 * i), side="left")
+        found[f"delta{i}"] = float((behind_K - np.arange(sorted_K.size)).max() / sorted_K.size)
+    return {"pixels": float(sorted_K.size), **found}
 
 
 def metrics_of(found: Moments) -> dict[str, float]:
@@ -165,12 +192,14 @@ def fit_absolute(pred_K: Values, target_K: Values, weight_K: Values | None = Non
     """`align_scale_shift(robust=True)` on flat values.
 
     Every round is a weighted least-squares fit with weights w / max(|residual|, floor); the floor, 1e-8 of the target's
-    deviation, keeps pixels that are met exactly from taking all the weight.
+    extent, keeps pixels that are met exactly from taking all the weight. The extent is the median distance from the
+    median among the targets that are not the median: a standard deviation would be that of a single gross error.
     """
     scale, shift = fit_squares(pred_K, target_K, weight_K)
-    if pred_K.size == 0 or not math.isfinite(scale) or not math.isfinite(shift):
+    empty = pred_K.size == 0 or (weight_K is not None and not weight_K.any())
+    if empty or not math.isfinite(scale) or not math.isfinite(shift):
         return scale, shift
-    extent = float(np.std(target_K))
+    extent = _extent(target_K, np.ones_like(target_K) if weight_K is None else weight_K / weight_K.max())
     spread = float(np.abs(pred_K).max())
     for _ in range(ROUNDS if extent > 0 else 0):
         residual_K = np.abs(scale * pred_K + shift - target_K)
@@ -197,6 +226,20 @@ def valid_values(maps: Sequence[Map], valid_HW: Map) -> list[Values]:
         raise ValueError(f"prediction, target and valid must have one shape, got {shapes}")
     valid = arrays.pop() != 0
     return [array[valid] for array in arrays]
+
+
+def _extent(value_K: Values, weight_K: Values) -> float:
+    """Weighted median of the distances from the weighted median that are not 0; 0 of a constant."""
+    distance_K = np.abs(value_K - _weighted_median(value_K, weight_K))
+    apart_K = distance_K > 0
+    return _weighted_median(distance_K[apart_K], weight_K[apart_K]) if apart_K.any() else 0.0
+
+
+def _weighted_median(value_K: Values, weight_K: Values) -> float:
+    """The smallest value with at least half of the weight at or below it."""
+    order_K = np.argsort(value_K, kind="stable")
+    below_K = np.cumsum(weight_K[order_K])
+    return float(value_K[order_K[np.searchsorted(below_K, below_K[-1] / 2)]])
 
 
 def _average(value_K: Values, weight_K: Values | None) -> float:

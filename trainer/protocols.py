@@ -1,9 +1,8 @@
 """Evaluation protocols as data: how a prediction is brought to the truth, and in which space the two are compared.
 
-Numbers of two protocols cannot be compared with each other, not even roughly: between `disparity` and `depth` the error
-on one dataset differs by a factor of three (Depth-Anything-V2 issue 280). What trainer/evaluate_measure.py does with
-these fields is the definition; `source` says where it was read, `choice` what the source does not say and is ours.
-Imports no torch.
+Numbers of two protocols cannot be compared with each other: one prediction has one error as disparity and another as
+depth, and far pixels weigh more in the second. What trainer/evaluate_measure.py does with these fields is the
+definition; `source` says where it was read, `choice` what the source does not say and is ours. Imports no torch.
 """
 
 from __future__ import annotations

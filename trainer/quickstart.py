@@ -18,12 +18,13 @@ from cluster import storage
 from cluster.lock import locked_folder
 from cluster.progress import Progress
 from cluster.stop import StopFlag
+from trainer.changes import differences, listing
 from trainer.config import ConfigError, absolute_paths, apply_override, parse_config
 from trainer.config_evaluate import EvaluateConfig
 from trainer.config_label import LabelConfig
 from trainer.config_train import TrainConfig
 from trainer.journal import Journal
-from trainer.run import differences, listing, show_step, train
+from trainer.run import show_step, train
 
 EVALUATION_SEED = 7_000_003  # scenes of training come from other seeds
 MAX_DEPTH_M = 20.0

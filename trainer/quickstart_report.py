@@ -15,7 +15,7 @@ from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset
 from dataio.frames import decode_frames, read_frames
 from dataio.show import colorize
-from trainer.evaluate import open_rgb, read_truth
+from trainer.evaluate_truth import open_rgb, read_truth
 from trainer.inference import Predictor, sizer
 from trainer.metrics import align_scale_shift
 from trainer.report import Page, loss_curves

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -24,6 +24,7 @@ from dataio.dataset import Dataset
 from dataio.labels import LabelStore
 from dataio.plan import pass_batches, skipped_batches
 from dataio.spec import DataError
+from trainer.changes import refuse_changes, say_changes
 from trainer.checkpoint import CheckpointError, clean, find_checkpoint, step_of
 from trainer.config import ConfigError, dump_config, parse_config, read_config
 from trainer.config_train import TrainConfig
@@ -40,15 +41,6 @@ PACKAGES = (
     "pillow-simd",
 )
 TELEMETRY = "telemetry"  # folder of a run, while it runs: where its ranks can be scraped
-# What a resumed run must not change: the order of samples and what is learned from them hang on it.
-FIXED = ("seed", "task", "model", "data")
-# What changes no result in them.
-CHANGEABLE = {
-    "model": frozenset({"activation_checkpointing"}),
-    "data": frozenset(
-        {"threads", "prefetch", "pin_memory", "max_bad_fraction", "skip_samples", "cache", "cache_bytes"}
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,46 +322,6 @@ def prepare_folder(config: TrainConfig, resume: bool) -> str | None:
     storage.atomic_write(saved, dump_config(config))
     storage.atomic_write(os.path.join(folder, "environment.json"), json.dumps(environment(config), indent=1))
     return checkpoint
-
-
-def refuse_changes(before: TrainConfig, now: TrainConfig) -> None:
-    """A resumed run keeps its data, task, network and seed. Raises ConfigError listing the fields that differ."""
-    found = []
-    for section in FIXED:
-        old, new = before.model_dump(mode="json")[section], now.model_dump(mode="json")[section]
-        free = CHANGEABLE.get(section, frozenset())
-        old, new = ({k: v for k, v in d.items() if k not in free} if free else d for d in (old, new))
-        found += differences(section, old, new)
-    if found:
-        raise ConfigError(f"{listing(found, 'the run to resume has')}; use what it has or start under another name")
-
-
-def say_changes(folder: str, before: TrainConfig, now: TrainConfig) -> None:
-    """What a resume changes, although it may: on stderr and in the journal."""
-    if before.optim.optimizer != now.optim.optimizer:
-        raise ConfigError(
-            f"optim.optimizer: is {now.optim.optimizer!r}, but the run to resume has {before.optim.optimizer!r}; use "
-            "that or start another run from its weights (model.weights)"
-        )
-    found = differences("", before.model_dump(mode="json"), now.model_dump(mode="json"))
-    lines = [f"{field[1:]}: was {old!r}, is {new!r}" for field, old, new in found]
-    if lines:
-        Journal(folder).write("configuration_changed", changes=lines)
-        print("\n".join(f"changed on resume: {line}" for line in lines), file=sys.stderr)
-
-
-def differences(where: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    """Path and both values of every field in which two plain configurations differ; an absent field is None."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [found for key in keys for found in differences(f"{where}.{key}", old.get(key), new.get(key))]
-    return [] if old == new else [(where, old, new)]
-
-
-def listing(found: Sequence[tuple[str, Any, Any]], had: str, shown: int = 8) -> str:
-    """`differences` for people, the first few of them: "FIELD: is NEW, but HAD OLD; ...; and N more"."""
-    clauses = [f"{field}: is {new!r}, but {had} {old!r}" for field, old, new in found[:shown]]
-    return "; ".join(clauses + ([f"and {len(found) - shown} more"] if len(found) > shown else []))
 
 
 def environment(config: TrainConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dataio.loader import Loader
 from dataio.quarantine import Quarantine
 from dataio.types import Batch
 from trainer.autobatch import circumstances, micro_batch_count, share_of
+from trainer.changes import differences, listing
 from trainer.checkpoint import (
     About,
     Checkpoint,
@@ -39,7 +40,7 @@ from trainer.engine import Engine
 from trainer.invariants import Invariants
 from trainer.loop import Loop, StepRecord, step_seed
 from trainer.record import Recorder
-from trainer.run import TELEMETRY, differences, listing
+from trainer.run import TELEMETRY
 from trainer.saver import Keep, Saved, Saver, require_space
 from trainer.shadow import Shadow
 from trainer.tasks.base import Task, make_task

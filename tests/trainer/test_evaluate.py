@@ -104,7 +104,7 @@ def config_of(datasets: list[Any], out: Path, **changes: Any) -> EvaluateConfig:
 
 def by_hand(prediction_HW: np.ndarray, depth_HW: np.ndarray, max_depth: float | None = None) -> dict[str, float]:
     """abs_rel and delta1 after least squares to the disparity, in depth and in disparity."""
-    valid_HW = (depth_HW > 0) & (depth_HW <= (max_depth or np.inf))
+    valid_HW = (depth_HW > 0) & (depth_HW < (max_depth or np.inf))
     p_K, t_K = prediction_HW[valid_HW].astype(np.float64), 1 / depth_HW[valid_HW].astype(np.float64)
     scale, shift = np.linalg.lstsq(np.stack([p_K, np.ones_like(p_K)], 1), t_K, rcond=None)[0]
     aligned_K, depth_K = scale * p_K + shift, 1 / t_K

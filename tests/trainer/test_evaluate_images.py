@@ -120,12 +120,16 @@ def test_holes_are_in_no_image_s_pixels(dataset: Dataset) -> None:
     assert pixels == {height * width - 35 for height, width in SIZES}
 
 
-def test_farther_pixels_are_left_out(dataset: Dataset) -> None:
-    near = measure_part(dataset, grey, settings(max_depth=4.0))
-    far = measure_part(dataset, grey, settings())
-    assert sum(r.values["depth"]["pixels"] for r in near if r.values) < sum(
-        r.values["depth"]["pixels"] for r in far if r.values
-    )
+def test_only_nearer_pixels_count(tmp_path: Path) -> None:
+    """A cap does not count itself, a benchmark's as little as one's own."""
+    code = np.full((28, 42), 5000, np.uint16)
+    code[:4], code[4:6] = 9000, 20000
+    path = write_dataset(tmp_path / "d", [{"k": {"png": png(smooth(0, 28, 42)), "depth.png": png(code)}}])
+    for cap, rows in ((None, 28), (20.1, 28), (20.0, 26), (9.1, 26), (9.0, 22)):
+        (found,) = measure_part(Dataset.open(path), grey, settings(max_depth=cap))
+        assert found.values["depth"]["pixels"] == rows * 42, cap
+    (found,) = measure_part(Dataset.open(path), grey, settings(max_depth=5.0))
+    assert found.reason == "no_valid_pixels"
 
 
 @pytest.mark.parametrize(

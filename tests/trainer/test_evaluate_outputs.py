@@ -16,7 +16,7 @@ from dataio.dataset import Dataset
 from dataio.spec import DataError
 from model import DepthAnything
 from tests.dataio.fakes import jpeg, png, smooth, unlabelled, write_dataset
-from tests.trainer.test_evaluate import Broken, Known, Metres, config_of, sample, samples
+from tests.trainer.test_evaluate import Broken, Known, Metres, config_of, depth, sample, samples
 from trainer.config import ConfigError
 from trainer.evaluate import Collected, Stopped, evaluate, evaluated
 from trainer.evaluate_baselines import GRID, mean_map
@@ -64,6 +64,10 @@ def test_any_number_of_workers_leaves_the_same_bytes(tmp_path: Path, weights: st
     assert found[1] == found[workers]
     assert evaluated(config_of([one], tmp_path / "out1", weights=weights)) is None
     assert evaluated(config_of([one, two], tmp_path / "out1", weights=weights, flip=True)) is None
+    content = json.loads((tmp_path / "out1" / "evaluation.json").read_text())
+    del content["settings"]["version"]  # an earlier program's, which measured other things under these names
+    (tmp_path / "out1" / "evaluation.json").write_text(json.dumps(content))
+    assert evaluated(config_of([one, two], tmp_path / "out1", weights=weights, worst=2)) is None
 
 
 def test_every_image_has_its_line(tmp_path: Path) -> None:
@@ -154,8 +158,8 @@ def test_the_table_stands_beside_numbers_of_the_same_protocol() -> None:
     assert "| network | abs_rel ↓ | delta1 ↑ | source |" in one
     assert "| **these weights** | 0.05123 | 0.97 |  |" in one
     assert "| Depth Anything V2-L | 0.045 | 0.979 | arXiv 2406.09414, Table 2 |" in one
-    assert "| mean-map | 0.3 | 0.5 | baseline |" in one and "own median" not in one
-    assert "V2-L" not in other and "| each image's own median | 0.4 | 0.3 | baseline |" in other
+    assert "| mean-map | 0.3 | 0.5 | baseline |" in one and "best constant" not in one
+    assert "V2-L" not in other and "| each image's best constant, by metric | 0.4 | 0.3 | baseline |" in other
     assert "600 images of 654 in the published split" in text and "The published numbers are of 654 images." in one
     assert "7 samples are not part" in text
     assert "bad_image: 30 (`k0`" in text and "`k19`, ...)" in text
@@ -173,6 +177,28 @@ def test_numbers_of_flip_averages_stand_beside_flip_averages() -> None:
     result = DatasetResult(dataset="/d", benchmark="kitti", images=652, means={"zoedepth": {"abs_rel": 0.1}})
     assert "fine-tuned" not in table(result) and "`flip: true` makes them comparable" in table(result)
     assert "| Depth Anything V2-L, fine-tuned | 0.045 |" in table(result, flip=True)
+    result = DatasetResult(dataset="/d", benchmark="kitti", images=652, means={"disparity": {"abs_rel": 0.1}})
+    assert "V2-L" not in table(result, flip=True)
+    assert "are of the image alone; `flip: false` makes them comparable" in table(result, flip=True)
+    assert "| Depth Anything V2-L | 0.074 |" in table(result) and "makes them comparable" not in table(result)
+
+
+def test_published_numbers_of_another_input_size_have_a_note() -> None:
+    result = DatasetResult(dataset="/d", benchmark="kitti", images=652, means={"disparity": {"abs_rel": 0.1}})
+    for size, said in ((518, False), (392, True), (756, True)):
+        text = table(result, input_size=size)
+        assert "| Depth Anything V2-L | 0.074 |" in text
+        assert (f"Here the shorter side is {size} pixels; the released networks' default is 518." in text) == said
+
+
+@pytest.mark.parametrize(("benchmark", "images"), [("diode", 771), ("diode-indoor", 325)])
+def test_that_a_split_is_inferred_is_said(benchmark: str, images: int) -> None:
+    means = {name: {"abs_rel": 0.1} for name in ("disparity", "marigold-disparity")}
+    result = DatasetResult(dataset="/d", benchmark=benchmark, images=images - 1, means=means)
+    one, other = table(result, input_size=518).split("### disparity")[1].split("### marigold-disparity")
+    assert "| Depth Anything V2-L | 0.066 |" in one and "| Depth Anything V1-L | 0.066 |" in one
+    assert "V1 and V2 do not say which images of DIODE" in one and "is inferred" in one
+    assert "The published numbers are of" not in one and "inferred" not in other  # Distill-Any-Depth names its list
 
 
 def test_a_dataset_of_one_s_own_has_no_published_numbers() -> None:
@@ -203,6 +229,8 @@ def test_the_mean_map_by_hand(tmp_path: Path) -> None:
     assert only.images == 1 and np.allclose(only.depth_m_RC, 2.0)  # where nothing was seen, the mean of all
     capped = mean_map(Dataset.open(path), max_depth=5.0)
     assert capped.depth_m_RC[0, 63] == pytest.approx(4.0) and capped.typical_m == pytest.approx(3.0)
+    at_cap = mean_map(Dataset.open(path), max_depth=4.0)  # as in the evaluation, a cap does not count itself
+    assert at_cap.images == 1 and np.allclose(at_cap.depth_m_RC, 2.0)
     maps = found.predictions(metric=True)
     assert maps["mean-map"](48, 64) == pytest.approx(found.depth_m_RC)
     assert (maps["training-constant"](3, 5) == found.typical_m).all() and maps["mean-map"](10, 20).shape == (10, 20)
@@ -222,11 +250,38 @@ def test_a_baseline_is_measured_like_the_network(tmp_path: Path) -> None:
         known(config_of([folder], tmp_path / "out", baseline={"dataset": photos}))
 
 
+def test_a_mean_map_is_cut_as_the_image_is(tmp_path: Path) -> None:
+    """KITTI's images lose their upper rows: a map squeezed into what is left would be off by several per cent."""
+    row_HW, column_HW = np.mgrid[:375, :1242]
+    depth_HW = 5.0 + 0.1 * (375 - row_HW) + 0.01 * column_HW
+    members = {"jpg": jpeg(smooth(0, 375, 1242)), "depth.png": depth_png(depth_HW)}
+    folder = write_dataset(tmp_path / "kitti", [{f"k{i}": members for i in range(2)}])
+    entry = {"path": folder, "benchmark": "kitti"}
+    (result,) = known(config_of([entry], tmp_path / "out", baseline={"dataset": folder}), Metres())
+    assert result.images == 2 and result.baselines["mean-map"]["metric"]["abs_rel"] < 5e-3
+    assert result.baselines["training-constant"]["metric"]["abs_rel"] > 0.1
+
+
+def test_a_constant_that_is_aligned_becomes_the_image_s_own_mean_disparity(tmp_path: Path) -> None:
+    """So `training-constant` is a floor of networks of metres; under an aligned protocol it has seen the truth."""
+    folder = write_dataset(tmp_path / "d", [{"k": sample(3, 48, 64)}])
+    other = write_dataset(tmp_path / "other", [{"k": sample(4, 28, 28)}])
+    (result,) = known(config_of([folder], tmp_path / "out", baseline={"dataset": other}))
+    depth_K = (depth(3, 48, 64) / 1000)[depth(3, 48, 64) > 0]
+    mean = np.mean(1 / depth_K)
+    found = result.baselines["training-constant"]
+    assert found["disparity"]["abs_rel"] == pytest.approx(np.mean(np.abs(mean - 1 / depth_K) * depth_K), rel=1e-5)
+    assert found["depth"]["abs_rel"] == pytest.approx(np.mean(np.abs(1 / mean - depth_K) / depth_K), rel=1e-5)
+    for name, value in result.means["constant"].items():
+        best = value >= found["depth"][name] if name.startswith("delta") else value <= found["depth"][name] + 1e-12
+        assert best, name
+
+
 def test_flips_make_the_mirror_image_score_the_same(tmp_path: Path, weights: str) -> None:
-    image, depth = smooth(0, 28, 42), 1 + smooth(50, 28, 42)[..., 0] * 0.03
+    image, depth_HW = smooth(0, 28, 42), 1 + smooth(50, 28, 42)[..., 0] * 0.03
     folders = []
     for name, step in (("plain", 1), ("mirrored", -1)):
-        members = {"png": png(image[:, ::step]), "depth.png": depth_png(depth[:, ::step])}
+        members = {"png": png(image[:, ::step]), "depth.png": depth_png(depth_HW[:, ::step])}
         folders.append(write_dataset(tmp_path / name, [{"k": members}]))
     plain, mirrored = evaluate(config_of(folders, tmp_path / "out", weights=weights))
     assert plain.means["disparity"]["abs_rel"] != pytest.approx(mirrored.means["disparity"]["abs_rel"], rel=1e-4)

@@ -274,6 +274,24 @@ def test_a_loss_is_of_its_own_image_alone(name: str) -> None:
     assert grad[0].any() and grad[0].isfinite().all() and not grad[1].any()
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_target_is_a_constant(name: str) -> None:
+    pred, target, region = maps()
+    pred.requires_grad_()
+    target.requires_grad_()
+    loss = LOSSES[name](pred, target, region).sum()
+    of_pred, of_target = torch.autograd.grad(loss, (pred, target), allow_unused=True)
+    assert of_pred.any() and (of_target is None or not of_target.any())
+
+
+def test_the_frozen_features_are_constants() -> None:
+    g = torch.Generator().manual_seed(0)
+    student, frozen = (torch.randn(2, 5, 4, generator=g).requires_grad_() for _ in range(2))
+    loss = feature_alignment_loss(student, frozen, 0.85).sum()
+    of_student, of_frozen = torch.autograd.grad(loss, (student, frozen), allow_unused=True)
+    assert of_student.any() and (of_frozen is None or not of_frozen.any())
+
+
 def test_alignment_has_the_gradient_of_finite_differences() -> None:
     g = torch.Generator().manual_seed(0)
     frozen = torch.randn(2, 5, 4, generator=g, dtype=torch.float64)

@@ -13,7 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.metrics import align_scale_shift, depth_metrics, mean_over_images, mean_over_pixels, metrics_of, moments
+from trainer.metrics import (
+    align_scale_shift,
+    best_constant,
+    depth_metrics,
+    mean_over_images,
+    mean_over_pixels,
+    metrics_of,
+    moments,
+)
 
 # Each metric from its definition, with plain loops in float64: p the prediction, t the truth.
 Pixels = list[tuple[float, float]]
@@ -156,6 +164,86 @@ def test_the_robust_fit_passes_over_gross_errors() -> None:
     everywhere = np.ones((20, 20), bool)
     assert align_scale_shift(pred, target, everywhere, robust=True) == pytest.approx((4, 1), abs=1e-6)
     assert align_scale_shift(pred, target, everywhere)[1] > 5
+
+
+@pytest.mark.parametrize("robust", [False, True])
+@pytest.mark.parametrize("value", [1e12, math.nan, math.inf])
+def test_a_pixel_of_weight_0_is_not_looked_at(robust: bool, value: float) -> None:
+    rng = np.random.default_rng(8)
+    pred, target, weight = rng.random((1, 9)), rng.random((1, 9)), rng.uniform(0.1, 2, (1, 9))
+    everywhere = np.ones((1, 9), bool)
+    expected = align_scale_shift(pred[:, 1:], target[:, 1:], everywhere[:, 1:], weight_HW=weight[:, 1:], robust=robust)
+    weight[0, 0] = 0
+    for broken in (pred, target):
+        kept, broken[0, 0] = broken[0, 0], value
+        assert align_scale_shift(pred, target, everywhere, weight_HW=weight, robust=robust) == expected
+        broken[0, 0] = kept
+
+
+def test_a_pixel_of_next_to_no_weight_does_not_set_the_robust_fit_s_floor() -> None:
+    """With the standard deviation as the extent, every residual is below the floor, and the fit one of squares."""
+    rng = np.random.default_rng(9)
+    pred = rng.random((1, 101))
+    target, weight = 4 * pred + 1, np.ones((1, 101))
+    target[0, 1:31] += 50.0  # what the robust fit is for
+    target[0, 0], weight[0, 0] = 1e12, 1e-6
+    found = align_scale_shift(pred, target, np.ones((1, 101), bool), weight_HW=weight, robust=True)
+    assert found == pytest.approx((4, 1), abs=1e-6)
+
+
+# The best constant
+
+
+def tried(target: np.ndarray) -> np.ndarray:
+    """Constants to try: a fine geometric grid, the targets, and what lies halfway between two of them."""
+    grid = np.geomspace(target.min() / 2, target.max() * 2, 4001)
+    between = [math.sqrt(a * b) for a, b in itertools.combinations(target, 2)]
+    return np.concatenate([grid, target, between])
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        np.random.default_rng(10).uniform(0.5, 20, 23),
+        np.random.default_rng(11).lognormal(0, 1.5, 24),
+        np.array([1.0, 2.0, 4.0]),
+        np.array([2.0, 2.0, 2.0, 5.0, 5.0, 9.0, 9.0, 9.0, 9.0, 1.0]),  # ties
+        np.array([3.0, 3.0]),
+        np.array([1.0, 1.5625]),  # 1.25^2 apart: no number is within both, as the limits do not count
+        np.array([1.0, 1.5624]),
+        np.array([7.3]),
+    ],
+    ids=["uniform", "log-normal", "three", "ties", "equal", "at the limit", "below the limit", "one"],
+)
+def test_no_constant_is_better_than_the_best(target: np.ndarray) -> None:
+    found = metrics_of(best_constant(target))
+    rows = [metrics_of(moments(np.full_like(target, value), target)) for value in tried(target)]
+    assert found.keys() == DEFINITIONS.keys()
+    for name in DEFINITIONS:
+        values = [row[name] for row in rows]
+        best = max(values) if name.startswith("delta") else min(values)
+        if name.startswith("delta"):
+            assert found[name] == best, name
+        else:  # the grid may just miss the minimum
+            assert found[name] <= best + 1e-12, name
+            assert found[name] == pytest.approx(best, rel=1e-3, abs=1e-12), name
+
+
+def test_a_pixel_that_stands_twice_weighs_twice() -> None:
+    target = np.random.default_rng(12).uniform(0.5, 20, 9)
+    times = np.random.default_rng(13).integers(1, 5, 9)
+    order = np.random.default_rng(14).permutation(times.sum())
+    repeated = best_constant(np.repeat(target, times)[order])
+    assert repeated["pixels"] == times.sum()
+    for name, power in {"square": 2, "sq_rel": 2, "abs_rel": 1}.items():
+        value = np.concatenate([target, np.linspace(0.3, 25, 5001)])
+        error = np.abs(value[:, None] - target) ** power / (1 if name == "square" else target)
+        best = (error @ times / times.sum()).min()
+        assert repeated[name] == pytest.approx(best, rel=1e-4) and repeated[name] <= best + 1e-12, name
+
+
+def test_the_best_constant_of_nothing_is_nothing() -> None:
+    assert best_constant(np.array([])) == {}
 
 
 # Metrics

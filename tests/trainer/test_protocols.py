@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from trainer.benchmarks import BENCHMARKS, get_benchmark
-from trainer.config import ConfigError, absolute_paths, parse_config
+from trainer.config import ConfigError, absolute_paths, apply_override, parse_config
 from trainer.config_evaluate import EvaluateConfig
 from trainer.evaluate_measure import constant, measure
 from trainer.metrics import metrics_of
 from trainer.protocols import PROTOCOLS, get_protocol
-from trainer.published import PUBLISHED, beside
 
 DISPARITY = [name for name, protocol in PROTOCOLS.items() if protocol.align == "disparity"]
 
@@ -176,9 +175,13 @@ def test_what_a_protocol_needs() -> None:
 
 
 def test_the_best_constant() -> None:
-    depth = np.array([[1.0, 2.0, 4.0]])
+    """Of 1, 2 and 4 m. AbsRel: 1 m, which has more than half of the weights 1, 1/2 and 1/4, and not the median."""
+    depth = np.array([[1.0, 2.0, 4.0, np.nan]])
     found = metrics_of(constant(depth, depth > 0))
-    assert found["abs_rel"] == pytest.approx((1 + 0 + 0.5) / 3) and found["delta1"] == pytest.approx(1 / 3)
+    assert found["abs_rel"] == pytest.approx((0 + 1 / 2 + 3 / 4) / 3)
+    assert found["rmse"] == pytest.approx(np.std([1, 2, 4]))
+    assert found["rmse_log"] == pytest.approx(math.log(2) * math.sqrt(2 / 3))
+    assert [found[f"delta{i}"] for i in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
     assert constant(depth, depth < 0) == {}
 
 
@@ -215,29 +218,60 @@ def test_the_crops_of_kitti() -> None:
     assert counted("kitti-garg", 375, 1242) == (153, 371, 44, 1197)
 
 
-@pytest.mark.parametrize(
-    ("name", "inside", "outside"),
-    [
-        ("nyu", (0.0011, 9.99), (0.001, 10.0)),
-        ("kitti", (0.0011, 79.9), (0.001, 80.0)),
-        ("kitti-marigold", (0.000011, 79.9), (0.00001, 80.0)),
-        ("kitti-garg", (0.1, 49.9), (0.0, 50.0)),
-        ("diode", (0.61, 349.9), (0.6, 350.0)),
-        ("diode-indoor", (0.61, 349.9), (0.6, 350.0)),
-        ("eth3d-marigold", (0.000011, 1e9), (0.00001,)),
-        ("scannet", (0.0011, 9.99), (0.001, 10.0)),
-        ("ddad", (0.0011, 79.9), (0.001, 80.0)),
-        ("ibims", (0.001, 9.99), (0.0, 10.0)),
-        ("sintel", (0.1, 71.9), (72.0,)),
-        ("nyu-moge", (0.1, 1e9), (0.0,)),
-    ],
-)
-def test_limits_are_exclusive(name: str, inside: tuple[float, ...], outside: tuple[float, ...]) -> None:
-    for depth in inside:
-        assert counted(name, 480, 640, depth) is not None, depth
-    for depth in outside:
+# min, max (metres; None: no cap), images of the published split, counted rows and columns of a 480 x 640 image
+NYU_CROP, WHOLE, GARG_CROP = (45, 471, 41, 601), (0, 480, 0, 640), (195, 476, 23, 616)  # .40810811 * 480 = 195.9, ...
+LIMITS: dict[str, tuple[float, float | None, int | None, tuple[int, int, int, int]]] = {
+    "nyu": (0.001, 10, 654, NYU_CROP),
+    "nyu-midas": (0, 10, 654, WHOLE),
+    "kitti": (0.001, 80, 652, GARG_CROP),
+    "kitti-marigold": (0.00001, 80, 652, (159, 438, 23, 616)),  # .3324324 * 480 = 159.6, .91351351 * 480 = 438.5
+    "kitti-garg": (0, 50, 697, GARG_CROP),
+    "sintel": (0, 72, None, WHOLE),
+    "ddad": (0.001, 80, None, WHOLE),
+    "eth3d": (0, 72, 454, WHOLE),
+    "eth3d-marigold": (0.00001, None, 454, WHOLE),
+    "diode": (0.6, 350, 771, WHOLE),
+    "diode-indoor": (0.6, 350, 325, WHOLE),
+    "diode-outdoor": (0.6, 350, 446, WHOLE),
+    "diode-outdoor-zoedepth": (0.001, 80, 446, GARG_CROP),
+    "scannet": (0.001, 10, 800, WHOLE),
+    "ibims": (0, 10, 100, NYU_CROP),
+    "sunrgbd": (0, 8, None, NYU_CROP),
+    "hypersim": (0.001, 80, None, NYU_CROP),
+    "vkitti2": (0.001, 80, None, GARG_CROP),
+    **{
+        f"{name}-moge": (0, None, None, WHOLE)
+        for name in ("nyu", "kitti", "eth3d", "ibims", "sintel", "ddad", "diode", "gso")
+    },
+}  # fmt: skip
+CUT = {"kitti", "kitti-marigold", "vkitti2"}  # to 352 x 1216
+ONLY_480_640 = {"nyu", "ibims"}
+KEYS = {"diode-indoor": "indoors", "diode-outdoor": "outdoor", "diode-outdoor-zoedepth": "outdoor"}
+
+
+def test_every_benchmark_has_its_limits_here() -> None:
+    assert LIMITS.keys() | {"da-2k"} == BENCHMARKS.keys()
+    assert get_benchmark("da-2k").images is None  # published as "1K"
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_are_exclusive(name: str) -> None:
+    low, high, _, box = LIMITS[name]
+    inside = (low + 1e-7, (high or 1e9) - 1e-4)
+    assert [counted(name, 480, 640, depth) for depth in inside] == [box, box]
+    for depth in (low, low - 1e-7, *([high, high + 1e-4] if high else [])):
         assert counted(name, 480, 640, depth) is None, depth
     assert counted(name, 480, 640, math.nan) is None
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_split_and_what_the_network_sees_of_an_image(name: str) -> None:
+    benchmark = get_benchmark(name)
+    assert benchmark.images == LIMITS[name][2]
+    assert benchmark.keys == KEYS.get(name, "")
+    whole = None if name in ONLY_480_640 else (0, 0, 400, 1300)
+    assert benchmark.image_box(400, 1300) == ((48, 42, 352, 1216) if name in CUT else whole)
+    assert benchmark.image_box(480, 640) == (None if name in CUT else (0, 0, 480, 640))
 
 
 def test_what_counts_is_valid_too() -> None:
@@ -253,27 +287,6 @@ def test_every_entry_says_where_it_comes_from() -> None:
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.name == name and benchmark.title and len(benchmark.source) > 10
     assert PROTOCOLS["disparity"].choice and BENCHMARKS["kitti"].choice  # the papers publish neither crops nor caps
-
-
-# Published numbers
-
-
-def test_published_numbers_stand_beside_their_own_protocol_alone() -> None:
-    for protocol, benchmark in PUBLISHED:
-        assert protocol in PROTOCOLS and benchmark in BENCHMARKS
-    (large,) = [row for row in beside("disparity", "nyu") if row.network == "Depth Anything V2-L"]
-    assert large.values == {"abs_rel": 0.045, "delta1": 0.979} and "2406.09414" in large.source
-    (moge,) = [row for row in beside("moge", "kitti-moge") if row.network == "Depth Anything V2-L"]
-    assert moge.values == pytest.approx({"abs_rel": 0.0561, "delta1": 0.967})
-    (dad, _) = beside("marigold-disparity", "diode")
-    assert dad.values == {"abs_rel": 0.233, "delta1": 0.753}
-    assert [row.values["accuracy"] for row in beside("pairs", "da-2k")] == [0.953, 0.970, 0.971, 0.974]
-    assert beside("depth", "nyu") == beside("moge", "nyu") == beside("disparity", "nyu-moge") == []
-    assert beside("disparity", None) == []
-    assert len(beside("disparity", "kitti")) == 9 and len(beside("disparity", "ddad")) == 4
-    for rows in PUBLISHED.values():
-        for row in rows:
-            assert all(0 < value <= 1 for name, value in row.values.items() if name != "rmse")
 
 
 # Configuration
@@ -317,6 +330,24 @@ def test_datasets_are_paths_or_mappings() -> None:
 def test_a_wrong_configuration_says_what_is_right(changes: dict[str, Any], words: str) -> None:
     found = refusal(**changes)
     assert words in found and "; datasets:" not in found  # one mistake, one clause
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("datasets.0.benchmark=nyu", "--set 'datasets=[...]'"),
+        ("a.b.datasets.0=/d", "--set 'a.b.datasets=[...]'"),
+        ("weights.x=1", "--set 'weights=VALUE'"),
+    ],
+)
+def test_an_override_into_a_list_names_what_to_do(override: str, remedy: str) -> None:
+    values: dict[str, Any] = {"weights": "/w", "datasets": [{"path": "/d"}], "a": {"b": {"datasets": ["/d"]}}}
+    with pytest.raises(ConfigError) as caught:
+        apply_override(values, override)
+    assert str(caught.value).endswith(f"; edit the file, or give all of it as YAML: {remedy}")
+    apply_override(values, "datasets=[{path: /d, benchmark: nyu}]")
+    (entry,) = parse_config(EvaluateConfig, {"weights": "/w", "datasets": values["datasets"]}).datasets
+    assert entry.benchmark == "nyu"
 
 
 def test_an_unknown_protocol_is_refused() -> None:

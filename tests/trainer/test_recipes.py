@@ -1,4 +1,5 @@
-"""Every published number of every recipe, each with where it was published; what is not published is marked "choice".
+"""Every published number of every recipe, each with where it was published; what is not published is marked "choice",
+and has its value here and on the page.
 
 Sources: V1 = arXiv 2401.10891; V2 = arXiv 2406.09414; "V2 code" = Depth-Anything-V2's repository, metric_depth/;
 "V1#n", "V2#n" = what an author says in issue n of the repository; UniMatch = the V1 author's repository of that name,
@@ -149,6 +150,53 @@ PUBLISHED: Mapping[str, Published] = {
     "metric-indoor": metric("indoor", 20, "hypersim", "hypersim-val"),
     "metric-outdoor": metric("outdoor", 80, "vkitti2", "kitti-val"),
 }
+# The strengths that V1's author used in UniMatch (dataset/semi.py:51-55, dataset/transform.py:59-84).
+UNIMATCH = {
+    "jitter_p": 0.8, "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.25, "grayscale_p": 0.2,
+    "blur_p": 0.5, "blur_sigma": [0.1, 2.0], "cutmix_p": 0.5, "cutmix_area": [0.02, 0.4],
+    "cutmix_aspect": [0.3, 1 / 0.3],
+}  # fmt: skip
+
+# What nobody published and we chose: path -> value, by the families of the page's table.
+Choices = Mapping[str, Any]
+EVERYWHERE: Choices = {"seed": 0, "data.shuffle_window": 512, "optim.eps": 1e-8}
+RELATIVE: Choices = {
+    **EVERYWHERE, "engine.precision": "bf16", "optim.betas": [0.9, 0.999], "optim.clip": 0.0,
+    "optim.decay_norms_and_biases": True, "optim.ema_decay": None, "optim.warmup_samples": 0,
+}  # fmt: skip
+OF_V1: Choices = {
+    **RELATIVE, "optim.weight_decay": 0.01, "data.roles.labelled.batch": 64,
+    "data.roles.labelled.perturbation.flip_p": 0.5,
+}  # fmt: skip
+OF_V2: Choices = {**RELATIVE, "optim.weight_decay": 0.0, "optim.schedule": "linear", "task.gradient_scales": 4}
+OF_STUDENTS: Choices = {
+    "task.frozen_view": "student",
+    **{
+        f"data.roles.unlabelled.perturbation.{key}": value
+        for key, value in {
+            "flip_p": 0.5, "jitter_p": 0.8, "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.25,
+            "grayscale_p": 0.0, "blur_p": 0.5, "blur_sigma": [0.1, 2.0],
+        }.items()
+    },
+}  # fmt: skip
+CHOICES: Mapping[str, Choices] = {
+    "teacher-v1": {**OF_V1, "data.roles.labelled.lanes": 64},
+    "student-v1": {
+        **OF_V1, **OF_STUDENTS, "task.trim": 0.0, "data.roles.labelled.lanes": 32, "data.roles.unlabelled.lanes": 32,
+    },
+    "teacher-v2": {
+        **OF_V2, "data.roles.labelled.lanes": 64, "data.roles.labelled.perturbation.flip_p": 0.5,
+        "data.roles.labelled.perturbation.jitter_p": 0.0, "data.roles.labelled.perturbation.grayscale_p": 0.0,
+        "data.roles.labelled.perturbation.blur_p": 0.0, "data.roles.labelled.perturbation.cutmix_p": 0.0,
+    },
+    "student-v2": {
+        **OF_V2, **OF_STUDENTS, "task.unlabelled_weight": 1.0, "task.feature_weight": 1.0,
+        "data.roles.unlabelled.lanes": 64,
+    },
+    "metric": {
+        **EVERYWHERE, "data.roles.labelled.lanes": 32, "validation.every": 2000, "validation.metric": "abs_rel",
+    },
+}  # fmt: skip
 # What no result depends on: the machine, names of files, when to save.
 FREE = re.compile(
     r"name|model\.activation_checkpointing|data\.threads|data\.roles\.unlabelled\.(datasets|labels)|checkpoint\..*|"
@@ -222,6 +270,21 @@ def test_what_was_not_published_is_marked_as_a_choice(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+def test_every_choice_has_the_value_that_was_chosen(name: str) -> None:
+    (choices,) = (found for family, found in CHOICES.items() if name.startswith(family))
+    resolved = resolved_of(name)
+    assert marked(name) - {"task.mean_weight"} == choices.keys()
+    assert {path: resolved[path] for path in choices} == choices
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("student")])
+def test_perturbations_are_those_of_unimatch_but_for_grey(name: str) -> None:
+    found = resolved_of(name)
+    strengths = {key: found[f"data.roles.unlabelled.perturbation.{key}"] for key in UNIMATCH}
+    assert strengths == {**UNIMATCH, "grayscale_p": 0.0}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_mistyped_number_is_found(name: str) -> None:
     resolved = resolved_of(name)
     for path, (value, _) in PUBLISHED[name].items():
@@ -260,9 +323,27 @@ def test_recipes_of_one_family_differ_by_their_size_alone() -> None:
         assert all(one == plain[0] for one in plain)
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+
+
 def test_the_page_names_every_recipe_and_every_choice() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    page = PAGE.read_text()
     for name in recipes.names():
         assert f"`{name}`" in page, name
+    reasons = page.split("## What is our choice, and why")[1].split("## The values chosen")[0]
     for path in {path for name in PUBLISHED for path in marked(name)}:
-        assert f"`{path.split('.')[-1]}`" in page, path
+        assert f"`{path.split('.')[-1]}`" in reasons, path
+
+
+def test_the_page_has_the_values_that_were_chosen() -> None:
+    """One line a choice, one column a family; an empty cell is no choice there."""
+    section = PAGE.read_text().split("## The values chosen")[1].split("\n## ")[0]
+    header, _, *rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    families = [cell.strip().strip("`") for cell in header[1:]]
+    found: dict[str, dict[str, Any]] = {family: {} for family in families}
+    for path, *cells in rows:
+        for family, cell in zip(families, cells, strict=True):
+            if cell.strip():
+                found[family][path.strip().strip("`")] = yaml.safe_load(cell)
+    assert found == CHOICES
+    assert f"UniMatch has {UNIMATCH['grayscale_p']}" in section

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,30 @@ def test_an_encoder_of_the_same_width_needs_no_projection(projected: Path) -> No
     assert type(task_of(student_config(None, **options)).build()) is DepthAnything
     options = {"frozen_preset": FROZEN_PRESET, "frozen_encoder": "/nowhere", "feature_weight": 0}
     assert type(task_of(student_config(None, **options)).build()) is DepthAnything
+
+
+@pytest.mark.parametrize("frozen_preset", [None, FROZEN_PRESET])
+@pytest.mark.parametrize("mode", ["official", "exact"])
+def test_the_frozen_encoder_s_positions_are_resized_as_the_student_s(
+    projected: Path, mode: str, frozen_preset: str | None
+) -> None:
+    """Tokens of one pixel would otherwise know two places."""
+    own = f"{projected}/tiny.safetensors"
+    frozen = {"frozen_preset": frozen_preset, "frozen_encoder": f"{projected}/{frozen_preset or 'tiny'}.safetensors"}
+    model = {"preset": "tiny", "encoder_weights": own, "position_mode": mode}
+    task: Any = task_of(train_config("student", own, task={"kind": "student", **frozen}, model=model))
+    assert task.build().preset.position_mode == task.frozen.preset.position_mode == mode
+    assert task.frozen_fingerprint().endswith(f"-{mode}")
+
+
+def test_the_frozen_encoder_follows_the_mode_of_the_weights_that_a_student_starts_from(
+    projected: Path, tmp_path: Path
+) -> None:
+    DepthAnything.from_preset(replace(get_preset("tiny"), position_mode="exact")).save_pretrained(str(tmp_path))
+    options = {"kind": "student", "frozen_preset": FROZEN_PRESET}
+    options["frozen_encoder"] = f"{projected}/{FROZEN_PRESET}.safetensors"
+    config = train_config("student", None, task=options, model={"preset": "tiny", "weights": str(tmp_path)})
+    task: Any = make_task(config)
+    task.build()
+    task.prepare(torch.device("cpu"))
+    assert task.frozen.preset.position_mode == "exact"
