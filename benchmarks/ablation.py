@@ -72,6 +72,8 @@ class Row:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     teacher: str | None = None
     images: str = "wide"
+    preset: str = "tiny"
+    encoder: str = "encoder"  # the stand-in that it starts from
 
 
 JITTER = {"data.roles.labelled.perturbation": STRONG}
@@ -129,7 +131,15 @@ MORE = {
         images="wide-more",
     ),
 }
-REGIMES: Mapping[str, Mapping[str, Row]] = {"paper": PAPER, "jittered": JITTERED, "scarce": SCARCE, "more": MORE}
+LARGE = {"preset": "tiny-wide", "encoder": "encoder-larger"}  # with a stand-in of its size
+LARGER = {
+    "larger-control": Row(recipe="teacher", marks="l", overrides=CONTROL, **LARGE),
+    "larger-student": Row(recipe="student", marks="lus", overrides=STUDENT, teacher="labelled-only-jitter", **LARGE),
+    "larger-both": Row(recipe="student", marks="lus", overrides=STUDENT, teacher="larger-control", **LARGE),
+}
+REGIMES: Mapping[str, Mapping[str, Row]] = {
+    "paper": PAPER, "jittered": JITTERED, "scarce": SCARCE, "more": MORE, "larger": LARGER,
+}  # fmt: skip
 ROWS = {name: row for regime in REGIMES.values() for name, row in regime.items()}
 
 
@@ -156,9 +166,18 @@ def make_request(out: Path, seed: int, scale: float) -> Request:
             for key, value in row.overrides.items():
                 apply_override(values, f"{key}={json.dumps(value)}")
             plain[name] = values
+        if row.encoder != "encoder":
+            plain[row.encoder] = plain["encoder"]
+            plain[name]["model"]["encoder_weights"] = f"runs/{row.encoder}/weights/encoder.safetensors"
     counts = {"labelled": 800, "wide": 4000, "evaluation": EVALUATION_SCENES}
     sizes = Sizes(steps=scale, **{name: max(48, round(count * scale)) for name, count in counts.items()})
     return Request(out=str(out), recipes=plain, seed=seed, evaluation_seed=FRESH_EVALUATION + seed, sizes=sizes)
+
+
+def of_network(request: Request, name: str) -> Request:
+    """The request for a row or a stand-in, whose network may be of another size."""
+    presets = {row.encoder: row.preset for row in ROWS.values()} | {name: row.preset for name, row in ROWS.items()}
+    return replace(request, preset=presets[name])
 
 
 class Chain:
@@ -183,14 +202,14 @@ class Chain:
         """The run's folder."""
         row = ROWS.get(name)
         if row:
-            self.trained("encoder")
+            self.trained(row.encoder)
         labels = self.labels(row.teacher, row.images) if row and row.teacher else None
         values = self.request.recipes.get(name) or self.request.recipes[LADDER[name][0]]
         for role in values["data"]["roles"].values():
             for folder in role["datasets"]:
                 self.pack(os.path.basename(folder))
         with self.timed(name):
-            return train_stage(self.request, name, self.stop, labels)
+            return train_stage(of_network(self.request, name), name, self.stop, labels)
 
     def labels(self, teacher: str, images: str) -> str:
         """The sidecar of a teacher's labels."""
@@ -241,7 +260,8 @@ def design(request: Request) -> dict[str, Any]:
 def networks(request: Request) -> dict[str, Any]:
     """Every network's configuration, by name."""
     anywhere = replace(request, out="/")
-    return {name: resolved(stage_config(anywhere, name, "LABELS")) for name in ("encoder", *ROWS)}
+    names = [*{row.encoder: None for row in ROWS.values()}, *ROWS]
+    return {name: resolved(stage_config(of_network(anywhere, name), name, "LABELS")) for name in names}
 
 
 def resolved(config: TrainConfig) -> dict[str, Any]:

@@ -40,6 +40,10 @@ COMPARISONS = (
     ("oracle", "labelled-only-jitter"),
     ("scarce-student", "scarce-control"),
     ("more-student", "labelled-only-jitter-long"),
+    ("larger-control", "labelled-only-jitter"),
+    ("larger-student", "labelled-only-jitter"),
+    ("larger-student", "larger-control"),
+    ("larger-both", "larger-control"),
 )
 
 

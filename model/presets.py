@@ -151,6 +151,11 @@ _TINY = Preset(
     name="tiny", width=96, depth=4, heads=3, grid=8, taps=(0, 1, 2, 3), features=32, out_channels=(24, 32, 48, 64),
     head_channels=16, head_stride=2, head_bias=ALIVE, fused_attention=False,
 )  # fmt: skip
+# Five times as many parameters: what a larger student is to tiny.
+_TINY_WIDE = replace(
+    _TINY, name="tiny-wide", width=192, depth=8, heads=6, taps=(1, 3, 5, 7), features=48, out_channels=(32, 48, 64, 96),
+    head_channels=24,
+)  # fmt: skip
 # The published architecture in small, with the giant's SwiGLU: what other tools' formats can hold, tiny cannot.
 _TINY_SWIGLU = Preset(
     name="tiny-swiglu", width=64, depth=4, heads=2, grid=8, taps=(0, 1, 2, 3), features=16,
@@ -171,7 +176,9 @@ def _with_metric(presets: dict[str, Preset]) -> dict[str, Preset]:
     return {**presets, **metric}
 
 
-PRESETS: dict[str, Preset] = _with_metric({**_PUBLISHED, "tiny": _TINY, "tiny-swiglu": _TINY_SWIGLU})
+PRESETS: dict[str, Preset] = _with_metric(
+    {**_PUBLISHED, **{preset.name: preset for preset in (_TINY, _TINY_WIDE, _TINY_SWIGLU)}}
+)
 
 
 def get_preset(preset: str | Preset) -> Preset:

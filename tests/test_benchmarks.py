@@ -18,6 +18,7 @@ from benchmarks import ablation, ablation_table, real_rgbd
 from dataio import synth
 from model import DepthAnything
 from trainer.config import ConfigError, dump_config
+from trainer.config_train import TrainConfig
 from trainer.quickstart import stage_config
 from trainer.tasks.base import make_task
 
@@ -67,12 +68,18 @@ EQUAL_BUDGET = (
     ("oracle", "labelled-only-jitter"),
     ("scarce-student", "scarce-control"),
     ("more-student", "labelled-only-jitter-long"),
+    ("larger-student", "larger-control"),
+    ("larger-both", "larger-control"),
 )
+
+
+def config_of(request: ablation.Request, name: str) -> TrainConfig:
+    return stage_config(ablation.of_network(request, name), name, "LABELS")
 
 
 def test_every_row_of_the_ablation_is_a_configuration_and_controls_have_its_budget(tmp_path: Path) -> None:
     request = ablation.make_request(tmp_path, 11, 1.0)
-    configs = {name: stage_config(request, name, "LABELS") for name in ablation.ROWS}
+    configs = {name: config_of(request, name) for name in ablation.ROWS}
     for name, control in EQUAL_BUDGET:
         assert configs[name].steps == configs[control].steps
         assert configs[name].global_batch == configs[control].global_batch == 24
@@ -91,6 +98,7 @@ JITTER = {"jitter_p": 0.8, "grayscale_p": 0.2, "blur_p": 0.5, "blur_sigma": (0.0
 FLIPS = {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0, "cutmix_p": 0.0}
 STRONG = {**JITTER, "cutmix_p": 0.5}
 LABELLED, WIDE = ["labelled"], ["wide"]
+WIDER = {"network": ("tiny-wide", "encoder-larger")}
 DESIGN: dict[str, dict[str, Any]] = {
     "teacher": {"steps": 800, "labelled": (8, LABELLED, FLIPS)},
     "student-plain": {
@@ -124,6 +132,15 @@ DESIGN: dict[str, dict[str, Any]] = {
         "steps": 1600, "labelled": (8, LABELLED, JITTER), "unlabelled": (16, ["wide-more"], STRONG),
         "labels": ("labelled-only-jitter-long", "wide-more"),
     },
+    "larger-control": {"steps": 800, "labelled": (24, LABELLED, JITTER), **WIDER},
+    "larger-student": {
+        "steps": 800, "labelled": (8, LABELLED, JITTER), "unlabelled": (16, WIDE, STRONG),
+        "labels": ("labelled-only-jitter", "wide"), **WIDER,
+    },
+    "larger-both": {
+        "steps": 800, "labelled": (8, LABELLED, JITTER), "unlabelled": (16, WIDE, STRONG),
+        "labels": ("larger-control", "wide"), **WIDER,
+    },
 }  # fmt: skip
 
 
@@ -134,7 +151,11 @@ def test_the_design_has_no_other_rows() -> None:
 @pytest.mark.parametrize("name", DESIGN)
 def test_every_row_is_what_the_design_says(tmp_path: Path, name: str) -> None:
     request = ablation.make_request(tmp_path, 11, 1.0)
-    config, wanted, row = stage_config(request, name, "LABELS"), DESIGN[name], ablation.ROWS[name]
+    config, wanted, row = config_of(request, name), DESIGN[name], ablation.ROWS[name]
+    preset, encoder = wanted.get("network", ("tiny", "encoder"))
+    assert config.model.preset == preset and row.encoder == encoder
+    assert config.model.encoder_weights == str(tmp_path / "runs" / encoder / "weights" / "encoder.safetensors")
+    assert config_of(request, encoder).model.preset == preset and config_of(request, encoder).task.kind == "pretext"
     assert config.steps == wanted["steps"] and config.seed == 11
     assert {role for role in ("labelled", "unlabelled") if role in wanted} == set(config.data.roles)
     for role, spec in config.data.roles.items():
