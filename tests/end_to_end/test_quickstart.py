@@ -94,5 +94,5 @@ def test_a_second_call_does_nothing_again(finished: tuple[Path, Done]) -> None:
 def test_another_quickstart_in_the_same_folder_is_refused(finished: tuple[Path, Done]) -> None:
     folder, _ = finished
     refuse(*ARGUMENTS[:-1], "0.02", cwd=folder, words=("sizes", "0.01", "another --out"))
-    refuse(*ARGUMENTS, "--seed", "5", cwd=folder, words=("seed", "now 5", "another --out"))
+    refuse(*ARGUMENTS, "--seed", "5", cwd=folder, words=("quickstart.seed: is 5, but the", "another --out"))
     assert fathom(*ARGUMENTS, cwd=folder).status == 0
