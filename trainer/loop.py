@@ -198,11 +198,15 @@ class Loop:
 
     def give_up(self, hooks: Hooks) -> None:
         """Save, as the weights are those of the last good step, and raise TrainingDiverged."""
-        hooks.checkpoint(last=True)
+        told = ""
+        try:
+            hooks.checkpoint(last=True)
+        except RuntimeError as error:  # a full disk must not hide why the run ends
+            told = f"; {error}"
         raise TrainingDiverged(
             f"step {self.step}: {self.skipped_in_a_row} steps in a row had a non-finite loss or gradient "
             "(engine.max_skipped_steps); lower optim.encoder_lr and optim.decoder_lr, or look at the samples in "
-            "journal.jsonl and go round them: --resume --skip-samples"
+            f"journal.jsonl and go round them: --resume --skip-samples{told}"
         )
 
 
