@@ -22,7 +22,7 @@ CHANGEABLE = {
 
 
 def refuse_changes(before: TrainConfig, now: TrainConfig) -> None:
-    """A resumed run keeps its data, task, network and seed. Raises ConfigError listing the fields that differ."""
+    """A resumed run keeps data, task, network, seed and optimizer. Raises ConfigError listing the fields that differ."""
     found = []
     for section in FIXED:
         old, new = before.model_dump(mode="json")[section], now.model_dump(mode="json")[section]
@@ -31,15 +31,15 @@ def refuse_changes(before: TrainConfig, now: TrainConfig) -> None:
         found += differences(section, old, new)
     if found:
         raise ConfigError(f"{listing(found, 'the run to resume has')}; use what it has or start under another name")
-
-
-def say_changes(folder: str, before: TrainConfig, now: TrainConfig) -> None:
-    """What a resume changes, although it may: on stderr and in the journal."""
     if before.optim.optimizer != now.optim.optimizer:
         raise ConfigError(
             f"optim.optimizer: is {now.optim.optimizer!r}, but the run to resume has {before.optim.optimizer!r}; use "
             "that or start another run from its weights (model.weights)"
         )
+
+
+def say_changes(folder: str, before: TrainConfig, now: TrainConfig) -> None:
+    """What a resume changes, although it may: on stderr and in the journal."""
     found = differences("", before.model_dump(mode="json"), now.model_dump(mode="json"))
     lines = [f"{field[1:]}: was {old!r}, is {new!r}" for field, old, new in found]
     if lines:

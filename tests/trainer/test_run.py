@@ -157,8 +157,10 @@ def test_a_run_that_never_took_a_step_may_change_anything(
 ) -> None:
     """Such as a network that did not fit into memory."""
     prepare_folder(teacher(tmp_path), False)
-    assert prepare_folder(teacher(tmp_path, seed=1), True) is None
-    assert "changed on resume: seed: was 0, is 1" in capsys.readouterr().err
+    assert prepare_folder(teacher(tmp_path, seed=1, optim__optimizer="adam"), True) is None
+    told = capsys.readouterr().err
+    assert "changed on resume: seed: was 0, is 1" in told
+    assert "changed on resume: optim.optimizer: was 'adamw', is 'adam'" in told
 
 
 def test_there_must_be_a_run_to_resume(places: dict[str, str], tmp_path: Path) -> None:
@@ -203,6 +205,7 @@ def test_a_resume_may_not_change_the_optimizer_nor_end_before_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_folder(teacher(tmp_path), False)
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")  # it has taken a step
     with pytest.raises(ConfigError, match=r"optim\.optimizer: is 'adam', but the run to resume has 'adamw'"):
         prepare_folder(teacher(tmp_path, optim__optimizer="adam"), True)
     monkeypatch.setattr(run, "find_checkpoint", lambda root: (f"{root}/step_00000009", []))
