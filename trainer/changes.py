@@ -22,7 +22,7 @@ CHANGEABLE = {
 
 
 def refuse_changes(before: TrainConfig, now: TrainConfig) -> None:
-    """A resumed run keeps data, task, network, seed and optimizer. Raises ConfigError listing the fields that differ."""
+    """A resumed run keeps data, task, network, seed, optimizer. Raises ConfigError listing the fields that differ."""
     found = []
     for section in FIXED:
         old, new = before.model_dump(mode="json")[section], now.model_dump(mode="json")[section]
