@@ -175,7 +175,7 @@ class DaliBatch:
         resized = np.array([(window.height, window.width) for window in windows], np.int32)
         corners = np.array([(window.top, window.left) for window in windows], np.int32)
         inputs: dict[str, Any] = {
-            "image": _bytes([row.image for row in rows]),
+            "image": as_arrays([row.image for row in rows]),
             "flip": [np.array(window.flip, np.int32) for window in windows],
         }
         if self._device.type == "cuda":
@@ -204,10 +204,10 @@ class Probe:
         if self._pipeline is None:
             gpu = self._device.type == "cuda"
             device_id = (self._device.index or 0) if gpu else None
-            self._pipeline = _define_probe(gpu, batch_size=1, num_threads=1, device_id=device_id)
+            self._pipeline = define_decoder(gpu, batch_size=1, num_threads=1, device_id=device_id)
             self._pipeline.build()
         try:
-            self._pipeline.feed_input("image", _bytes([image]))
+            self._pipeline.feed_input("image", as_arrays([image]))
             self._pipeline.run()
         except RuntimeError:
             self._pipeline = None
@@ -236,7 +236,8 @@ def _define(size: int, views: tuple[str, ...], gpu: bool) -> Any:
 
 
 @pipeline_def(exec_dynamic=True, prefetch_queue_depth=1)
-def _define_probe(gpu: bool) -> Any:
+def define_decoder(gpu: bool) -> Any:
+    """Encoded images under the name "image" -> uint8 RGB, upright, each of its own size."""
     return _decode_image(gpu)
 
 
@@ -289,7 +290,8 @@ def _blur_window(sigma: float) -> int:
     return 2 * math.ceil(3 * sigma) + 1  # 3 sigma on either side; 1, nothing, for 0
 
 
-def _bytes(encoded: Sequence[bytes]) -> list[Any]:
+def as_arrays(encoded: Sequence[bytes]) -> list[Any]:
+    """As `feed_input` takes them."""
     return [np.frombuffer(data, np.uint8) for data in encoded]
 
 

@@ -11,21 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
-from dataio.dali_batch import MEAN, STD
+from dataio.dali_batch import MEAN, STD, Probe, as_arrays, define_decoder
 
 Box = tuple[int, int, int, int]  # top, left, height, width; pixels
-
-
-@pipeline_def(prefetch_queue_depth=1, exec_dynamic=True)
-def _define(gpu: bool) -> Any:
-    encoded = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
-    return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
 
 
 class FramePipeline:
@@ -35,26 +27,37 @@ class FramePipeline:
         self._batch, self._threads = batch, threads
         self._device = torch.device(device)
         self._pipeline: Any = None
+        self._probe = Probe(self._device)
 
     def run(
         self, images: list[bytes], size_hw: tuple[int, int], boxes: Sequence[Box | None] | None = None
     ) -> tuple[Tensor | None, list[bool]]:
         """(normalised [B', 3, H, W] of those that decode, on the device, or None; which ones did).
 
-        `boxes` (top, left, height, width) cut the upright images before they are resized.
+        `boxes` (top, left, height, width) cut the upright images before they are resized. RuntimeError only for what
+        no single image is to blame for, such as too little memory.
         """
-        boxes = boxes or [None] * len(images)
-        decoded = self._try(images, size_hw, boxes)
-        if decoded is not None:
-            return decoded, [True] * len(images)
-        singles = [self._try([image], size_hw, [box]) for image, box in zip(images, boxes, strict=True)]
-        good = [single for single in singles if single is not None]
-        return (torch.cat(good) if good else None), [single is not None for single in singles]
+        good = [True] * len(images)
+        try:
+            whole = self._decode(images)
+        except RuntimeError:
+            good = [self._probe.decodes(image) for image in images]
+            if all(good):
+                raise
+            whole = self._decode([image for image, decodes in zip(images, good, strict=True) if decodes])
+        kept = [box for box, decodes in zip(boxes or [None] * len(images), good, strict=True) if decodes]
+        prepared = [_prepare(_cut(image_HWC, box), size_hw) for image_HWC, box in zip(whole, kept, strict=True)]
+        if self._device.type == "cuda":  # DALI takes its buffers back as soon as they are let go of here
+            torch.cuda.current_stream(self._device).synchronize()
+        return (torch.cat(prepared) if prepared else None), good
 
-    def _try(self, images: list[bytes], size_hw: tuple[int, int], boxes: Sequence[Box | None]) -> Tensor | None:
+    def _decode(self, images: Sequence[bytes]) -> list[Tensor]:
+        """uint8 RGB [H, W, 3] each, in DALI's own memory."""
+        if not images:
+            return []
         if self._pipeline is None:
             gpu = self._device.type == "cuda"
-            self._pipeline = _define(
+            self._pipeline = define_decoder(
                 gpu,
                 batch_size=self._batch,
                 num_threads=self._threads,
@@ -62,13 +65,12 @@ class FramePipeline:
             )
             self._pipeline.build()
         try:
-            self._pipeline.feed_input("image", [np.frombuffer(image, np.uint8) for image in images])
+            self._pipeline.feed_input("image", as_arrays(images))
             (images_HWC,) = self._pipeline.run()
-            whole = [torch.from_dlpack(image_HWC) for image_HWC in images_HWC]
-            return torch.cat([_prepare(_cut(x_HWC, box), size_hw) for x_HWC, box in zip(whole, boxes, strict=True)])
         except RuntimeError:
             self._pipeline = None
-            return None
+            raise
+        return [torch.from_dlpack(image_HWC) for image_HWC in images_HWC]
 
 
 def _cut(image_HWC: Tensor, box: Box | None) -> Tensor:

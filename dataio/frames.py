@@ -1,4 +1,4 @@
-"""Whole images in order, for labelling, evaluation and prediction: no plan, no crop, no perturbation.
+"""Whole images in order, for labelling and evaluation: no plan, no crop, no perturbation.
 
 Shape suffixes: B batch, C channel, H W pixels.
 """

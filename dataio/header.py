@@ -27,6 +27,7 @@ MAX_PIXELS = 100_000_000  # more than any photograph; decoding would take gigaby
 # One side in terms of the other: the shorter is brought to the network's input, and the longer with it. Beyond this no
 # panorama goes, and some way beyond it the resized picture has more pixels than 32 bits count.
 MAX_ELONGATION = 10_000
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of a sample's image, and of photographs that are looked for
 FORMATS = ("JPEG", "PNG", "WEBP")  # what Pillow may open; by content, whatever the file is called
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
@@ -128,14 +129,14 @@ def mask_decodes(png: bytes) -> bool:
 
 
 def displayed(image: bytes) -> npt.NDArray[np.uint8]:
-    """An image that `look` takes as the stream shows it: turned as EXIF says, uint8 RGB [H, W, 3].
+    """An image that `look` takes as the stream shows it: turned as EXIF says, uint8 RGB [H, W, 3], writable.
 
     Raises whatever Pillow's plug-ins raise when it is damaged.
     """
     with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
         turn = _UNDO.get(_orientation(picture, image))
         colours = in_colours(picture)
-        return np.asarray(colours if turn is None else colours.transpose(turn))
+        return np.array(colours if turn is None else colours.transpose(turn))
 
 
 def in_colours(picture: Image.Image) -> Image.Image:

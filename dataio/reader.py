@@ -20,12 +20,12 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expan
 from cluster import storage
 from dataio import codec
 from dataio.cache import Opener
+from dataio.header import EXTENSIONS
 from dataio.index import SampleEntry, ShardIndex
 from dataio.plan import RolePlan, Slot
 from dataio.spec import DataError, RoleNeeds
 from dataio.types import AffineCode, Quantity, Sample
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _TARGET_EXTENSIONS = ("depth.png", "depth.npy")
 _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
 
@@ -91,7 +91,7 @@ def read_samples(source: ShardSource, indices: Sequence[int], needs: RoleNeeds, 
     problems = {**index.bad_keys, **source.quarantined}
     every = [index.samples[i] for i in indices]
     entries = [entry for entry in every if entry.key not in problems]
-    wanted = {*IMAGE_EXTENSIONS}
+    wanted = {*EXTENSIONS}
     if needs.target != "none":
         wanted |= {"sky.png"} if needs.sidecar else {"sky.png", "json", *_TARGET_EXTENSIONS}
     found = read_members(source.tar, entries, wanted, source.open_tar)
@@ -177,7 +177,7 @@ def _sample(
 ) -> Sample:
     if members is None:
         return Sample(key=key, problem="unreadable_member")
-    image = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
+    image = next((members[name] for name in EXTENSIONS if name in members), None)
     if image is None:
         return Sample(key=key, problem="missing_image")
     if needs.target == "none":

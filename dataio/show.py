@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from cluster import storage
 from dataio.codec import code_of, decode_npy, decode_png16, label_code
 from dataio.dataset import Dataset
+from dataio.header import EXTENSIONS, displayed
 from dataio.index import SampleEntry, read_member
 from dataio.labels import IMAGE, LabelStore
 from dataio.spec import DataError
@@ -118,13 +119,12 @@ def _row(dataset: Dataset, place: int, store: LabelStore | None) -> Image.Image:
 
 
 def _picture(dataset: Dataset, which: int, entry: SampleEntry) -> Image.Image:
-    extension = next((name for name in ("jpg", "jpeg", "png", "webp") if name in entry.members), None)
+    extension = next((name for name in EXTENSIONS if name in entry.members), None)
     if extension is None:
         raise DataError(f"no image among {', '.join(entry.members)}")
     data = dataset.shards[which].read(entry, extension)
     try:
-        with Image.open(io.BytesIO(data or b"")) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        return Image.fromarray(displayed(data or b""))
     except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
         raise DataError(f"unreadable image ({error})") from error
 

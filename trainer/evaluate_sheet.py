@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cluster import storage
+from dataio.header import displayed
 from dataio.show import colorize
 from trainer.evaluate_images import Seen, box_slices
-from trainer.evaluate_truth import open_rgb
 
 HEIGHT = 240  # of a row at most, pixels
 _CAPTION = 16
@@ -27,7 +27,7 @@ def sheet_row(seen: Seen, metric: bool) -> np.ndarray:
     step = max(1, seen.prediction_HW.shape[0] // HEIGHT)  # of 24 megapixels, a row shows few
     thin = np.s_[::step, ::step]
     depth_HW, valid_HW = (map_HW[thin] for map_HW in seen.truth)
-    image_HWC = open_rgb(seen.frame)[box_slices(seen.frame)][thin]
+    image_HWC = displayed(seen.frame.sample.image)[box_slices(seen.frame)][thin]
     near_HW = 1 / np.where(valid_HW, depth_HW, 1)
     prediction_HW = seen.prediction_HW[thin]
     shown_HW = 1 / np.maximum(prediction_HW, 1e-6) if metric else prediction_HW

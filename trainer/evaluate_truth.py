@@ -1,6 +1,6 @@
-"""The ground truth and the picture of a frame.
+"""The ground truth of a frame.
 
-Shape suffixes: H W pixels, C channel.
+Shape suffixes: H W pixels.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dataio.codec import decode_npy, decode_png16
 from dataio.frames import Frame
@@ -52,9 +52,3 @@ def decode_sky(png: bytes | None, like_HW: np.ndarray) -> np.ndarray:
     if sky_HW.shape != like_HW.shape:
         raise DataError(f"the sky mask is {sky_HW.shape}, the depth {like_HW.shape}")
     return sky_HW
-
-
-def open_rgb(frame: Frame) -> np.ndarray:
-    """The frame's image upright, uint8 [H, W, 3]."""
-    with Image.open(io.BytesIO(frame.sample.image)) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

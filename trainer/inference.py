@@ -1,4 +1,6 @@
-"""One way to run a trained network on whole images: labelling, evaluation and prediction share it.
+"""One way to run a trained network on the images of a dataset: labelling and evaluation share it.
+
+`fathom predict` shows single photographs through the network's own `infer_image`, as a notebook does.
 
 Shape suffixes: B batch, C channel, H W pixels.
 """

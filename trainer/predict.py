@@ -6,18 +6,21 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+import numpy.typing as npt
+from PIL import Image
 
 from cluster import storage
 from dataio.codec import encode_label
+from dataio.header import EXTENSIONS, displayed
 from dataio.show import colorize
 from dataio.spec import DataError
 from model import DepthAnything
 from model.presets import PositionMode
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = tuple(f".{name}" for name in EXTENSIONS)
 
 
 @dataclass(kw_only=True)
@@ -57,10 +60,9 @@ def predict(
         if on_progress:
             on_progress(done, len(files))
         try:
-            with Image.open(file) as opened:
-                image_HWC = np.array(ImageOps.exif_transpose(opened).convert("RGB"))  # writable, for torch
-        except Exception as error:  # noqa: BLE001  Pillow raises whatever the file provokes
-            outcome.skipped[file] = f"cannot be read ({error})"
+            image_HWC = read_photograph(file)
+        except DataError as error:
+            outcome.skipped[file] = str(error)
             continue
         value_HW = network.infer_image(image_HWC, input_size=input_size)
         near_HW = 1 / np.maximum(value_HW, 1e-6) if network.preset.head == "metric" else value_HW
@@ -79,6 +81,14 @@ def predict(
         file, reason = next(iter(outcome.skipped.items()))
         raise DataError(f"{file}: {reason}; none of {len(files)} images is readable")
     return outcome
+
+
+def read_photograph(file: str) -> npt.NDArray[np.uint8]:
+    """An image file as datasets show it: upright, uint8 RGB [H, W, 3]. DataError, without its name, when it is none."""
+    try:
+        return displayed(Path(file).read_bytes())
+    except Exception as error:  # Pillow raises whatever the file provokes
+        raise DataError(f"cannot be read ({error})") from error
 
 
 def find_images(inputs: Sequence[str], out: str | None = None) -> list[str]:

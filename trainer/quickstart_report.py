@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw
 from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset
 from dataio.frames import decode_frames, read_frames
+from dataio.header import displayed
 from dataio.show import colorize
-from trainer.evaluate_truth import open_rgb, read_truth
+from trainer.evaluate_truth import read_truth
 from trainer.inference import Predictor, sizer
 from trainer.metrics import align_scale_shift
 from trainer.report import Page, loss_curves
@@ -88,7 +89,7 @@ def make_sheet(request: Request, runs: Mapping[str, str]) -> Image.Image:
             continue
         depth_HW, valid_HW = truth
         near_HW = 1 / np.where(valid_HW, depth_HW, 1)
-        tiles = [open_rgb(frame), colorize(near_HW, valid_HW)]
+        tiles = [displayed(frame.sample.image), colorize(near_HW, valid_HW)]
         for name in columns:
             scale, shift = align_scale_shift(maps[name][row], near_HW, valid_HW)
             tiles.append(colorize(np.clip(scale * maps[name][row] + shift, 1 / 20, None), valid_HW))

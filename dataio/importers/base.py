@@ -31,7 +31,7 @@ from dataio.shards import Item
 from dataio.spec import DataError
 from dataio.types import AffineCode, Quantity, Sample
 
-IMAGE_EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+IMAGE_EXTENSIONS = {f".{name}": "jpg" if name == "jpeg" else name for name in header.EXTENSIONS}  # -> as packed
 _UNUSABLE = {"bad_image": "unreadable_image"}  # reasons of the stream that have another name in a report
 
 Map = npt.NDArray[np.float32]

@@ -44,6 +44,33 @@ def test_a_damaged_image_costs_only_itself() -> None:
     assert torch.equal(image_BCHW, pipeline.run([images[0], images[2]], (28, 28))[0])
 
 
+def test_what_no_image_is_to_blame_for_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory is a RuntimeError too; as bad images, whole batches would go into the ledger as failed."""
+
+    class Full:
+        def feed_input(self, name: str, data: object) -> None: ...
+
+        def run(self) -> None:
+            raise RuntimeError("CUDA allocation failed")
+
+    pipeline = FramePipeline(2, 1, "cpu")
+    pipeline._pipeline = Full()
+    with pytest.raises(RuntimeError, match="CUDA allocation failed"):
+        pipeline.run([png(noise(20, 20)), png(noise(28, 28))], (28, 28))
+    assert pipeline.run([png(noise(20, 20))], (28, 28))[1] == [True]  # with a new pipeline
+
+    def too_large(*args: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("dataio.dali_frames._prepare", too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline.run([png(noise(20, 20))], (28, 28))
+
+
+def test_a_batch_of_nothing_but_damage_is_empty() -> None:
+    assert FramePipeline(2, 1, "cpu").run([b"", png(noise(20, 20))[:300]], (28, 28)) == (None, [False, False])
+
+
 def frame(index: int, input_hw: tuple[int, int]) -> Frame:
     return Frame(index=index, sample=Sample(key=str(index)), size_hw=input_hw, input_hw=input_hw)
 

@@ -106,6 +106,14 @@ def test_other_colours_are_read(weights: str, tmp_path: Path, mode: str) -> None
     assert len(outcome.written) == 1
 
 
+def test_sixteen_bits_of_grey_are_not_clipped(weights: str, tmp_path: Path) -> None:
+    grey_HW = smooth(1, 40, 60)[..., 0]
+    Image.fromarray(grey_HW.astype(np.uint16) * 257).save(tmp_path / "a.png")
+    predict([str(tmp_path / "a.png")], weights, str(tmp_path / "out"), input_size=INPUT)
+    left_HWC = np.asarray(Image.open(tmp_path / "out" / "a.png"))[:, :60]
+    assert (left_HWC == grey_HW[..., None]).all()
+
+
 def test_when_nothing_is_readable_the_first_reason_is_given(weights: str, tmp_path: Path) -> None:
     for name in ("b.jpg", "a.png"):
         (tmp_path / name).write_bytes(b"nothing")
