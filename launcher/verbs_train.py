@@ -58,6 +58,7 @@ def train(
     added = [f"data.skip_samples={json.dumps(stretches)}"] if stretches else []
     added += ["engine.debug=true"] if debug else []
     settings = read_config(TrainConfig, config, [*(overrides or []), *added])
+    from trainer.folder import RunFolder
     from trainer.run import show_step
     from trainer.run import train as run
 
@@ -70,10 +71,8 @@ def train(
             stop=stop,
             say=lambda line: typer.echo(line, err=True),
         )
-    if outcome.quarantined:
-        typer.echo(
-            f"skipped {outcome.quarantined} bad samples; {outcome.folder}/quarantine.*.jsonl names them", err=True
-        )
+    if bad := RunFolder(outcome.folder).quarantined().total():
+        typer.echo(f"skipped {bad} bad samples; {outcome.folder}/quarantine.*.jsonl names them", err=True)
     if outcome.stopped:
         typer.echo(f"stopped at step {outcome.step} by {outcome.stopped}; go on with --resume", err=True)
         return exit_status(outcome.stopped)

@@ -104,18 +104,19 @@ def largest_that_fits(measure: Callable[[int], int | None], room: int, rows: int
     two = measure(2) if rows > 1 else None
     if two is None or two > room:
         return 1
+    fits, taken, fails = 2, two, rows + 1
     slope = max(two - one, 1)
-    fits, fails = 2, rows + 1
     probe = min(rows, 2 + (room - two) // slope)
     while probe > fits:
         peak = measure(probe)
         if peak is not None and peak <= room:
-            fits = probe
+            slope = max((peak - taken) // (probe - fits), 1)
+            fits, taken = probe, peak
         else:
             fails = probe
         near = max(1, fits // 16)
-        if fails > rows:  # nothing has failed: the line is nearly right
-            probe = min(rows, fits + near)
+        if fails > rows:  # nothing has failed: on along the line through the last two
+            probe = min(rows, fits + max(near, (room - taken) // slope))
         else:
             probe = (fits + fails) // 2 if fails - fits > near else fits
     return fits
@@ -138,10 +139,10 @@ def engine_bytes(parameters: int, engine: EngineSection, world_size: int) -> int
 
 def peak_bytes(task: Task, module: nn.Module, config: TrainConfig, rows: int, device: torch.device) -> int | None:
     """Peak memory of a forward and backward pass on `rows` made-up rows, beyond what is used now; None: it ran out."""
-    batch = made_up_batch(task, config, rows, device)
     module.zero_grad(set_to_none=True)  # gradients are part of every peak, or of none
     give_back_memory(device)
     try:
+        batch = made_up_batch(task, config, rows, device)
         low = config.engine.precision == "bf16"
         with _peak(device) as peak, torch.autocast(device.type, torch.bfloat16, enabled=low):
             sums = task.sums(module, batch)

@@ -29,12 +29,11 @@ def refuse_changes(before: TrainConfig, now: TrainConfig) -> None:
         free = CHANGEABLE.get(section, frozenset())
         old, new = ({k: v for k, v in d.items() if k not in free} if free else d for d in (old, new))
         found += differences(section, old, new)
+    found += differences("optim.optimizer", before.optim.optimizer, now.optim.optimizer)
     if found:
-        raise ConfigError(f"{listing(found, 'the run to resume has')}; use what it has or start under another name")
-    if before.optim.optimizer != now.optim.optimizer:
         raise ConfigError(
-            f"optim.optimizer: is {now.optim.optimizer!r}, but the run to resume has {before.optim.optimizer!r}; use "
-            "that or start another run from its weights (model.weights)"
+            f"{listing(found, 'the run to resume has')}; use what it has, or start under another name (from its "
+            "weights: model.weights)"
         )
 
 

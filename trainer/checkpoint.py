@@ -242,7 +242,8 @@ def list_checkpoints(root: str) -> list[str]:
     """Names of the checkpoint folders under `root`, oldest first; they may turn out not to be whole."""
     if not os.path.isdir(root):
         return []
-    return sorted((n for n in os.listdir(root) if _NAME.fullmatch(n)), key=step_of)
+    found = (n for n in os.listdir(root) if _NAME.fullmatch(n) and os.path.isdir(os.path.join(root, n)))
+    return sorted(found, key=step_of)
 
 
 def find_checkpoint(root: str) -> tuple[str | None, list[str]]:
@@ -267,12 +268,14 @@ def verify_checkpoint(path: str) -> str | None:
     """
     try:
         manifest = json.loads(storage.read_bytes(os.path.join(path, MANIFEST)))
-        if isinstance(found := manifest.get("format"), int) and found != FORMAT:
+        digest = manifest.pop("digest", None)
+        whole = digest == _digest(manifest)
+        if (whole or digest is None) and (found := manifest.get("format", FORMAT)) != FORMAT:
             raise CheckpointError(
                 f"{path}: was written in format {found}, this version reads {FORMAT}; go on with the version that "
                 "environment.json names, or start a new run from its weights with model.weights"
             )
-        if manifest.pop("digest", None) != _digest(manifest):
+        if not whole:
             return f"{MANIFEST} does not match its checksum"
         files = manifest["files"]
         for name in required(files):
@@ -280,6 +283,8 @@ def verify_checkpoint(path: str) -> str | None:
                 return f"{name} does not match its checksum"
     except FileNotFoundError as error:
         return str(error)
+    except storage.StorageError as error:
+        raise storage.StorageError(f"{error}; or move {path} away to go on from the checkpoint before it") from error
     except ConfigError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:

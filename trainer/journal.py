@@ -9,6 +9,8 @@ from typing import Any
 
 from cluster import storage
 
+RESUMED = "resumed"
+
 
 class Journal:
     """Appends to runs/NAME/journal.jsonl."""
@@ -28,14 +30,18 @@ class Journal:
 def logged_lines(folder: str) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl that stand, in order: those of its last history.
 
-    A run that goes on from a checkpoint logs its steps again, or, where it went round samples, other ones: from where a
-    step is no larger than the one before, the earlier lines from that step on are void.
+    A run that goes on from a checkpoint logs its steps again, or, where it passes over samples, other ones. A line
+    `{"step": N, "event": "resumed"}` makes those behind step N void; without one, as where a run began again, a step
+    that is no larger than the one before does, from itself on. The marks themselves are left out.
     """
     standing: list[dict[str, Any]] = []
     last: float = -1
     for line in read_json_lines(storage.join(folder, "metrics.jsonl")):
         step = line.get("step")
         if not isinstance(step, int | float) or isinstance(step, bool) or not math.isfinite(step):
+            continue
+        if line.get("event") == RESUMED:
+            standing, last = [one for one in standing if one["step"] <= step], step
             continue
         if "event" not in line:
             if step <= last:

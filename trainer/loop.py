@@ -57,8 +57,8 @@ class Hooks(Protocol):
     def agreed(self, due: bool, written: int, failed: int) -> None:
         """What all ranks said in the last step."""
 
-    def checkpoint(self, *, last: bool) -> None:
-        """Save; `last`: the run ends here, so wait until it is whole."""
+    def checkpoint(self, *, last: bool, prune: bool = True) -> None:
+        """Save; `last`: the run ends here, so wait until it is whole. `prune`: older ones make room as configured."""
 
 
 @dataclass(kw_only=True)
@@ -95,8 +95,8 @@ class Loop:
             hooks.before_step(batch)
             record = self.train_step(batch, self._flags(hooks))
             record.phases["data_wait"] = waited
-            hooks.after_step(record, batch)
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.result.skipped else 0
+            hooks.after_step(record, batch)
             if self.skipped_in_a_row >= self.config.engine.max_skipped_steps:
                 self.give_up(hooks)
             every = self.config.checkpoint.every
@@ -197,16 +197,21 @@ class Loop:
         return {"encoder": optim.encoder_lr * scale, "decoder": optim.decoder_lr * scale}
 
     def give_up(self, hooks: Hooks) -> None:
-        """Save, as the weights are those of the last good step, and raise TrainingDiverged."""
-        told = ""
+        """Save the weights, which are those of the last good step, and raise TrainingDiverged.
+
+        The checkpoints before stay, as it may be these weights that overflow; and who resumes has all steps again.
+        """
+        skipped, self.skipped_in_a_row = self.skipped_in_a_row, 0
+        told = f"step_{self.step:08d} has the weights of the last good step"
         try:
-            hooks.checkpoint(last=True)
+            hooks.checkpoint(last=True, prune=False)
         except RuntimeError as error:  # a full disk must not hide why the run ends
-            told = f"; {error}"
+            told = str(error)
         raise TrainingDiverged(
-            f"step {self.step}: {self.skipped_in_a_row} steps in a row had a non-finite loss or gradient "
-            "(engine.max_skipped_steps); lower optim.encoder_lr and optim.decoder_lr, or look at the samples in "
-            f"journal.jsonl and go round them: --resume --skip-samples{told}"
+            f"step {self.step}: {skipped} steps in a row had a non-finite loss or gradient (engine.max_skipped_steps); "
+            f"{told}. With --resume it goes on behind the samples of these steps, at lower optim.encoder_lr and "
+            "optim.decoder_lr if you say so; to go on from an earlier checkpoint, move the newer ones away and pass "
+            "over the samples that journal.jsonl names with --skip-samples"
         )
 
 

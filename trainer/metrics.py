@@ -120,19 +120,19 @@ def best_constant(target_K: Values) -> Moments:
     if target_K.size == 0:
         return {}
     sorted_K = np.sort(target_K)
-    best = {
-        "abs_rel": _weighted_median(sorted_K, 1 / sorted_K),
-        "sq_rel": 1 / np.mean(1 / sorted_K),
-        "square": np.mean(sorted_K),
-        "log_square": np.exp(np.mean(np.log(sorted_K))),
-        "log_abs": np.median(sorted_K),
+    inverse_K, log_K = 1 / sorted_K, np.log(sorted_K)
+    found = {
+        "abs_rel": np.mean(np.abs(_weighted_median(sorted_K, inverse_K) * inverse_K - 1)),
+        "sq_rel": np.mean((1 / np.mean(inverse_K) - sorted_K) ** 2 * inverse_K),
+        "square": np.var(sorted_K),
+        "log_square": np.var(log_K),
+        "log_abs": np.mean(np.abs(np.log(np.median(sorted_K)) - log_K)),
+        "log": 0.0,
     }
-    best["log"] = best["log_square"]
-    found = {name: moments(np.full_like(sorted_K, value), sorted_K)[name] for name, value in best.items()}
     for i in (1, 2, 3):  # a number has all targets in the open interval from c / 1.25^i to c * 1.25^i
         behind_K = np.searchsorted(sorted_K, sorted_K * 1.25 ** (2 * i), side="left")
-        found[f"delta{i}"] = float((behind_K - np.arange(sorted_K.size)).max() / sorted_K.size)
-    return {"pixels": float(sorted_K.size), **found}
+        found[f"delta{i}"] = (behind_K - np.arange(sorted_K.size)).max() / sorted_K.size
+    return {"pixels": float(sorted_K.size), **{name: float(value) for name, value in found.items()}}
 
 
 def metrics_of(found: Moments) -> dict[str, float]:

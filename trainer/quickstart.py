@@ -23,7 +23,7 @@ from trainer.config import ConfigError, absolute_paths, apply_override, parse_co
 from trainer.config_evaluate import EvaluateConfig
 from trainer.config_label import LabelConfig
 from trainer.config_train import TrainConfig
-from trainer.journal import Journal
+from trainer.folder import RunFolder
 from trainer.run import show_step, train
 
 EVALUATION_SEED = 7_000_003  # scenes of training come from other seeds
@@ -103,10 +103,10 @@ def begin(request: Request) -> dict[str, float]:
     now = json.loads(json.dumps(asdict(request) | {"out": None, "ladder": None}))
     if storage.exists(path):
         before = json.loads(storage.read_bytes(path))
-        if before != now:
-            found = listing(differences("quickstart", before, now), "the folder's has")
+        if found := differences("quickstart", before, now):
             raise ConfigError(
-                f"{request.out}: holds another quickstart: {found}; choose another --out or delete the folder"
+                f"{request.out}: holds another quickstart: {listing(found, 'its own has')}; choose another --out or "
+                "delete the folder"
             )
     storage.atomic_write(path, json.dumps(now, indent=1))
     return dict(json.loads(storage.read_bytes(seconds))) if storage.exists(seconds) else {}
@@ -119,7 +119,7 @@ def run_stages(request: Request, results: Results, stop: StopFlag) -> Results:
     with timed(results, "data"):
         make_data(request, stop)
     names = ["encoder"] * results.stand_in + ["teacher", "student", *(LADDER if request.ladder else ())]
-    todo = [name for name in names if not finished(os.path.join(request.out, "runs", name))]
+    todo = [name for name in names if RunFolder(os.path.join(request.out, "runs", name)).finished_step() is None]
     with ray_session(cpus=2) if todo else contextlib.nullcontext():
         if results.stand_in:
             with timed(results, "encoder"):
@@ -228,17 +228,13 @@ def stage_config(request: Request, name: str, labels: str | None = None) -> Trai
     return parse_config(TrainConfig, absolute_paths(values, request.out), source=f"recipe {recipe}")
 
 
-def finished(run: str) -> bool:
-    """Whether a run's journal says so."""
-    return any(entry["event"] == "finished" for entry in Journal(run).read())
-
-
 def train_stage(request: Request, name: str, stop: StopFlag, labels: str | None = None) -> str:
     """Train one stage unless its journal says it is finished; returns the run's folder."""
     config = stage_config(request, name, labels)
-    if finished(config.folder):
-        return config.folder
-    started = os.path.exists(os.path.join(config.folder, "config.yaml"))
+    folder = RunFolder(config.folder)
+    if folder.finished_step() is not None:
+        return folder.path
+    started = os.path.exists(folder.config)
     with Progress(name, config.steps, "steps") as bar:
         outcome = train(
             config,
@@ -259,7 +255,7 @@ def label_stage(request: Request, teacher: str, stop: StopFlag) -> str:
         LabelConfig,
         {
             "dataset": os.path.join(request.out, "data", "wide"),
-            "weights": os.path.join(teacher, "weights"),
+            "weights": RunFolder(teacher).weights,
             "input_size": request.sizes.image,
             "batch": 16,
             "cluster": {"workers": min(2, len(os.sched_getaffinity(0)))},
@@ -278,7 +274,7 @@ def evaluate_stage(request: Request, name: str, folder: str, stop: StopFlag) -> 
     config = parse_config(
         EvaluateConfig,
         {
-            "weights": os.path.join(folder, "weights"),
+            "weights": RunFolder(folder).weights,
             "datasets": [os.path.join(request.out, "data", f"evaluation-{domain}") for domain in ("wide", "labelled")],
             "input_size": request.sizes.image,
             "max_depth": MAX_DEPTH_M,

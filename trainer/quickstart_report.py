@@ -17,6 +17,7 @@ from dataio.frames import decode_frames, read_frames
 from dataio.header import displayed
 from dataio.show import colorize
 from trainer.evaluate_truth import read_truth
+from trainer.folder import RunFolder
 from trainer.inference import Predictor, sizer
 from trainer.metrics import align_scale_shift
 from trainer.report import Page, loss_curves
@@ -81,7 +82,7 @@ def make_sheet(request: Request, runs: Mapping[str, str]) -> Image.Image:
     image_BCHW, good, _ = decode_frames(FramePipeline(SHEET_ROWS, 1, "cpu"), frames)
     assert image_BCHW is not None  # we packed these images ourselves
     columns = ("teacher", "student")
-    maps = {name: Predictor(os.path.join(runs[name], "weights"))(image_BCHW)[0].numpy() for name in columns}
+    maps = {name: Predictor(RunFolder(runs[name]).weights)(image_BCHW)[0].numpy() for name in columns}
     strips = [title_strip(("image", "truth", *columns))]
     for row, frame in enumerate(good):
         truth = read_truth(frame)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from dataio.show import colorize
 from dataio.types import Batch, Target
 from model.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from trainer.config_train import TrainConfig
+from trainer.folder import RunFolder
 from trainer.journal import Journal
 from trainer.loop import Loop, StepRecord
 from trainer.tasks.base import Task
@@ -53,7 +53,7 @@ class Recorder:
         self, config: TrainConfig, task: Task, context: WorkerContext, exporter: Exporter, loader: Loader
     ) -> None:
         self.config, self.task, self.context, self.exporter = config, task, context, exporter
-        self.loader = loader
+        self.loader, self.folder = loader, RunFolder(config.folder)
         self.journal = Journal(config.folder)
         self._skipped_before: dict[str, int] = {}
         self._read_before: dict[str, int] = {}
@@ -70,11 +70,13 @@ class Recorder:
         """Called after every step on every rank (it holds collectives at log lines, previews and skipped steps)."""
         step, last = record.step, record.step == self.config.steps
         self._open_trackers(step)
+        due = step % self.config.log_every == 0 or step == 1 or last
+        terms = loop.global_terms(record) if due else {}  # waits for the device, which is part of the step's time
         self._feed(record, batch)
         if record.result.skipped:
             self._skipped(record, batch)
-        if step % self.config.log_every == 0 or step == 1 or last:
-            self._log(loop.global_terms(record), record)
+        if due:
+            self._log(terms, record)
         if step % self.config.preview_every == 0 or last:
             self.preview(loop.engine.module, step, batch)
         self._last = time.perf_counter()  # what logging took is no part of the next step
@@ -191,7 +193,7 @@ class Recorder:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with self._unless_full("metrics.jsonl"):
-            storage.append_line(os.path.join(self.config.folder, "metrics.jsonl"), json.dumps(line))
+            storage.append_line(self.folder.metrics, json.dumps(line))
 
     def _open_trackers(self, next_step: int) -> None:
         if self._trackers is None and not self.context.rank:
@@ -247,7 +249,7 @@ class Recorder:
         if self.context.rank:
             return
         picture_HWC = draw_preview(batch, rows, predicted_BHW)
-        path = os.path.join(self.config.folder, "previews", f"step_{step:08d}.png")
+        path = storage.join(self.folder.previews, f"step_{step:08d}.png")
         with self._unless_full("a preview"), storage.atomic_writer(path) as file:
             Image.fromarray(picture_HWC).save(file, format="PNG")
         for tracker in self._trackers or ():

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image
 from cluster import storage
 from dataio.quarantine import REASONS
 from trainer.config import ConfigError
+from trainer.folder import RunFolder, last_end
 from trainer.journal import logged_lines, read_json_lines
 from trainer.report import Page
 
@@ -31,7 +31,6 @@ _PREVIEWS = 3  # of each run, the latest
 _PICTURE_WIDTH = 1100  # pixels
 _TIMELINE_ROWS = 400
 _KEYS_SHOWN = 5
-_ENDS = ("finished", "stopped", "failed")
 
 
 @dataclass(kw_only=True)
@@ -83,15 +82,16 @@ def read_run(folder: str) -> Run:
     if not any(os.path.exists(os.path.join(folder, mark)) for mark in _MARKS):
         found = "is no run's folder" if os.path.isdir(folder) else "no such folder"
         raise ConfigError(f"{folder}: {found}; name one that `fathom train` made ({', '.join(_MARKS)})")
-    config_text = read_text(os.path.join(folder, "config.yaml"))
+    paths = RunFolder(folder)
+    config_text = read_text(paths.config)
     lines = logged_lines(folder)
     return Run(
         name=os.path.basename(folder),
         folder=folder,
         config_text=config_text,
         config=mapping(config_text, yaml.safe_load),
-        environment=mapping(read_text(os.path.join(folder, "environment.json")), json.loads),
-        journal=read_json_lines(os.path.join(folder, "journal.jsonl")),
+        environment=mapping(read_text(paths.environment), json.loads),
+        journal=read_json_lines(paths.journal),
         steps=[line for line in lines if "event" not in line],
         events=[line for line in lines if "event" in line],
     )
@@ -130,7 +130,7 @@ def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         "last loss": last_loss,
         "images/s": lambda run: number(run.steps[-1].get("images_per_second") if run.steps else None),
         "skipped steps": lambda run: str(sum(line.get("event") == "step_skipped" for line in run.journal)),
-        "bad samples": lambda run: str(sum(quarantined(run).values())),
+        "bad samples": lambda run: str(RunFolder(run.folder).quarantined().total()),
         "folder": lambda run: run.folder,
     }
     return ["", *(run.name for run in runs)], [[name, *(fact(run) for run in runs)] for name, fact in facts.items()]
@@ -138,13 +138,10 @@ def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 def state(run: Run) -> str:
     """How the run stands, by its journal."""
-    for line in reversed(run.journal):
-        event = line.get("event")
-        if event in _ENDS:
-            why = line.get("reason") or line.get("error")
-            return f"{event}: {cut(str(why), 300)}" if why else str(event)
-        if event == "started":
-            break
+    end = last_end(run.journal)
+    if end:
+        why = end.get("reason") or end.get("error")
+        return f"{end['event']}: {cut(str(why), 300)}" if why else str(end["event"])
     if not run.journal:
         return "unknown"
     last = when(run.journal[-1])
@@ -264,7 +261,7 @@ def evaluation_tables(content: Mapping[str, Any]) -> Iterator[tuple[list[str], l
 
 def add_previews(page: Page, run: Run) -> None:
     """The latest pictures of RUN/previews."""
-    folder = os.path.join(run.folder, "previews")
+    folder = RunFolder(run.folder).previews
     names = sorted(name for name in os.listdir(folder) if name.endswith(".png")) if os.path.isdir(folder) else []
     if names:
         page.heading(f"Previews: {run.name}")
@@ -324,7 +321,7 @@ def add_record(page: Page, run: Run) -> None:
         page.table(["time", "event", "facts"], rows[-_TIMELINE_ROWS:], words=True)
     else:
         page.text("The journal is empty.")
-    counts = quarantined(run)
+    counts = RunFolder(run.folder).quarantined()
     if counts:
         page.heading("Bad samples", level=3)
         rows = [[reason, str(count), REASONS.get(reason, "")] for reason, count in counts.most_common()]
@@ -371,12 +368,3 @@ def when(line: Mapping[str, Any]) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if is_number(seconds) else ""
     except (OverflowError, ValueError, OSError):
         return ""
-
-
-def quarantined(run: Run) -> Counter[str]:
-    """Bad samples by reason; one that several ranks or attempts met counts once."""
-    seen = set()
-    for path in glob.glob(os.path.join(glob.escape(run.folder), "quarantine.*.jsonl")):
-        for line in read_json_lines(path):
-            seen.add((str(line.get("key")), str(line.get("shard")), str(line.get("reason"))))
-    return Counter(reason for _, _, reason in seen)

@@ -1,4 +1,4 @@
-"""From a configuration to a trained network: the driver's part (`train`) and each rank's part (`train_worker`)."""
+"""From a configuration to a trained network, the driver's part; each rank's is `trainer.worker`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -20,15 +21,14 @@ from cluster import storage
 from cluster.lock import locked_folder
 from cluster.progress import Progress
 from cluster.stop import StopFlag
-from dataio.dataset import Dataset
-from dataio.labels import LabelStore
-from dataio.plan import pass_batches, skipped_batches
-from dataio.spec import DataError
+from cluster.worker import WorkerContext
 from trainer.changes import refuse_changes, say_changes
-from trainer.checkpoint import CheckpointError, clean, find_checkpoint, step_of
-from trainer.config import ConfigError, dump_config, parse_config, read_config
+from trainer.checkpoint import CheckpointError, clean, find_checkpoint, list_checkpoints, step_of
+from trainer.config import ConfigError, dump_config, read_config
 from trainer.config_train import TrainConfig
-from trainer.journal import Journal, read_json_lines
+from trainer.folder import RunFolder
+from trainer.inputs import check_inputs, order_facts, order_lines, with_steps
+from trainer.journal import RESUMED, Journal
 
 PACKAGES = (
     "torch",
@@ -40,7 +40,6 @@ PACKAGES = (
     "nvidia-dali-cuda120",
     "pillow-simd",
 )
-TELEMETRY = "telemetry"  # folder of a run, while it runs: where its ranks can be scraped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +53,7 @@ class TrainOutcome:
     @property
     def weights(self) -> str:
         """Folder of the exported network."""
-        return os.path.join(self.folder, "weights")
-
-    @property
-    def quarantined(self) -> int:
-        """How many bad samples the run's quarantine.RANK.jsonl files name, those of earlier attempts included."""
-        names = [name for name in storage.listdir(self.folder) if name.startswith("quarantine.")]
-        return sum(len(read_json_lines(os.path.join(self.folder, name))) for name in names)
+        return RunFolder(self.folder).weights
 
 
 def train(
@@ -80,60 +73,48 @@ def train(
     """
     samples = check_inputs(config)
     config = with_steps(config, samples)
-    if resume and not os.path.exists(os.path.join(config.folder, "config.yaml")):
+    folder = RunFolder(config.folder)
+    if resume and not os.path.exists(folder.config):
         raise ConfigError(f"{config.folder}: no run to resume; start it without --resume")
     with locked_folder(config.folder, "this run"):
         config = with_earlier_skips(config) if resume else config
-        before, journal = settings_of(config.folder), Journal(config.folder)
-        done = finished_step(journal)  # before the resume itself writes to the journal
+        before, journal = settings_of(folder), Journal(config.folder)
         checkpoint = prepare_folder(config, resume)
-        forget_ranks(config.folder)
-        if checkpoint and done is not None and done >= config.steps:
-            return TrainOutcome(folder=config.folder, step=done)
+        forget_ranks(folder)
+        if is_done(config, checkpoint):
+            return TrainOutcome(folder=config.folder, step=folder.finished_step() or 0)
         facts = order_facts(config, samples)
         journal.write("started", resume=checkpoint, workers=config.cluster.workers, **facts)
+        if checkpoint:  # what was logged behind it is void
+            step = step_of(os.path.basename(checkpoint))
+            storage.append_line(folder.metrics, json.dumps({"step": step, "event": RESUMED}))
         if say and (lines := order_lines(facts)):
             say("\n".join(lines))
         try:
             outcome = run_ranks(config, checkpoint, on_progress, stop or StopFlag())
         except BaseException as error:
             if isinstance(error, CheckpointError):  # the ranks have refused to go on: as if nobody had asked
-                put_back(config.folder, before)
+                put_back(before)
             with contextlib.suppress(storage.StorageError):  # a full disk must not hide what happened
                 journal.write("failed", error=f"{type(error).__name__}: {error}"[:2000])
             raise
         finally:
-            forget_ranks(config.folder)
+            forget_ranks(folder)
         journal.write("stopped" if outcome.stopped else "finished", step=outcome.step, reason=outcome.stopped)
     return outcome
 
 
-class OutOfMemory(RuntimeError):
-    """A step did not fit into a device's memory."""
-
-    exit_status = 1
-
-
-SETTINGS = ("config.yaml", "environment.json")
+def settings_of(folder: RunFolder) -> dict[str, bytes]:
+    """What a run's folder says of its configuration and environment, by path."""
+    paths = (folder.config, folder.environment)
+    return {path: storage.read_bytes(path) for path in paths if os.path.exists(path)}
 
 
-def settings_of(folder: str) -> dict[str, bytes]:
-    """What a run's folder says of its configuration and environment."""
-    paths = {name: os.path.join(folder, name) for name in SETTINGS}
-    return {name: storage.read_bytes(path) for name, path in paths.items() if os.path.exists(path)}
-
-
-def put_back(folder: str, settings: Mapping[str, bytes]) -> None:
+def put_back(settings: Mapping[str, bytes]) -> None:
     """Undo what a refused resume has written."""
-    for name, content in settings.items():
+    for path, content in settings.items():
         with contextlib.suppress(storage.StorageError):
-            storage.atomic_write(os.path.join(folder, name), content)
-
-
-def finished_step(journal: Journal) -> int | None:
-    """The step at which the last attempt finished, weights and all; None when it did not."""
-    last = journal.read()[-1:]
-    return int(last[0]["step"]) if last and last[0]["event"] == "finished" else None
+            storage.atomic_write(path, content)
 
 
 def run_ranks(
@@ -149,8 +130,8 @@ def run_ranks(
     cluster = config.cluster
     with ray_session(cluster.address, cpus=cluster.workers * cluster.threads):
         result = run_group(
-            train_worker,
-            {"config": config.model_dump(mode="json"), "checkpoint": checkpoint},
+            on_rank,
+            {"config": config.model_dump(mode="json"), "checkpoint": checkpoint, "attempt": attempt_of(config)},
             workers=cluster.workers,
             use_gpu=cluster.use_gpu,
             threads_per_worker=cluster.threads,
@@ -162,6 +143,18 @@ def run_ranks(
     # rank 0 may have stopped by another's vote, before it was told the reason
     stopped = stop.reason or result.value["stopped"] if result.value["stopped"] else None
     return TrainOutcome(folder=config.folder, step=result.value["step"], stopped=stopped)
+
+
+def attempt_of(config: TrainConfig) -> str:
+    """What the driver has just written into environment.json, to be found there by every rank."""
+    return str(json.loads(storage.read_bytes(RunFolder(config.folder).environment))["attempt"])
+
+
+def on_rank(context: WorkerContext, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """What Ray calls on every rank. The driver itself imports none of the rank's libraries."""
+    from trainer.worker import train_worker
+
+    return train_worker(context, payload)
 
 
 def show_step(bar: Progress) -> Callable[[Mapping[str, Any]], None]:
@@ -182,146 +175,61 @@ def show_step(bar: Progress) -> Callable[[Mapping[str, Any]], None]:
     return on_progress
 
 
-def forget_ranks(folder: str) -> None:
+def forget_ranks(folder: RunFolder) -> None:
     """With no rank running: what a killed one announced must not be scraped for ever."""
-    shutil.rmtree(os.path.join(folder, TELEMETRY), ignore_errors=True)
-
-
-def check_inputs(config: TrainConfig) -> dict[str, int]:
-    """Everything that can be known to be wrong before a worker starts, cheapest first. Returns each role's samples."""
-    from trainer.tasks.base import make_task
-    from trainer.trackers import check_trackers
-
-    task = make_task(config)
-    check_trackers(config)
-    samples = dict.fromkeys(config.data.roles, 0)
-    for role, spec in config.data.roles.items():
-        for index, path in enumerate(spec.datasets):
-            dataset = Dataset.open(path)
-            samples[role] += dataset.info.samples
-            check_cut(dataset, config.data.max_bad_fraction)
-            if spec.labels:
-                check_labels(role, spec.labels[index], dataset)
-            elif role == "labelled" and dataset.info.role != "labelled":
-                raise ConfigError(
-                    f"data.roles.{role}.datasets: {path} has no depth; it is packed as {dataset.info.role}"
-                )
-    if config.validation.datasets:
-        from trainer.validation import validation_of
-
-        validation_of(config, getattr(task, "preset", None))
-    for path in config.validation.datasets:
-        if Dataset.open(path).info.quantity is None:
-            raise ConfigError(f"validation.datasets: {path} has no depth to compare with")
-    for name, file in task.files.items():
-        if not storage.exists(file):
-            raise ConfigError(f"{name}: {file}: no such file or folder")
-    return samples
-
-
-def with_steps(config: TrainConfig, samples: Mapping[str, int]) -> TrainConfig:
-    """The configuration with `passes` put into steps: the whole passes, their partial batches included, and the part of
-    one that is left. Raises ConfigError when that is less than the warm-up, or when the role is mixed by weights."""
-    if not config.passes:
-        return config
-    ((role, passes),) = config.passes.items()
-    spec = config.data.roles[role]
-    if spec.weights:
-        raise ConfigError(f"passes.{role}: its datasets are mixed by weights, which has no pass; give steps")
-    each = pass_batches(samples[role], spec.batch, spec.lanes)
-    steps = max(1, round(passes * each))
-    values = config.model_dump(mode="json") | {"steps": steps, "passes": {}}
-    return parse_config(TrainConfig, values, source=f"passes: {passes:g} of {role} are {steps} steps")
-
-
-def order_facts(config: TrainConfig, samples: Mapping[str, int]) -> dict[str, Any]:
-    """How long a pass over each role is, and what of the order is passed over: `passes` and `passed_over`."""
-    roles = config.data.roles
-    passes = {
-        role: {"samples": samples[role], "steps": pass_batches(samples[role], spec.batch, spec.lanes)}
-        for role, spec in roles.items()
-        if not spec.weights and not spec.batch % spec.lanes
-    }
-    size = sum(spec.batch for spec in roles.values())
-    passed_over = [
-        {"steps": [first, stop], "samples": [first * size, stop * size]} for first, stop in skipped_batches(config.data)
-    ]
-    return {"passes": passes, "passed_over": passed_over}
-
-
-def order_lines(facts: Mapping[str, Any]) -> list[str]:
-    """`order_facts` for people."""
-    lines = [
-        f"{role}: {one['samples']} samples, a pass is {one['steps']} steps" for role, one in facts["passes"].items()
-    ]
-    for stretch in facts["passed_over"]:
-        (first, stop), (start, end) = stretch["steps"], stretch["samples"]
-        lines.append(f"passes over {stop - first} global batches, samples {start}:{end} of the order")
-    return lines
-
-
-def check_cut(dataset: Dataset, max_bad_fraction: float) -> None:
-    """DataError when tars that were cut have lost more samples than may be bad; a warning when they have lost fewer."""
-    lost = {shard.tar: shard.lost for shard in dataset.shards if shard.lost}
-    if not lost:
-        return
-    total = sum(lost.values())
-    found = (
-        f"{next(iter(lost))}{' and others' if len(lost) > 1 else ''} was cut in half while copied or written: {total} "
-        f"of {dataset.info.samples} samples of {dataset.path} are lost; copy it again"
-    )
-    if total > max_bad_fraction * dataset.info.samples:
-        raise DataError(f"{found}, or raise data.max_bad_fraction ({max_bad_fraction})")
-    print(f"warning: {found}", file=sys.stderr)
-
-
-def check_labels(role: str, folder: str, dataset: Dataset) -> None:
-    """DataError unless the labels are complete; ConfigError unless they were made of this very dataset."""
-    store = LabelStore.open(folder)
-    made_of = store.description.get("dataset", {})
-    if made_of.get("fingerprint") not in (None, dataset.fingerprint):
-        raise ConfigError(
-            f"data.roles.{role}.labels: {folder} labels another dataset ({made_of.get('name')}, "
-            f"{made_of.get('samples')} samples), not {dataset.path} ({dataset.info.name}, {dataset.info.samples} "
-            "samples) as it is now; name its own labels, or label it again"
-        )
-    store.complete_for(dataset)
+    shutil.rmtree(folder.telemetry, ignore_errors=True)
 
 
 def with_earlier_skips(config: TrainConfig) -> TrainConfig:
     """The configuration with the stretches of samples that earlier attempts passed over: going back keeps them out."""
-    before = read_config(TrainConfig, os.path.join(config.folder, "config.yaml")).data.skip_samples
+    before = read_config(TrainConfig, RunFolder(config.folder).config).data.skip_samples
     skip = tuple(sorted({*before, *config.data.skip_samples}))
     return config.model_copy(update={"data": dataclasses.replace(config.data, skip_samples=skip)})
 
 
 def prepare_folder(config: TrainConfig, resume: bool) -> str | None:
-    """Make or check the run's folder; returns the checkpoint to go on from."""
-    folder, saved = config.folder, os.path.join(config.folder, "config.yaml")
+    """Make or check the run's folder; returns the checkpoint to go on from. A finished run's is left as it is."""
+    run = RunFolder(config.folder)
+    clean(run.checkpoints)
     checkpoint = None
-    clean(os.path.join(folder, "checkpoints"))
-    if os.path.exists(saved):
+    if os.path.exists(run.config):
         if not resume:
-            raise ConfigError(f"{folder}: this run exists; go on with --resume or choose another name (--set name=...)")
-        before = read_config(TrainConfig, saved)
-        checkpoint, passed = find_checkpoint(os.path.join(folder, "checkpoints"))
-        if checkpoint or passed or storage.exists(os.path.join(folder, "metrics.jsonl")):  # it has taken a step
-            refuse_changes(before, config)
-        say_changes(folder, before, config)
-        for line in passed:
-            Journal(folder).write("checkpoint_passed_over", problem=line)
-            print(f"passed over {line}", file=sys.stderr)
-        if passed and not checkpoint:
-            raise CheckpointError(
-                f"{folder}/checkpoints: none of {len(passed)} is whole ({passed[0]}); restore one, or move them away "
-                "to start from step 0"
+            raise ConfigError(
+                f"{run.path}: this run exists; go on with --resume or choose another name (--set name=...)"
             )
+        before = read_config(TrainConfig, run.config)
+        if list_checkpoints(run.checkpoints) or storage.exists(run.metrics):  # it has taken a step
+            refuse_changes(before, config)
+        checkpoint = newest_checkpoint(run)
         done = step_of(os.path.basename(checkpoint)) if checkpoint else 0
         if done > config.steps:
             raise ConfigError(f"steps: is {config.steps}, but the run has done {done}; give as many or more")
-    storage.atomic_write(saved, dump_config(config))
-    storage.atomic_write(os.path.join(folder, "environment.json"), json.dumps(environment(config), indent=1))
+        if is_done(config, checkpoint):
+            return checkpoint
+        say_changes(run.path, before, config)
+    storage.atomic_write(run.config, dump_config(config))
+    storage.atomic_write(run.environment, json.dumps(environment(config), indent=1))
     return checkpoint
+
+
+def newest_checkpoint(run: RunFolder) -> str | None:
+    """The newest whole one; those passed over are told. Raises CheckpointError when there are some, and none whole."""
+    checkpoint, passed = find_checkpoint(run.checkpoints)
+    for line in passed:
+        Journal(run.path).write("checkpoint_passed_over", problem=line)
+        print(f"passed over {line}", file=sys.stderr)
+    if passed and not checkpoint:
+        raise CheckpointError(
+            f"{run.checkpoints}: none of {len(passed)} is whole ({passed[0]}); restore one, or move them away "
+            "to start from step 0"
+        )
+    return checkpoint
+
+
+def is_done(config: TrainConfig, checkpoint: str | None) -> bool:
+    """Whether the run has finished with as many steps as it shall have, weights and all."""
+    done = RunFolder(config.folder).finished_step()
+    return checkpoint is not None and done is not None and done >= config.steps
 
 
 def environment(config: TrainConfig) -> dict[str, Any]:
@@ -334,6 +242,7 @@ def environment(config: TrainConfig) -> dict[str, Any]:
             continue
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "attempt": secrets.token_hex(8),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
@@ -351,33 +260,3 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def train_worker(context: Any, payload: Mapping[str, Any]) -> dict[str, Any]:
-    """One rank: build the network, engine and loader, restore, run the loop, export. Runs inside the process group."""
-    import torch
-
-    from trainer.worker import RankTrainer
-
-    config = parse_config(TrainConfig, payload["config"])
-    require_shared(config)
-    try:
-        with RankTrainer(config, context, payload["checkpoint"]) as rank:
-            rank.record_devices()
-            stopped = rank.run()
-            return {"step": rank.loop.step, "stopped": stopped}
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"rank {context.rank}: out of memory: {str(error).splitlines()[0]} Use engine.micro_batch: auto, "
-            "model.activation_checkpointing, a higher engine.zero_stage, engine.cpu_offload or more ranks"
-        ) from None
-
-
-def require_shared(config: TrainConfig) -> None:
-    """StorageError unless this rank sees what the driver has just written: its checkpoints must go to one folder."""
-    path = os.path.join(config.folder, "config.yaml")
-    if not storage.exists(path) or storage.read_bytes(path).decode() != dump_config(config):
-        raise storage.StorageError(
-            f"{path}: is not there, or another one, on {platform.node()}; runs ({config.runs}) must be a folder that "
-            "all machines of the cluster share"
-        )

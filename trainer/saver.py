@@ -69,6 +69,7 @@ class _Pending:
     writing: Future[Files]
     began: float
     stall_s: float
+    prune: bool
     announced: bool = False  # whether the ranks' last sum was of this save
 
 
@@ -87,8 +88,11 @@ class Saver:
         self._buffers: dict[str, Tensor] = {}
         self._pending: _Pending | None = None
 
-    def begin(self, state: TrainState, about: About) -> None:
-        """Copy what the checkpoint needs and start to write it. Waits for an earlier one that is still under way."""
+    def begin(self, state: TrainState, about: About, *, prune: bool = True) -> None:
+        """Copy what the checkpoint needs and start to write it. Waits for an earlier one that is still under way.
+
+        Once it is whole, what `keep` does not hold goes; unless `prune` is False.
+        """
         self.finish()
         began = time.perf_counter()
         tensors = self._copies()
@@ -98,7 +102,9 @@ class Saver:
         }
         stall_s = time.perf_counter() - began
         writing = self._thread.submit(self._write, state.step, tensors, places)
-        self._pending = _Pending(state=state, about=about, writing=writing, began=began, stall_s=stall_s)
+        self._pending = _Pending(
+            state=state, about=about, writing=writing, began=began, stall_s=stall_s, prune=prune
+        )
 
     def flags(self) -> tuple[float, float]:
         """(written, failed) of a save under way on this rank, for the step's all-reduce."""
@@ -196,6 +202,8 @@ class Saver:
             commit(self._root, pending.state, files, files.pop("fingerprint"), pending.about)
         except storage.StorageError as error:
             return self._abandon(pending.state.step, str(error))
+        if not pending.prune:
+            return None
         keep = self._keep
         self._thread.submit(  # before the next one is written; removing gigabytes takes a while
             prune, self._root, pending.state.step,

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from cluster import storage
 from trainer.config import ConfigError
 from trainer.config_train import TrainConfig
+from trainer.folder import RunFolder
 from trainer.journal import read_json_lines
 
 Picture = npt.NDArray[np.uint8]
@@ -88,7 +89,7 @@ def open_trackers(config: TrainConfig, next_step: int, failed: Failed) -> list[T
 
 def last_logged_step(folder: str) -> int:
     """The largest step of a run's metrics.jsonl, 0 without any."""
-    steps = (line.get("step") for line in read_json_lines(os.path.join(folder, "metrics.jsonl")))
+    steps = (line.get("step") for line in read_json_lines(RunFolder(folder).metrics))
     return max((step for step in steps if isinstance(step, int)), default=0)
 
 

@@ -1,13 +1,12 @@
-"""What one rank of a training run owns, built in order and taken down in reverse; the hooks around the loop's steps."""
+"""One rank of a training run: what it owns, built in order and taken down in reverse; the hooks around its steps."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,23 +33,58 @@ from trainer.checkpoint import (
     scores_of,
     step_of,
 )
+from trainer.config import parse_config
 from trainer.config_train import TrainConfig
 from trainer.ema import Ema
 from trainer.engine import Engine
+from trainer.folder import RunFolder
 from trainer.invariants import Invariants
 from trainer.loop import Loop, StepRecord, step_seed
 from trainer.record import Recorder
-from trainer.run import TELEMETRY
 from trainer.saver import Keep, Saved, Saver, require_space
 from trainer.shadow import Shadow
 from trainer.tasks.base import Task, make_task
 from trainer.validation import Validator
 
 
+class OutOfMemory(RuntimeError):
+    """A step did not fit into a device's memory."""
+
+    exit_status = 1
+
+
 class CheckpointLost(RuntimeError):
     """The checkpoint that a run ends with cannot be written: what was trained since the one before is lost."""
 
     exit_status = 1
+
+
+def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """One rank: build the network, engine and loader, restore, run the loop, export. Runs inside the process group."""
+    config = parse_config(TrainConfig, payload["config"])
+    require_shared(config, payload["attempt"])
+    try:
+        with RankTrainer(config, context, payload["checkpoint"]) as rank:
+            rank.record_devices()
+            stopped = rank.run()
+            return {"step": rank.loop.step, "stopped": stopped}
+    except torch.OutOfMemoryError as error:
+        told = "" if config.engine.micro_batch == "auto" else "engine.micro_batch: auto, "
+        validates = ", a smaller validation.batch" if config.validation.datasets else ""
+        raise OutOfMemory(
+            f"rank {context.rank}: out of memory: {str(error).splitlines()[0]} Use {told}"
+            f"model.activation_checkpointing, a higher engine.zero_stage, engine.cpu_offload{validates} or more ranks"
+        ) from error
+
+
+def require_shared(config: TrainConfig, attempt: str) -> None:
+    """StorageError unless this rank sees what the driver has just written: its checkpoints must go to one folder."""
+    path = RunFolder(config.folder).environment
+    if not storage.exists(path) or json.loads(storage.read_bytes(path)).get("attempt") != attempt:
+        raise storage.StorageError(
+            f"{path}: is not there, or of another attempt, on {platform.node()}; runs ({config.runs}) must be a folder "
+            "that all machines of the cluster share"
+        )
 
 
 def device_name(device: torch.device) -> str:
@@ -62,7 +96,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
     """Task, engine, loader, loop and recorder of one rank. Leave the block to release threads, port and engine."""
 
     def __init__(self, config: TrainConfig, context: WorkerContext, checkpoint_path: str | None) -> None:
-        self.config, self.context = config, context
+        self.config, self.context, self.folder = config, context, RunFolder(config.folder)
         self.device = torch.device(context.device)
         self._stack = contextlib.ExitStack()
         self._saved: int | None = None  # the step of the newest checkpoint, written or under way
@@ -78,11 +112,6 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-
-    @property
-    def root(self) -> str:
-        """Folder of the checkpoints."""
-        return os.path.join(self.config.folder, "checkpoints")
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
         config, context = self.config, self.context
@@ -113,15 +142,15 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             lower_is_better=lower,
         )
         if context.rank == 0:
-            existing = len(list_checkpoints(self.root))
-            require_space(self.root, self.engine, keep, existing, averaged=self.ema is not None)
-        exporter = Exporter(config.name, context.rank, discovery=os.path.join(config.folder, TELEMETRY))
+            existing = len(list_checkpoints(self.folder.checkpoints))
+            require_space(self.folder.checkpoints, self.engine, keep, existing, averaged=self.ema is not None)
+        exporter = Exporter(config.name, context.rank, discovery=self.folder.telemetry)
         self.exporter = self._stack.enter_context(exporter)
         self.loader = self._loader(checkpoint)
         self._stack.callback(self.loader.close)
         self.recorder = Recorder(config, self.task, context, self.exporter, self.loader)
         self._stack.callback(self.recorder.close)
-        self.saver = Saver(self.root, self.engine, self.ema, keep, self._on_saved)
+        self.saver = Saver(self.folder.checkpoints, self.engine, self.ema, keep, self._on_saved)
         self._stack.callback(self.saver.close)
         self.loop = Loop(
             config=config,
@@ -187,9 +216,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
 
     def _loader(self, checkpoint: Checkpoint | None) -> Loader:
         config, context = self.config, self.context
-        quarantine = Quarantine(
-            os.path.join(config.folder, f"quarantine.{context.rank}.jsonl"), config.data.max_bad_fraction
-        )
+        quarantine = Quarantine(self.folder.quarantine(context.rank), config.data.max_bad_fraction)
         loader = Loader(
             config.data,
             dict(self.task.needs),
@@ -200,9 +227,8 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             device=str(self.device),
             quarantine=quarantine,
         )
-        if checkpoint and dict(checkpoint.state.data) != loader.describe():
+        if checkpoint and (found := differences("data", dict(checkpoint.state.data), loader.describe())):
             loader.close()
-            found = differences("data", dict(checkpoint.state.data), loader.describe())
             raise CheckpointError(
                 f"{checkpoint.path}: was made with other data (its shards, labels or their order changed): "
                 f"{listing(found, 'was')}; restore what it was, or start a new run from its weights with model.weights"
@@ -214,10 +240,12 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
     def _check_network(self, checkpoint: Checkpoint, module: nn.Module) -> None:
         """The file that `model.weights` names may have changed since: same tensors, another function."""
         saved, built = checkpoint.about.network, self.task.network_record(module)
-        if saved is not None and built is not None and dict(saved) != built:
-            found = listing(differences("network", dict(saved), built), "was")
+        if saved is None or built is None:
+            return
+        if found := differences("network", dict(saved), built):
             raise CheckpointError(
-                f"{checkpoint.path}: is of another network: {found}; restore what model.preset and model.weights named"
+                f"{checkpoint.path}: is of another network: {listing(found, 'was')}; restore what model.preset and "
+                "model.weights named"
             )
 
     def record_devices(self) -> None:
@@ -227,10 +255,9 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         if self.context.world_size > 1:
             ranks = [mine] * self.context.world_size
             dist.all_gather_object(ranks, mine)
-        path = os.path.join(self.config.folder, "environment.json")
         if self.context.rank == 0:
-            content = json.loads(storage.read_bytes(path))
-            storage.atomic_write(path, json.dumps(content | {"ranks": ranks}, indent=1))
+            content = json.loads(storage.read_bytes(self.folder.environment))
+            storage.atomic_write(self.folder.environment, json.dumps(content | {"ranks": ranks}, indent=1))
 
     def run(self) -> str | None:
         """Train to the end or to an agreed stop, then export. Returns the reason of a stop."""
@@ -241,7 +268,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         if reason is None:
             network = self.shadow.current(self.engine, self.ema, everywhere=False)
             if self.context.rank == 0 and network is not None:
-                self.task.export(network, os.path.join(self.config.folder, "weights"))
+                self.task.export(network, self.folder.weights)
         return reason
 
     def _say_micro_batches(self) -> None:
@@ -277,12 +304,12 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             self.checkpoint(last=False)
         self.recorder.start_clock()
 
-    def checkpoint(self, *, last: bool) -> None:
+    def checkpoint(self, *, last: bool, prune: bool = True) -> None:
         """Nothing where this step has its own. Raises StorageError when the last one cannot be written."""
         for _ in range(2 if last else 1):  # the run's last one is tried twice
             if self._saved != self.loop.step:
                 self._clock = time.monotonic()
-                self.saver.begin(self._state(), self._about())
+                self.saver.begin(self._state(), self._about(), prune=prune)
                 self._saved = self.loop.step
             if last:
                 self.saver.finish()
@@ -355,8 +382,8 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         """Rank 0 looks at what is on disk, and tells."""
         told: list[bool] = [False]
         if self.context.rank == 0:
-            steps = [step_of(name) for name in list_checkpoints(self.root)]
-            scores = scores_of(self.root, self.config.validation.metric, steps).values()
+            steps = [step_of(name) for name in list_checkpoints(self.folder.checkpoints)]
+            scores = scores_of(self.folder.checkpoints, self.config.validation.metric, steps).values()
             known = sorted(scores, reverse=not validator.lower_is_better)
             worst = known[self.config.checkpoint.keep_best - 1 :][:1]
             told = [not worst or (score < worst[0] if validator.lower_is_better else score > worst[0])]

@@ -45,6 +45,21 @@ def test_the_largest_that_fits_a_line(room: int, rows: int, expected: int) -> No
     assert max(asked) <= rows
 
 
+@pytest.mark.parametrize(("first", "rows"), [(2, 512), (10, 512), (10, 32), (1, 100_000)])
+def test_a_first_line_that_is_too_steep_costs_few_passes(first: int, rows: int) -> None:
+    """The second row took `first` times what later ones do: the next points correct the line."""
+    asked: list[int] = []
+
+    def measure(n: int) -> int:
+        asked.append(n)
+        return 100 + first * 50 * min(n - 1, 1) + 50 * max(n - 2, 0)
+
+    room = measure(rows) + 10
+    asked.clear()
+    assert largest_that_fits(measure, room, rows) == rows
+    assert len(asked) <= 5 and max(asked) <= rows
+
+
 def test_where_memory_runs_out_it_takes_fewer() -> None:
     """A line promises 16 rows; from 9 on there is no memory, whatever was measured."""
     asked: list[int] = []

@@ -15,6 +15,7 @@ from trainer.config import ConfigError
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"optim__optimizer": "adam"}, "optim.optimizer: is 'adam', but the run to resume has 'adamw';"),
         ({"seed": 7}, "seed: is 7, but the run to resume has 0;"),
         ({"task__kind": "pretext"}, "task.kind: is 'pretext', but the run to resume has 'teacher';"),
         ({"model__preset": "v2-vits"}, "model.preset: is 'v2-vits', but the run to resume has 'tiny';"),
@@ -35,7 +36,7 @@ from trainer.config import ConfigError
 def test_what_decides_the_order_and_the_lesson_is_fixed(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         refuse_changes(teacher(tmp_path), teacher(tmp_path, **change))
-    assert str(caught.value) == f"{says} use what it has or start under another name"
+    assert str(caught.value) == f"{says} use what it has, or start under another name (from its weights: model.weights)"
 
 
 FREE: dict[str, Any] = {

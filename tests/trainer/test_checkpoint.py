@@ -245,6 +245,12 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path: Path, damage:
     assert line.startswith("step_00000002: ") and reason in line and "\n" not in line
 
 
+def test_a_file_with_a_checkpoint_s_name_is_none(tmp_path: Path) -> None:
+    older = save(tmp_path, 1)
+    (tmp_path / "step_00000002").write_text("no folder")
+    assert find_checkpoint(str(tmp_path)) == (older, [])
+
+
 def test_nothing_whole(tmp_path: Path) -> None:
     assert find_checkpoint(str(tmp_path / "absent")) == (None, [])
     flip_a_byte(Path(save(tmp_path, 1)))
@@ -502,19 +508,23 @@ def test_killed_while_writing(tmp_path: Path, where: str, newest: int) -> None:
 
 def test_what_is_no_damage_is_no_reason_to_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A place that cannot be read now, or another version's format: an older checkpoint would lose what is there."""
-    save(tmp_path, 1)
-    newer = Path(save(tmp_path, 2))
+    older, newer = Path(save(tmp_path, 1)), Path(save(tmp_path, 2))
     manifest = (newer / "manifest.json").read_text()
-    (newer / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"format": 3}))
-    with pytest.raises(CheckpointError, match=r"2: was written in format 3, this version reads 2; go on with"):
-        find_checkpoint(str(tmp_path))
+    other = json.loads(manifest) | {"format": 3}
+    (newer / "manifest.json").write_text(json.dumps(other))  # a flipped bit: the digest is the old one's
+    assert find_checkpoint(str(tmp_path)) == (str(older), [f"{newer.name}: manifest.json does not match its checksum"])
+    del other["digest"]
+    for written in (other, other | {"digest": module._digest(other)}):
+        (newer / "manifest.json").write_text(json.dumps(written))
+        with pytest.raises(CheckpointError, match=r"2: was written in format 3, this version reads 2; go on with"):
+            find_checkpoint(str(tmp_path))
     (newer / "manifest.json").write_text(manifest)
 
     def failing(path: str) -> str:
         raise storage.StorageError(f"{path}: the disk reports an input/output error")
 
     monkeypatch.setattr(storage, "sha256_file", failing)
-    with pytest.raises(storage.StorageError, match="input/output error"):
+    with pytest.raises(storage.StorageError, match=r"input/output error; or move .*step_00000002 away to go on from"):
         find_checkpoint(str(tmp_path))
 
 

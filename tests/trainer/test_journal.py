@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from trainer.journal import Journal, read_json_lines
+from trainer.journal import Journal, logged_lines, read_json_lines
 
 
 def test_what_is_written_is_read_in_order(tmp_path: Path) -> None:
@@ -16,6 +17,20 @@ def test_what_is_written_is_read_in_order(tmp_path: Path) -> None:
     assert (first["event"], first["resume"], first["workers"]) == ("started", None, 2)
     assert (second["event"], second["error"]) == ("failed", "a\nb \u2028 ü")
     assert first["time"] <= second["time"]
+
+
+def test_what_a_resume_left_behind_is_void_whatever_is_logged_after_it(tmp_path: Path) -> None:
+    """A resumed run may log more seldom, and validations are lines too."""
+    lines = [{"step": step, "loss": 1.0} for step in (1, 10, 20, 30)]
+    lines += [{"step": 20, "event": "validation"}, {"step": 30, "event": "validation"}]
+    lines += [{"step": 20, "event": "resumed"}, {"step": 40, "loss": 2.0}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    found = [(line["step"], line.get("event", line.get("loss"))) for line in logged_lines(str(tmp_path))]
+    assert found == [(1, 1.0), (10, 1.0), (20, 1.0), (20, "validation"), (40, 2.0)]
+    again = "".join(json.dumps({"step": step, "loss": 3.0}) + "\n" for step in (1, 10))
+    (tmp_path / "metrics.jsonl").write_text(text + again)  # from the beginning: there was no checkpoint
+    assert [line["loss"] for line in logged_lines(str(tmp_path))] == [3.0, 3.0]
 
 
 def test_a_torn_last_line_is_left_out_and_closed(tmp_path: Path) -> None:

@@ -21,12 +21,15 @@ class Watching:
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
         self.saved: list[tuple[int, bool]] = []
+        self.pruned: list[bool] = []
+        self.in_a_row: list[int] = []  # as a checkpoint made after a step would say
         self.said: list[tuple[bool, int, int]] = []
         self.flagged: dict[int, tuple[float, float, float]] = {}  # by step
 
     def before_step(self, batch: Batch) -> None: ...
 
-    def after_step(self, record: StepRecord, batch: Batch) -> None: ...
+    def after_step(self, record: StepRecord, batch: Batch) -> None:
+        self.in_a_row.append(self.loop.skipped_in_a_row)
 
     def flags(self) -> tuple[float, float, float]:
         return self.flagged.get(self.loop.step, (0.0, 0.0, 0.0))
@@ -34,8 +37,9 @@ class Watching:
     def agreed(self, due: bool, written: int, failed: int) -> None:
         self.said.append((due, written, failed))
 
-    def checkpoint(self, *, last: bool) -> None:
+    def checkpoint(self, *, last: bool, prune: bool = True) -> None:
         self.saved.append((self.loop.step, last))
+        self.pruned.append(prune)
 
 
 def make_loop(config: Any, rank: int, world_size: int, micro_batches: int, module: Any = None) -> Loop:
@@ -147,21 +151,26 @@ def test_a_finite_loss_with_a_gradient_that_is_not_names_its_sample(tmp_path: Pa
     assert last[:4] == (True, (last[4],), True, True)
 
 
-def diverging_run(rank: int, world_size: int) -> str:
+def diverging_run(rank: int, world_size: int) -> tuple[str, list[int], list[tuple[int, bool]], list[bool]]:
     config = train_config("teacher", engine={"precision": "fp32", "max_skipped_steps": 2}, steps=10)
     loop = make_loop(config, rank, world_size, 1)
-    batch = share(config, rank, world_size)
-    batch.views["student"][:] = float("nan")
+    good, bad = share(config, rank, world_size), share(config, rank, world_size)
+    bad.views["student"][:] = float("nan")
+    hooks, said = Watching(loop), "went on"
     try:
-        loop.run(iter([batch] * 10), Watching(loop))
+        loop.run(iter([bad, good, bad, bad, *[good] * 6]), hooks)
     except TrainingDiverged as error:
-        return str(error)
-    return "went on"
+        said = str(error)
+    return said, hooks.in_a_row, hooks.saved, hooks.pruned
 
 
 def test_a_row_of_steps_without_update_gives_up(tmp_path: Path) -> None:
-    (message,) = run_ranks(diverging_run, 1, tmp_path)
-    assert "2 steps in a row" in message and "engine.max_skipped_steps" in message
+    """What was saved before stays, for it may be the weights that overflow."""
+    ((said, in_a_row, saved, pruned),) = run_ranks(diverging_run, 1, tmp_path)
+    assert said.startswith("step 4: 2 steps in a row") and "engine.max_skipped_steps" in said
+    assert "step_00000004 has the weights of the last good step" in said
+    assert in_a_row == [1, 0, 1, 2]
+    assert (saved, pruned) == ([(4, True)], [False])
 
 
 def stopping_run(rank: int, world_size: int) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,22 +157,29 @@ def test_logged_steps_go_to_a_file_to_prometheus_and_to_the_driver(tmp_path: Pat
 def test_the_rate_is_of_all_steps_since_the_last_line(
     tmp_path: Path, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What logging takes is no part of it."""
+    """What logging takes is no part of it; what the device still did for the step is."""
     now = [0.0]
     monkeypatch.setattr("trainer.record.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
-    def slow_terms(record: StepRecord) -> dict[str, float]:
-        now[0] += 1000.0
+    def waited_for(record: StepRecord) -> dict[str, float]:
+        now[0] += 0.5
         return {"a": 1.0, "b": 1.0}
 
     with Rank(settings(tmp_path)) as rank:
-        monkeypatch.setattr(rank.loop, "global_terms", slow_terms)
+        append = rank.recorder._append
+
+        def slow(line: Mapping[str, Any]) -> None:
+            now[0] += 1000.0
+            append(line)
+
+        monkeypatch.setattr(rank.loop, "global_terms", waited_for)
+        monkeypatch.setattr(rank.recorder, "_append", slow)
         for step, seconds in enumerate((1.0, 1.0, 2.0, 1.0, 6.0, 4.0, 4.0, 4.0, 4.0, 4.0), start=1):
             now[0] += seconds
             rank.step(record_of(step), batch)
-        assert rank.metric("fathom_step_duration_seconds_sum") == 31.0
+        assert rank.metric("fathom_step_duration_seconds_sum") == 32.5
     found = [(line["seconds"], line["images_per_second"]) for line in lines(tmp_path)]
-    assert found == [(1.0, 8.0), (2.5, 3.2), (4.0, 2.0)]
+    assert found == [(1.5, 5.33), (2.625, 3.05), (4.1, 1.95)]
 
 
 class Untouchable:

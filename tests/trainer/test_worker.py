@@ -23,7 +23,7 @@ from trainer.config import ConfigError, parse_config
 from trainer.config_train import TrainConfig
 from trainer.evaluate_images import mean_of, measure_part, measurement
 from trainer.loop import TrainingDiverged
-from trainer.run import OutOfMemory, prepare_folder
+from trainer.run import attempt_of, prepare_folder
 
 STEPS = 6
 CELLS = {  # name: ZeRO stage, average
@@ -307,11 +307,13 @@ def lives(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> dict[
     ended(config("clock", checkpoint={"every": None, "every_minutes": 1e-9, "keep": 9}), None)
     optim = {"encoder_lr": 1e-3, "decoder_lr": 1e-2, "ema_decay": 0.5}
 
-    def diverging(most: int) -> TrainConfig:
-        return config("nan", optim=optim, engine={"precision": "fp32", "max_skipped_steps": most})
+    def diverging(most: int, keep: int) -> TrainConfig:
+        saves = {"every": 2, "keep": keep}
+        return config("nan", optim=optim, engine={"precision": "fp32", "max_skipped_steps": most}, checkpoint=saves)
 
-    found["gave up"] = ended(diverging(3), None, lambda trainer: poison(trainer, 3))
-    found["gave up again"] = ended(diverging(4), step("nan", 5), lambda trainer: poison(trainer, 6))
+    found["gave up"] = ended(diverging(3, 2), None, lambda trainer: poison(trainer, 3))
+    found["kept"] = list_checkpoints(str(runs / "nan" / "checkpoints"))
+    found["tried on"] = ended(diverging(2, 9), step("nan", 5), lambda trainer: poison(trainer, 6))
 
     measured: list[str] = []
 
@@ -363,13 +365,15 @@ def test_the_clock_saves_too(alone: dict[str, Any]) -> None:
     assert steps[-1] == STEPS and len(steps) >= 3
 
 
-def test_giving_up_leaves_the_last_good_weights_and_the_count_goes_on(alone: dict[str, Any]) -> None:
+def test_giving_up_leaves_the_last_good_weights_and_what_was_before(alone: dict[str, Any]) -> None:
+    """Who resumes has all steps again."""
+    assert alone["kept"] == [f"step_{step:08d}" for step in (2, 4, 5)]
+    assert alone["tried on"] == "None"
     root = alone["runs"] / "nan" / "checkpoints"
     good, last = (load_checkpoint(str(root / f"step_{step:08d}")) for step in (2, 5))
     assert alone["gave up"].startswith("step 5: 3 steps in a row")
     assert "--skip-samples" in alone["gave up"]
-    assert alone["gave up again"].startswith("step 6: 4 steps in a row")
-    assert (last.state.skipped_in_a_row, last.state.applied_steps) == (3, 2)
+    assert (last.state.skipped_in_a_row, last.state.applied_steps) == (0, 2)
     for name, tensor in good.weights.items():
         assert torch.equal(last.weights[name], tensor), name
     assert good.ema is not None and last.ema is not None  # nor has the average moved
@@ -397,20 +401,22 @@ def test_waiting_for_data_is_part_of_a_step(alone: dict[str, Any]) -> None:
 def started(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> list[str]:
     """What Ray calls on every rank: with a folder that it does not see, as it should be, on too small a device."""
     from trainer.loop import Loop
-    from trainer.run import train_worker
+    from trainer.worker import OutOfMemory, train_worker
 
     def run_out(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
 
     found = []
-    for name in ("unseen", "seen", "small"):
+    for name in ("unseen", "copied", "seen", "small"):
         config = config_of(runs, data, name, validation={}, checkpoint={"every": 5})
         if rank == 0 and name != "unseen":
             prepare_folder(config, False)
         torch.distributed.barrier()
         if name == "small":
             Loop.train_step = run_out  # type: ignore[assignment, method-assign]
-        payload = {"config": config.model_dump(mode="json"), "checkpoint": None}
+        payload = {"config": config.model_dump(mode="json"), "checkpoint": None, "attempt": "none"}
+        if name in ("seen", "small"):
+            payload["attempt"] = attempt_of(config)
         try:
             found.append(str(train_worker(WorkerContext(rank=rank, world_size=world_size), payload)["step"]))
         except (storage.StorageError, OutOfMemory) as error:
@@ -420,8 +426,10 @@ def started(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> lis
 
 def test_what_a_rank_needs_to_start_and_how_it_runs_out_of_memory(world: dict[str, Any], tmp_path: Path) -> None:
     results = run_ranks(started, 2, tmp_path / "ranks", tmp_path / "runs", world["data"])
-    for rank, (unseen, seen, small) in enumerate(results):
-        assert "config.yaml: is not there" in unseen and "a folder that all machines of the cluster share" in unseen
+    for rank, (unseen, copied, seen, small) in enumerate(results):
+        for refused in (unseen, copied):  # a copy is of another attempt, though the configuration is the same
+            assert "environment.json: is not there, or of another attempt" in refused
+            assert "a folder that all machines of the cluster share" in refused
         assert seen == str(STEPS)
         assert small.startswith(f"rank {rank}: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Use eng")
         assert "\n" not in small

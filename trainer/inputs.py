@@ -1,0 +1,116 @@
+"""What a training run is going to read, looked at before a worker starts: is it there, does it fit, how long is it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from cluster import storage
+from dataio.dataset import Dataset
+from dataio.labels import LabelStore
+from dataio.plan import pass_batches, skipped_batches
+from dataio.spec import DataError
+from trainer.config import ConfigError, parse_config
+from trainer.config_train import TrainConfig
+
+
+def check_inputs(config: TrainConfig) -> dict[str, int]:
+    """Everything that can be known to be wrong before a worker starts, cheapest first. Returns each role's samples."""
+    from trainer.tasks.base import make_task
+    from trainer.trackers import check_trackers
+
+    task = make_task(config)
+    check_trackers(config)
+    samples = dict.fromkeys(config.data.roles, 0)
+    for role, spec in config.data.roles.items():
+        for index, path in enumerate(spec.datasets):
+            dataset = Dataset.open(path)
+            samples[role] += dataset.info.samples
+            check_cut(dataset, config.data.max_bad_fraction)
+            if spec.labels:
+                check_labels(role, spec.labels[index], dataset)
+            elif role == "labelled" and dataset.info.role != "labelled":
+                raise ConfigError(
+                    f"data.roles.{role}.datasets: {path} has no depth; it is packed as {dataset.info.role}"
+                )
+    if config.validation.datasets:
+        from trainer.validation import validation_of
+
+        validation_of(config, getattr(task, "preset", None))
+    for path in config.validation.datasets:
+        if Dataset.open(path).info.quantity is None:
+            raise ConfigError(f"validation.datasets: {path} has no depth to compare with")
+    for name, file in task.files.items():
+        if not storage.exists(file):
+            raise ConfigError(f"{name}: {file}: no such file or folder")
+    return samples
+
+
+def with_steps(config: TrainConfig, samples: Mapping[str, int]) -> TrainConfig:
+    """The configuration with `passes` put into steps: the whole passes, their partial batches included, and the part of
+    one that is left. Raises ConfigError when that is less than the warm-up, or when the role is mixed by weights."""
+    if not config.passes:
+        return config
+    ((role, passes),) = config.passes.items()
+    spec = config.data.roles[role]
+    if spec.weights:
+        raise ConfigError(f"passes.{role}: its datasets are mixed by weights, which has no pass; give steps")
+    each = pass_batches(samples[role], spec.batch, spec.lanes)
+    steps = max(1, round(passes * each))
+    values = config.model_dump(mode="json") | {"steps": steps, "passes": {}}
+    return parse_config(TrainConfig, values, source=f"passes: {passes:g} of {role} are {steps} steps")
+
+
+def order_facts(config: TrainConfig, samples: Mapping[str, int]) -> dict[str, Any]:
+    """How long a pass over each role is, and what of the order is passed over: `passes` and `passed_over`."""
+    roles = config.data.roles
+    passes = {
+        role: {"samples": samples[role], "steps": pass_batches(samples[role], spec.batch, spec.lanes)}
+        for role, spec in roles.items()
+        if not spec.weights and not spec.batch % spec.lanes
+    }
+    size = sum(spec.batch for spec in roles.values())
+    passed_over = [
+        {"steps": [first, stop], "samples": [first * size, stop * size]} for first, stop in skipped_batches(config.data)
+    ]
+    return {"passes": passes, "passed_over": passed_over}
+
+
+def order_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`order_facts` for people."""
+    lines = [
+        f"{role}: {one['samples']} samples, a pass is {one['steps']} steps" for role, one in facts["passes"].items()
+    ]
+    for stretch in facts["passed_over"]:
+        (first, stop), (start, end) = stretch["steps"], stretch["samples"]
+        lines.append(f"passes over {stop - first} global batches, samples {start}:{end} of the order")
+    return lines
+
+
+def check_cut(dataset: Dataset, max_bad_fraction: float) -> None:
+    """DataError when tars that were cut have lost more samples than may be bad; a warning when they have lost fewer."""
+    lost = {shard.tar: shard.lost for shard in dataset.shards if shard.lost}
+    if not lost:
+        return
+    total = sum(lost.values())
+    found = (
+        f"{next(iter(lost))}{' and others' if len(lost) > 1 else ''} was cut in half while copied or written: {total} "
+        f"of {dataset.info.samples} samples of {dataset.path} are lost; copy it again"
+    )
+    if total > max_bad_fraction * dataset.info.samples:
+        raise DataError(f"{found}, or raise data.max_bad_fraction ({max_bad_fraction})")
+    print(f"warning: {found}", file=sys.stderr)
+
+
+def check_labels(role: str, folder: str, dataset: Dataset) -> None:
+    """DataError unless the labels are complete; ConfigError unless they were made of this very dataset."""
+    store = LabelStore.open(folder)
+    made_of = store.description.get("dataset", {})
+    if made_of.get("fingerprint") not in (None, dataset.fingerprint):
+        raise ConfigError(
+            f"data.roles.{role}.labels: {folder} labels another dataset ({made_of.get('name')}, "
+            f"{made_of.get('samples')} samples), not {dataset.path} ({dataset.info.name}, {dataset.info.samples} "
+            "samples) as it is now; name its own labels, or label it again"
+        )
+    store.complete_for(dataset)
