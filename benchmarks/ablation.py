@@ -11,7 +11,6 @@ figure to OUT/ablation.json.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -35,6 +34,7 @@ from cluster.stop import StopFlag, exit_status
 from dataio.dataset import INFO_NAME
 from dataio.pack_synth import pack_synth
 from launcher import recipes
+from trainer.changes import differences, listing
 from trainer.config import ConfigError, apply_override
 from trainer.config_label import LabelConfig
 from trainer.config_train import TrainConfig
@@ -252,16 +252,25 @@ class Chain:
 
 
 def design(request: Request) -> dict[str, Any]:
-    """What the figures of one folder have in common; rows may be added to it."""
-    numbers = {"seed": request.seed, "evaluation_seed": request.evaluation_seed, "sizes": asdict(request.sizes)}
-    return {**numbers, "digest": digest(request, networks(request))}
+    """What the figures of one folder have in common: numbers, scenes, networks; scenes and networks may be added."""
+    return {
+        "seed": request.seed,
+        "evaluation_seed": request.evaluation_seed,
+        "sizes": asdict(request.sizes),
+        "max_depth_m": MAX_DEPTH_M,
+        "scenes": {name: list(scenes) for name, scenes in data_sets(request).items()},
+        "networks": networks(request),
+    }
 
 
 def networks(request: Request) -> dict[str, Any]:
-    """Every network's configuration, by name."""
+    """Every network's configuration, by name, and whose labels of which images it learns."""
     anywhere = replace(request, out="/")
     names = [*{row.encoder: None for row in ROWS.values()}, *ROWS]
-    return {name: resolved(stage_config(of_network(anywhere, name), name, "LABELS")) for name in names}
+    found = {name: resolved(stage_config(of_network(anywhere, name), name, "LABELS")) for name in names}
+    for name, row in ROWS.items():
+        found[name] |= {"teacher": row.teacher, "images": row.images}
+    return found
 
 
 def resolved(config: TrainConfig) -> dict[str, Any]:
@@ -274,22 +283,17 @@ def resolved(config: TrainConfig) -> dict[str, Any]:
     return dict(json.loads(json.dumps(values).replace(f'"{out.rstrip("/")}/', '"/')))
 
 
-def digest(request: Request, networks: Mapping[str, Any]) -> str:
-    """Of the networks, of the scenes and labels they see and of what is measured."""
-    labels = {name: (row.teacher, row.images) for name, row in ROWS.items() if row.teacher}
-    content = {"networks": networks, "scenes": data_sets(request), "labels": labels, "max_depth_m": MAX_DEPTH_M}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def read_rows(request: Request) -> Results:
     """What was measured for this seed. ConfigError when the folder holds another design."""
     path = os.path.join(request.out, FILE)
     if not storage.exists(path):
         return Results(images=request.sizes.evaluation)
     content = json.loads(storage.read_bytes(path))
-    found, now = content.pop("design"), design(request)
-    if found != now:
-        raise ConfigError(f"{path}: holds {found}, now {now}; choose another --out")
+    before, now = content.pop("design"), json.loads(json.dumps(design(request)))
+    for kind in ("scenes", "networks"):
+        now[kind] = {name: one for name, one in now[kind].items() if name in before.get(kind, ())}
+    if found := differences("design", before, now):
+        raise ConfigError(f"{path}: {listing(found, 'its figures are of')}; choose another --out")
     return Results(**content)
 
 

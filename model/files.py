@@ -59,7 +59,7 @@ def read(path: str | os.PathLike[str], ema: bool | None = None) -> Contents:
     Args:
         path: local file or folder.
         ema: of a training checkpoint, True: the averaged weights; False: the last ones; None: the averaged ones, where
-            there are any, as its run validates and exports those.
+            there are any, as its run validates and exports those. Of anything else None.
 
     Raises:
         WeightsError: nothing there, broken, or not tensors; one line.
@@ -67,8 +67,11 @@ def read(path: str | os.PathLike[str], ema: bool | None = None) -> Contents:
     path = os.fspath(path)
     if os.path.isfile(os.path.join(path, "manifest.json")):
         return _read_checkpoint(path, ema)
-    if ema and os.path.exists(path):
-        raise WeightsError(f"{path}: averaged weights (EMA) are in training checkpoints only: give a step_* folder")
+    if ema is not None and os.path.exists(path):
+        raise WeightsError(
+            f"{path}: holds one set of weights; averaged (EMA) and last ones are in training checkpoints only: give a "
+            "step_* folder"
+        )
     if os.path.isdir(path):
         return _read_folder(path)
     return _read_file(path)

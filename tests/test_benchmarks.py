@@ -268,8 +268,11 @@ def test_a_folder_of_another_design_is_refused(tmp_path: Path, monkeypatch: pyte
     }.items():
         with monkeypatch.context() as patch:
             patch.setitem(ablation.ROWS, name, replace(ablation.ROWS[name], **change))
-            with pytest.raises(ConfigError, match="choose another --out"):
+            with pytest.raises(ConfigError, match=rf"design\.networks\.{name}\..*; choose another --out"):
                 ablation.read_rows(ablation.make_request(moved, 11, 1.0))
+    with monkeypatch.context() as patch:
+        patch.setitem(ablation.ROWS, "another", ablation.ROWS["oracle"])
+        assert ablation.read_rows(ablation.make_request(moved, 11, 1.0)).rows.keys() == {"teacher"}
     with monkeypatch.context() as patch:
         patch.setattr(ablation, "MAX_DEPTH_M", 80.0)
         with pytest.raises(ConfigError, match="choose another --out"):

@@ -146,7 +146,8 @@ def test_folders_that_are_none_of_ours(tmp_path: Path) -> None:
     assert refusal(tmp_path) == "no config.json in this folder; give a weights file, or a folder that was saved"
     (tmp_path / "checkpoints").mkdir()
     assert refusal(tmp_path) == "a run's folder; name its weights/ or one of its checkpoints/step_* folders"
-    assert "averaged weights (EMA) are in training checkpoints only" in refusal(tmp_path, ema=True)
+    for ema in (True, False):
+        assert "averaged (EMA) and last ones are in training checkpoints only" in refusal(tmp_path, ema=ema)
     for text, message in (("{", "no JSON ("), ("[]", "expected a JSON table, found list"), ("[" * 10**5, "no JSON (")):
         (tmp_path / "config.json").write_text(text)
         assert refusal(tmp_path, "config.json").startswith(message)

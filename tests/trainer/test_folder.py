@@ -38,7 +38,8 @@ def test_an_attempt_that_ended_without_a_word_has_no_end() -> None:
 
 
 def test_a_bad_sample_counts_once_however_many_met_it(tmp_path: Path) -> None:
-    bad = [{"key": key, "shard": "0.tar", "reason": reason} for key, reason in (("a", "bad_image"), ("b", "bad_target"))]
+    found = (("a", "bad_image"), ("b", "bad_target"))
+    bad = [{"key": key, "shard": "0.tar", "reason": reason} for key, reason in found]
     folder = RunFolder(str(tmp_path))
     for rank, lines in enumerate((bad, [*bad, {"key": "a", "shard": "1.tar", "reason": "bad_image"}])):
         Path(folder.quarantine(rank)).write_text("".join(json.dumps(line) + "\n" for line in lines))
