@@ -1,6 +1,7 @@
 # make quickstart    a virtual environment, the installation, and the whole chain in minutes
 # make install       only the first two                 (PYTHON=python3.12, CUDA=12 where wanted)
 # make test check    the tests; ruff and mypy           (ARGS="-k plan" goes to pytest)
+# make map           what is where: every module in a line
 
 SHELL := /bin/bash
 CUDA ?= 13
@@ -9,7 +10,7 @@ ARGS ?=
 export PYTHON
 PYTEST := .venv/bin/python -m pytest $(ARGS)
 
-.PHONY: help install install-dev quickstart test test-slow check format clean
+.PHONY: help install install-dev quickstart test test-slow check format map clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -33,6 +34,9 @@ test-slow: install-dev
 check: install-dev
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+map:
+	@python3 tools/house_map.py
 
 format: install-dev
 	.venv/bin/ruff check --fix .

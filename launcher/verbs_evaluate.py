@@ -1,4 +1,4 @@
-"""`fathom evaluate`."""
+"""`fathom evaluate`: weights against labelled datasets."""
 
 from __future__ import annotations
 

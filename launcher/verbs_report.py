@@ -1,4 +1,4 @@
-"""`fathom report`."""
+"""`fathom report`: one page of what training runs left."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def quickstart(
 ) -> int:
     """The whole chain on this machine: scenes, teacher, pseudo-labels, student, evaluation, report.html.
 
-    Five minutes on 2 quiet CPU cores. An interrupted quickstart goes on where it stopped when called again.
+    Four to seven minutes on 2 CPU cores. An interrupted quickstart goes on where it stopped when called again.
 
     \b
     Example:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.layers import ARROWS, violations
+from tools.house_map import modules
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = sorted(path.relative_to(REPOSITORY).as_posix() for room in ARROWS for path in (REPOSITORY / room).rglob("*.py"))
@@ -14,6 +15,12 @@ FILES = sorted(path.relative_to(REPOSITORY).as_posix() for room in ARROWS for pa
 
 def test_every_room_has_files() -> None:
     assert {path.split("/", 1)[0] for path in FILES} == set(ARROWS)
+
+
+def test_the_map_has_a_sentence_for_every_module() -> None:
+    found = dict(modules())
+    assert found.keys() >= {path for path in FILES if not path.endswith("__init__.py")}
+    assert [name for name, about in found.items() if len(about) < 20] == []
 
 
 @pytest.mark.parametrize("room", sorted(ARROWS))

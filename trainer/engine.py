@@ -91,7 +91,7 @@ class Engine:
         if self.stage == 0:
             return WholeState(self._optimizer, self.groups, self.rank, dist.get_world_size())
         if self.stage == 3:
-            return PartitionState(self._optimizer, self.module, self.groups, self.rank)
+            return PartitionState(self._optimizer, self.module, self.rank)
         return FragmentState(self._optimizer, self.groups)
 
     @property

@@ -131,10 +131,9 @@ class FragmentState:
 class PartitionState:
     """Stage 3: rank r holds elements [r * n, (r + 1) * n) of every parameter, the last ones padded."""
 
-    def __init__(self, zero: Any, module: nn.Module, groups: Groups, rank: int) -> None:
+    def __init__(self, zero: Any, module: nn.Module, rank: int) -> None:
         self._zero = zero
         self._parameters: dict[str, Any] = dict(module.named_parameters())
-        self._trained = {name for named in groups.values() for name, _ in named}
         self.spans = {}
         for name, parameter in self._parameters.items():
             size, share = parameter.ds_numel, parameter.ds_tensor.numel()

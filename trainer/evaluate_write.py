@@ -1,4 +1,4 @@
-"""What an evaluation leaves: evaluation.json, images.jsonl, evaluation.md, sheet.png and worst.png."""
+"""What an evaluation leaves in words: evaluation.json, images.jsonl, evaluation.md."""
 
 from __future__ import annotations
 

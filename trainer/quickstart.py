@@ -34,7 +34,7 @@ STRONG = {"jitter_p": 0.8, "grayscale_p": 0.2, "blur_p": 0.5, "blur_sigma": [0.0
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much of everything; the defaults fit 8 minutes on 2 CPU cores."""
+    """How much of everything; the defaults take four to seven minutes on 2 CPU cores."""
 
     labelled: int = 800
     wide: int = 4000
