@@ -103,6 +103,7 @@ def run_group(
     name: str,
     storage_path: str,
     stop: StopFlag,
+    address: str | None = None,
     use_gpu: bool = False,
     threads_per_worker: int = 1,
     env: Mapping[str, str] | None = None,
@@ -110,6 +111,7 @@ def run_group(
 ) -> GroupResult:
     """Run `fn(context, payload)` on every one of `workers` ranks and wait for all; call it from the main thread.
 
+    On the Ray cluster at `address`, or an embedded one, or that of the `ray_session` around.
     `fn`, `payload` and what rank 0 returns are picklable, without tensors in the return value. `storage_path` is a
     folder that all nodes see; a failure leaves its details there. `on_progress` gets each new report of rank 0, in
     this thread. A stop request is passed on and the ranks' own return is waited for.
@@ -120,7 +122,7 @@ def run_group(
     import ray
 
     os.makedirs(storage_path, exist_ok=True)
-    with ray_session(cpus=workers * threads_per_worker) as session:
+    with ray_session(address, cpus=workers * threads_per_worker) as session:
         require_resources(workers, threads_per_worker, use_gpu)
         control = ray.remote(num_cpus=0)(_Control).remote()
         config = {"fn": fn, "payload": payload, "control": control, "threads": threads_per_worker, "gpu": use_gpu}

@@ -67,11 +67,13 @@ def run_pool(
     workers: int,
     on_result: Callable[[Any, Any], None],
     stop: StopFlag,
+    address: str | None = None,
     threads_per_worker: int = 1,
     use_gpu: bool = False,
 ) -> PoolResult:
     """Process every item on one of `workers` actors built by `make()`; call it from the main thread.
 
+    On the Ray cluster at `address`, or an embedded one, or that of the `ray_session` around.
     `on_result(item, result)` is called in this thread, in the order of completion. Items are taken as actors become
     free. After a stop request no item is taken, those in flight are finished. When an actor's process dies it is
     replaced and its item tried again, twice at most.
@@ -79,7 +81,7 @@ def run_pool(
     Raises what `make` or `process` raised, with the worker's traceback as a note; WorkerDied; ClusterAddressError
     when the cluster is too small; KeyboardInterrupt at the second SIGINT. The actors are gone when it returns.
     """
-    with ray_session(cpus=workers * threads_per_worker):
+    with ray_session(address, cpus=workers * threads_per_worker):
         require_resources(workers, threads_per_worker, use_gpu)
         pool = _Pool(make, items, threads_per_worker, use_gpu)
         try:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.machine import whole_cpus
+
 _ROOT = str(Path(__file__).resolve().parent.parent)  # workers import the same checkout, wherever the driver stands
 _OBJECT_STORE_BYTES = 200 << 20  # what passes through it is small: payloads, results of shards
 _LINGER_S = 3.0
@@ -58,6 +60,7 @@ class ClusterAddressError(ClusterError):
 class Session:
     """The Ray session in use. `logs`: Ray's own log folder on this machine, gone with an embedded session."""
 
+    address: str | None  # as it was given
     embedded: bool
     logs: str
 
@@ -70,22 +73,28 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
     """Ray for the time of the block: embedded on this machine with at least `cpus` CPUs, or joined at `address`.
 
     Inside another ray_session, or where Ray is up already, that one is shared and left running.
-    ClusterAddressError when `address` does not answer.
+    ClusterAddressError when `address` does not answer, or is not that of the session around.
     """
     global _current
     import ray
 
     if _current is not None or ray.is_initialized():
-        yield _current or Session(embedded=False, logs=_log_folder())
+        session = _current or Session(address=None, embedded=False, logs=_log_folder())
+        if address is not None and session.address != address:
+            raise ClusterAddressError(
+                f"{address}: this process uses Ray {f'at {session.address}' if session.address else 'on its own'} "
+                "already; give both the same address"
+            )
+        yield session
         return
     if address is None:
-        with _process_state(), _embedded(max(cpus or 1, os.cpu_count() or 1)) as session:
+        with _process_state(), _embedded(max(cpus or 1, whole_cpus())) as session:
             yield from _share(session)
     else:
         with _process_state():
             _join(address)
             try:
-                yield from _share(Session(embedded=False, logs=_log_folder()))
+                yield from _share(Session(address=address, embedded=False, logs=_log_folder()))
             finally:
                 ray.shutdown()
 
@@ -185,7 +194,7 @@ def _embedded(cpus: int) -> Iterator[Session]:
             )
         ray._private.worker._worker_logs_enabled = False  # Ray's own message for every dead worker
         try:
-            yield Session(embedded=True, logs=_log_folder())
+            yield Session(address=None, embedded=True, logs=_log_folder())
         finally:
             started = [child for child in _children() if child not in before]
             ray.shutdown()

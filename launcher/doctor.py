@@ -246,18 +246,10 @@ def check_loopback() -> Iterator[Finding]:
     yield ok("loopback", "ports on 127.0.0.1 open")
 
 
-def usable_cpus() -> float:
-    """Processors this process may use: its affinity, and a container's quota."""
-    count = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        return count if quota == "max" else min(count, int(quota) / int(period))
-    except (OSError, ValueError):
-        return count
-
-
 def check_cpus() -> Iterator[Finding]:
     """The quickstart's two ranks want a processor each."""
+    from cluster.machine import usable_cpus
+
     count = usable_cpus()
     found = f"{count:g} usable ({platform.machine()})"
     yield ok("processors", found) if count >= 2 else warn("processors", found, "2 or more; fewer take twice the time")

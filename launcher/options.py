@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -9,6 +10,13 @@ import typer
 if TYPE_CHECKING:
     from model.presets import PositionMode
 
+OverridesOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. optim.encoder_lr=1e-5; repeatable."),
+]
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file; `fathom recipes show NAME` prints one.")
+]
 PresetOption = Annotated[str | None, typer.Option("--preset", help="Needed where the file cannot tell, e.g. v2-vits.")]
 PositionOption = Annotated[
     str | None,

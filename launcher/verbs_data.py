@@ -81,6 +81,7 @@ def pack(
     """
     import os
 
+    from cluster.machine import whole_cpus
     from dataio.importers import get_importer
     from dataio.importers.base import parse_options
     from dataio.pack import pack as pack_dataset
@@ -102,7 +103,7 @@ def pack(
             name=name or os.path.splitext(os.path.basename(os.path.abspath(source)))[0],
             shard_bytes=shard_mib << 20,
             sky=sky,
-            workers=workers or len(os.sched_getaffinity(0)),
+            workers=workers or whole_cpus(),
             progress=_watching(bar, stop),
             restart=restart,
         )
@@ -150,15 +151,15 @@ def check(
     Example:
       fathom data check data/photos --duplicates --quarantine
     """
-    import os
 
     from cluster import storage
+    from cluster.machine import whole_cpus
     from dataio.check import check_dataset, write_quarantine
 
     with _bar("check") as (bar, stop):
         found = check_dataset(
             dataset,
-            workers=workers or len(os.sched_getaffinity(0)),
+            workers=workers or whole_cpus(),
             distance=distance if duplicates else None,
             checksums=checksums,
             progress=_watching(bar, stop),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from launcher.verbs_train import ConfigArgument, OverridesOption
+from launcher.options import ConfigArgument, OverridesOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

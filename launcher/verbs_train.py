@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from launcher import options
-from launcher.options import PositionOption, PresetOption
-
-OverridesOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. optim.encoder_lr=1e-5; repeatable."),
-]
-ConfigArgument = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A YAML file; `fathom recipes show NAME` prints one.")
-]
+from launcher.options import ConfigArgument, OverridesOption, PositionOption, PresetOption
 
 
 def register(app: typer.Typer) -> None:

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cluster import machine
 from cluster.worker import WorkerContext
 from dataio.types import Batch, Target
 from trainer.config import ConfigError
@@ -225,15 +225,8 @@ def _status(field: str) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had now: of the GPU, or of this machine or the control group that it gives us."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit in it
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(free, 0)
+    """Bytes that can be had now, of the GPU or of main memory."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else machine.free_memory()
 
 
 def ranks_here(context: WorkerContext) -> int:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from model.presets import PositionMode
 from trainer.benchmarks import PAIRS, get_benchmark
 from trainer.config import Section
-from trainer.config_train import ClusterSection
+from trainer.config_cluster import ClusterSection
 from trainer.protocols import get_protocol
 
 

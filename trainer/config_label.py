@@ -8,7 +8,7 @@ from pydantic import Field
 
 from model.presets import PositionMode
 from trainer.config import Section
-from trainer.config_train import ClusterSection
+from trainer.config_cluster import ClusterSection
 
 
 class LabelConfig(Section):

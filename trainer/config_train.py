@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dataio.spec import DataSpec
 from model.presets import PositionMode
 from trainer.config import Section
+from trainer.config_cluster import ClusterSection
 from trainer.schedule import Decay
 
 
@@ -93,15 +94,6 @@ class EngineSection(Section):
         if self.cpu_offload and not self.zero_stage:
             raise ValueError("engine.cpu_offload: needs engine.zero_stage 1, 2 or 3, found 0")
         return self
-
-
-class ClusterSection(Section):
-    """Where it runs: `address: null` is an embedded one-node Ray."""
-
-    address: str | None = None
-    workers: int = Field(default=1, ge=1)
-    threads: int = Field(default=1, ge=1, description="CPU threads of one worker")
-    use_gpu: bool = False
 
 
 class CheckpointSection(Section):

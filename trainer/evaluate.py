@@ -168,7 +168,6 @@ def _on_pool(
     stop: StopFlag,
 ) -> None:
     from cluster.pool import run_pool
-    from cluster.runtime import ray_session
 
     cluster = config.cluster
     workers = min(cluster.workers, len(items))
@@ -179,16 +178,16 @@ def _on_pool(
         if on_progress:
             on_progress(sum(len(of.images) for of in found), total)
 
-    with ray_session(cluster.address, cpus=workers * cluster.threads):
-        ended = run_pool(
-            functools.partial(Examiner, config.model_dump(mode="json"), baseline),
-            items,
-            workers=workers,
-            threads_per_worker=cluster.threads,
-            use_gpu=cluster.use_gpu,
-            on_result=on_result,
-            stop=stop,
-        )
+    ended = run_pool(
+        functools.partial(Examiner, config.model_dump(mode="json"), baseline),
+        items,
+        address=cluster.address,
+        workers=workers,
+        threads_per_worker=cluster.threads,
+        use_gpu=cluster.use_gpu,
+        on_result=on_result,
+        stop=stop,
+    )
     if not ended.complete:
         raise Stopped(stop.reason or "SIGINT")
 

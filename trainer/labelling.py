@@ -47,7 +47,6 @@ def run_labelling(
     Raises WeightsError, DataError, StorageError or ConfigError for what the user can mend.
     """
     from cluster.pool import run_pool
-    from cluster.runtime import ray_session
 
     dataset = Dataset.open(config.dataset)
     description = describe(config, dataset)
@@ -73,11 +72,12 @@ def run_labelling(
         discovery = None if storage.is_url(store.path) else storage.join(store.path, "telemetry")
         exporter = Exporter(f"label-{store.digest}", 0, role="label", discovery=discovery)
         workers = min(config.cluster.workers, len(todo))
-        with exporter, ray_session(config.cluster.address, cpus=workers * config.cluster.threads):
+        with exporter:
             show_shards()
             run_pool(
                 functools.partial(Labeller, config.model_dump(mode="json"), store.path),
                 todo,
+                address=config.cluster.address,
                 workers=workers,
                 threads_per_worker=config.cluster.threads,
                 use_gpu=config.cluster.use_gpu,

@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster import storage
 from cluster.lock import locked_folder
+from cluster.machine import whole_cpus
 from cluster.progress import Progress
 from cluster.stop import StopFlag
 from trainer.changes import differences, listing
@@ -203,7 +204,7 @@ def make_data(request: Request, stop: StopFlag) -> None:
                 size=sizes.image,
                 labelled=labelled,
                 samples_per_shard=max(1, -(-count // 8)),
-                workers=min(4, len(os.sched_getaffinity(0))),
+                workers=min(4, whole_cpus()),
                 progress=on_progress,
             )
 
@@ -258,7 +259,7 @@ def label_stage(request: Request, teacher: str, stop: StopFlag) -> str:
             "weights": RunFolder(teacher).weights,
             "input_size": request.sizes.image,
             "batch": 16,
-            "cluster": {"workers": min(2, len(os.sched_getaffinity(0)))},
+            "cluster": {"workers": min(2, whole_cpus())},
         },
     )
     with Progress("labels", None, "shards") as bar:

@@ -125,21 +125,20 @@ def run_ranks(
 ) -> TrainOutcome:
     """Start the worker group and wait for its end."""
     from cluster.group import run_group
-    from cluster.runtime import ray_session
 
     cluster = config.cluster
-    with ray_session(cluster.address, cpus=cluster.workers * cluster.threads):
-        result = run_group(
-            on_rank,
-            {"config": config.model_dump(mode="json"), "checkpoint": checkpoint, "attempt": attempt_of(config)},
-            workers=cluster.workers,
-            use_gpu=cluster.use_gpu,
-            threads_per_worker=cluster.threads,
-            name=config.name,
-            storage_path=config.folder,
-            on_progress=on_progress,
-            stop=stop,
-        )
+    result = run_group(
+        on_rank,
+        {"config": config.model_dump(mode="json"), "checkpoint": checkpoint, "attempt": attempt_of(config)},
+        address=cluster.address,
+        workers=cluster.workers,
+        use_gpu=cluster.use_gpu,
+        threads_per_worker=cluster.threads,
+        name=config.name,
+        storage_path=config.folder,
+        on_progress=on_progress,
+        stop=stop,
+    )
     # rank 0 may have stopped by another's vote, before it was told the reason
     stopped = stop.reason or result.value["stopped"] if result.value["stopped"] else None
     return TrainOutcome(folder=config.folder, step=result.value["step"], stopped=stopped)

@@ -23,6 +23,8 @@ def test_a_session_is_shared_inside_and_leaves_nothing(capfd: pytest.CaptureFixt
         assert logs.is_dir()
         with ray_session(cpus=1) as inner:
             assert inner is session
+        with pytest.raises(ClusterAddressError, match=r"10\.0\.0\.1:6379: this process uses Ray on its own already"):
+            ray_session("10.0.0.1:6379").__enter__()
         assert ray.is_initialized()
         started = set(psutil.Process().children(recursive=True)) - children
         assert started

@@ -85,7 +85,6 @@ def test_stale_buffers_are_those_nobody_maps(tmp_path: Path) -> None:
 
 def test_loopback_and_processors() -> None:
     assert levels(doctor.check_loopback()) == ["ok"]
-    assert doctor.usable_cpus() > 0
     assert levels(doctor.check_cpus())[0] in ("ok", "warn")
 
 

@@ -1,0 +1,16 @@
+"""Where a verb's work runs: the section `cluster` of every configuration. Imports no torch."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from trainer.config import Section
+
+
+class ClusterSection(Section):
+    """Where it runs: `address: null` is an embedded one-node Ray."""
+
+    address: str | None = None
+    workers: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, description="CPU threads of one worker")
+    use_gpu: bool = False
