@@ -30,7 +30,7 @@ from cluster import storage
 from cluster.lock import locked_folder
 from cluster.progress import Progress
 from cluster.runtime import ray_session
-from cluster.stop import StopFlag, exit_status
+from cluster.stop import StopFlag, Stopped, exit_status
 from dataio.dataset import INFO_NAME
 from dataio.pack_synth import pack_synth
 from launcher import recipes
@@ -46,7 +46,6 @@ from trainer.quickstart import (
     Request,
     Results,
     Sizes,
-    Stopped,
     evaluate_stage,
     stage_config,
     timed,
@@ -230,8 +229,7 @@ class Chain:
             return
 
         def on_progress(done: int, total: int) -> None:
-            if self.stop.reason:
-                raise Stopped(self.stop.reason)
+            self.stop.check()
             bar.update(done)
 
         options = {"size": self.request.sizes.image, "samples_per_shard": max(1, -(-count // 8)), "workers": 2}

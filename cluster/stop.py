@@ -8,10 +8,10 @@ import threading
 import time
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any, Literal
+from typing import Any
 
-Reason = Literal["SIGINT", "SIGTERM"]
 _EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 75, "PREEMPTED": 75}
+REASONS = tuple(_EXIT_STATUS)  # why work is stopped; where several are given at once, the first counts
 
 
 def exit_status(reason: str) -> int:
@@ -20,6 +20,14 @@ def exit_status(reason: str) -> int:
     KeyError for a reason nobody declared.
     """
     return _EXIT_STATUS[reason]
+
+
+class Stopped(Exception):
+    """Work was stopped for `reason` before its end; what is done stays, and the same call goes on."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"stopped by {reason}")
+        self.reason = reason
 
 
 class StopFlag:
@@ -60,6 +68,11 @@ class StopFlag:
             self.deadline = deadline
             self.reason = reason
             self._event.set()
+
+    def check(self) -> None:
+        """Raises Stopped once a stop is asked for."""
+        if self.reason is not None:
+            raise Stopped(self.reason)
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep up to `timeout_s` seconds, less when a stop is asked for; whether it is."""

@@ -31,12 +31,11 @@ def evaluate(config: ConfigArgument, overrides: OverridesOption = None) -> int:
       fathom evaluate evaluate.yaml --set out=evaluation/teacher --set cluster.workers=2
     """
     from cluster.progress import Progress
-    from cluster.stop import StopFlag, exit_status
+    from cluster.stop import StopFlag, Stopped, exit_status
     from trainer.config import read_config
     from trainer.config_evaluate import EvaluateConfig
 
     settings = read_config(EvaluateConfig, config, overrides or [])
-    from trainer.evaluate import Stopped
     from trainer.evaluate import evaluate as run
 
     notice = "stopping; nothing is written; Ctrl-C again ends at once"

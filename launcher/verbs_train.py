@@ -138,8 +138,8 @@ def quickstart(
       fathom quickstart --out quickstart
       fathom quickstart --out ladder --ladder
     """
-    from cluster.stop import StopFlag, exit_status
-    from trainer.quickstart import Request, Sizes, Stopped, table, verdict
+    from cluster.stop import StopFlag, Stopped, exit_status
+    from trainer.quickstart import Request, Sizes, table, verdict
     from trainer.quickstart import quickstart as run
 
     sizes = Sizes()

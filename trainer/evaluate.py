@@ -35,17 +35,9 @@ from trainer.evaluate_worker import (
 from trainer.evaluate_write import DatasetResult, from_plain, settings, write_results
 from trainer.inference import Predictor
 
-__all__ = ["DatasetResult", "Stopped", "evaluate", "evaluated"]
+__all__ = ["DatasetResult", "evaluate", "evaluated"]
 
 Progress = Callable[[int, int], None]
-
-
-class Stopped(Exception):
-    """The evaluation was asked to stop before its end, and wrote nothing; `reason` as in cluster.stop."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"stopped by {reason}")
-        self.reason = reason
 
 
 def evaluate(
@@ -152,8 +144,8 @@ def _here(
         done += 1
         if on_progress:
             on_progress(done, total)
-        if stop and stop.reason:
-            raise Stopped(stop.reason)
+        if stop:
+            stop.check()
 
     for item in items:
         found[item.dataset].add(examiner.process(item, on_image))
@@ -189,7 +181,7 @@ def _on_pool(
         stop=stop,
     )
     if not ended.complete:
-        raise Stopped(stop.reason or "SIGINT")
+        stop.check()
 
 
 def _write_sheets(config: EvaluateConfig, found: Sequence[Collected]) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cluster.stop import REASONS
 from cluster.worker import WorkerContext
 from dataio.types import Batch
 from trainer.config_train import TrainConfig
@@ -84,10 +85,10 @@ class Loop:
         self._said = self._flags(hooks)  # somebody may have asked while the ranks were starting
         dist.all_reduce(self._said)
         while self.step < self.config.steps:
-            stop, due, written, failed = (int(x) for x in self._said.tolist())
-            if stop:
+            *stops, due, written, failed = (int(x) for x in self._said.tolist())
+            if any(stops):
                 hooks.checkpoint(last=True)
-                return self.context.stop_requested() or "stopped"
+                return next(reason for reason, asked in zip(REASONS, stops, strict=True) if asked)
             hooks.agreed(bool(due), written, failed)
             started = time.perf_counter()
             batch = next(batches)
@@ -185,9 +186,9 @@ class Loop:
         return int(rows)
 
     def _flags(self, hooks: Hooks) -> Tensor:
-        """This rank's: was asked to stop, a checkpoint is due, the one under way is written, failed."""
-        stop = float(self.context.stop_requested() is not None)
-        return on_device(torch.tensor([stop, *hooks.flags()]), self.engine.device)
+        """This rank's: asked to stop, by reason; a checkpoint is due, the one under way is written, failed."""
+        stops = [float(self.context.stop_requested() == reason) for reason in REASONS]
+        return on_device(torch.tensor([*stops, *hooks.flags()]), self.engine.device)
 
     def learning_rates(self) -> dict[str, float]:
         """Rates of this step: functions of samples seen, so the number of ranks does not change them."""

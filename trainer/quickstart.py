@@ -18,7 +18,7 @@ from cluster import storage
 from cluster.lock import locked_folder
 from cluster.machine import whole_cpus
 from cluster.progress import Progress
-from cluster.stop import StopFlag
+from cluster.stop import StopFlag, Stopped
 from trainer.changes import differences, listing
 from trainer.config import ConfigError, absolute_paths, apply_override, parse_config
 from trainer.config_evaluate import EvaluateConfig
@@ -56,14 +56,6 @@ class Request:
     preset: str = "tiny"
     sizes: Sizes = Sizes()
     evaluation_seed: int = EVALUATION_SEED
-
-
-class Stopped(Exception):
-    """A stage was stopped by a signal; what is done stays."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 @dataclass(kw_only=True)
@@ -287,12 +279,9 @@ def evaluate_stage(request: Request, name: str, folder: str, stop: StopFlag) -> 
 
     with Progress(f"evaluate {name}", None, "images") as bar:
 
-        def on_progress(done: int, total: int) -> None:
-            if stop.reason:
-                raise Stopped(stop.reason)
-            bar.update(done, of=total)
-
-        wide, labelled = evaluated(config) or evaluate(config, on_progress=on_progress)
+        wide, labelled = evaluated(config) or evaluate(
+            config, on_progress=lambda done, total: bar.update(done, of=total), stop=stop
+        )
     return {
         "wide": wide.means["depth"],
         "wide, disparity space": wide.means["disparity"],

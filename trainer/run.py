@@ -139,9 +139,7 @@ def run_ranks(
         on_progress=on_progress,
         stop=stop,
     )
-    # rank 0 may have stopped by another's vote, before it was told the reason
-    stopped = stop.reason or result.value["stopped"] if result.value["stopped"] else None
-    return TrainOutcome(folder=config.folder, step=result.value["step"], stopped=stopped)
+    return TrainOutcome(folder=config.folder, step=result.value["step"], stopped=result.value["stopped"])
 
 
 def attempt_of(config: TrainConfig) -> str:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cluster.stop import StopFlag, exit_status
+from cluster.stop import StopFlag, Stopped, exit_status
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,12 @@ def test_it_is_a_plain_flag_elsewhere() -> None:
     thread.start()
     thread.join()
     assert "main thread" in str(errors[0])
+
+
+def test_work_without_signals_asks_by_itself() -> None:
+    flag = StopFlag()
+    flag.check()
+    flag.set("PREEMPTED")
+    with pytest.raises(Stopped, match="stopped by PREEMPTED") as caught:
+        flag.check()
+    assert caught.value.reason == "PREEMPTED"

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.stop import StopFlag
+from cluster.stop import StopFlag, Stopped
 from dataio.dataset import Dataset
 from dataio.spec import DataError
 from model import DepthAnything
 from tests.dataio.fakes import jpeg, png, smooth, unlabelled, write_dataset
 from tests.trainer.test_evaluate import Broken, Known, Metres, config_of, depth, sample, samples
 from trainer.config import ConfigError
-from trainer.evaluate import Collected, Stopped, evaluate, evaluated
+from trainer.evaluate import Collected, evaluate, evaluated
 from trainer.evaluate_baselines import GRID, mean_map
 from trainer.evaluate_worker import Examiner, items_of, worst_first
 from trainer.evaluate_write import DatasetResult, markdown

@@ -185,12 +185,12 @@ def stopping_run(rank: int, world_size: int) -> tuple[Any, ...]:
 
     hooks.after_step = after_step  # type: ignore[method-assign]
     reason = loop.run(iter([share(config, rank, world_size, seed=s) for s in range(10)]), hooks)
-    return reason is not None, loop.step, hooks.saved, dict(loop.cursor)
+    return reason, loop.step, hooks.saved, dict(loop.cursor)
 
 
 def test_all_ranks_stop_after_the_same_step_and_save(tmp_path: Path) -> None:
     first, last = run_ranks(stopping_run, 2, tmp_path)
-    assert first == last == (True, 3, [(3, True)], {"labelled": 8 * 3})
+    assert first == last == ("SIGTERM", 3, [(3, True)], {"labelled": 8 * 3})
 
 
 def flagging_run(rank: int, world_size: int) -> Any:
