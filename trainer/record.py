@@ -30,7 +30,7 @@ from dataio.types import Batch, Target
 from model.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from trainer.config_train import TrainConfig
 from trainer.folder import RunFolder
-from trainer.journal import Journal
+from trainer.journal import RESUMED, Journal
 from trainer.loop import Loop, StepRecord
 from trainer.tasks.base import Task
 from trainer.trackers import Tracker, open_trackers
@@ -99,6 +99,11 @@ class Recorder:
         for key, value in values.items():
             self.exporter.metric("fathom_event_result").labels(event=name, name=key).set(value)
         self._track(step, {f"{name}/{key}": value for key, value in values.items()})
+
+    def resumed(self, step: int) -> None:
+        """The run goes on from this step: what was logged behind it is void."""
+        if not self.context.rank:
+            self._append({"step": step, "event": RESUMED})
 
     def note(self, text: str) -> None:
         """Show a line to the user, with the next progress."""

@@ -28,7 +28,7 @@ from trainer.config import ConfigError, dump_config, read_config
 from trainer.config_train import TrainConfig
 from trainer.folder import RunFolder
 from trainer.inputs import check_inputs, order_facts, order_lines, with_steps
-from trainer.journal import RESUMED, Journal
+from trainer.journal import Journal
 
 PACKAGES = (
     "torch",
@@ -85,9 +85,6 @@ def train(
             return TrainOutcome(folder=config.folder, step=folder.finished_step() or 0)
         facts = order_facts(config, samples)
         journal.write("started", resume=checkpoint, workers=config.cluster.workers, **facts)
-        if checkpoint:  # what was logged behind it is void
-            step = step_of(os.path.basename(checkpoint))
-            storage.append_line(folder.metrics, json.dumps({"step": step, "event": RESUMED}))
         if say and (lines := order_lines(facts)):
             say("\n".join(lines))
         try:

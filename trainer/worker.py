@@ -263,6 +263,8 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         """Train to the end or to an agreed stop, then export. Returns the reason of a stop."""
         batches: Iterator[Batch] = iter(self.loader)
         self._clock = time.monotonic()
+        if self.loop.step:
+            self.recorder.resumed(self.loop.step)
         self._say_micro_batches()
         reason = self.loop.run(batches, self)
         if reason is None:

@@ -63,6 +63,8 @@ def numbers(runs: Path) -> dict[int, dict[str, Any]]:
     """What was logged of every step, less what a clock says; after a resume a step may stand twice, as it was."""
     found: dict[int, dict[str, Any]] = {}
     for line in map(json.loads, (runs / "run" / "metrics.jsonl").read_text().splitlines()):
+        if "event" in line:
+            continue
         kept = {name: line[name] for name in ("loss", "terms", "grad_norm", "skipped", "lr", "samples")}
         assert found.setdefault(line["step"], kept) == kept
     return found

@@ -11,8 +11,7 @@ import pytest
 from trainer import run
 from trainer.config import ConfigError, dump_config, parse_config, read_config
 from trainer.config_train import TrainConfig
-from trainer.journal import logged_lines
-from trainer.run import TrainOutcome, prepare_folder, train
+from trainer.run import prepare_folder, train
 
 
 def teacher(runs: Path, **changes: Any) -> TrainConfig:
@@ -103,16 +102,3 @@ def test_a_wrong_field_is_refused_before_gigabytes_are_read(tmp_path: Path, monk
     monkeypatch.setattr(run, "find_checkpoint", lambda root: pytest.fail("read"))
     with pytest.raises(ConfigError, match="seed: is 1"):
         prepare_folder(teacher(tmp_path, seed=1), True)
-
-
-def test_what_was_logged_behind_the_checkpoint_is_marked_as_void(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = teacher(tmp_path)
-    prepare_folder(config, False)
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)))
-    monkeypatch.setattr(run, "check_inputs", lambda config: {"labelled": 8})
-    monkeypatch.setattr(run, "find_checkpoint", lambda root: (f"{root}/step_00000002", []))
-    monkeypatch.setattr(run, "run_ranks", lambda config, *_: TrainOutcome(folder=config.folder, step=4))
-    train(config, resume=True)
-    assert [line["step"] for line in logged_lines(config.folder)] == [1, 2]

@@ -22,6 +22,7 @@ from trainer.checkpoint import list_checkpoints, load_checkpoint, verify_checkpo
 from trainer.config import ConfigError, parse_config
 from trainer.config_train import TrainConfig
 from trainer.evaluate_images import mean_of, measure_part, measurement
+from trainer.journal import logged_lines
 from trainer.loop import TrainingDiverged
 from trainer.run import attempt_of, prepare_folder
 
@@ -369,6 +370,8 @@ def test_giving_up_leaves_the_last_good_weights_and_what_was_before(alone: dict[
     """Who resumes has all steps again."""
     assert alone["kept"] == [f"step_{step:08d}" for step in (2, 4, 5)]
     assert alone["tried on"] == "None"
+    assert [line["step"] for line in logged_lines(str(alone["runs"] / "nan"))] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines(alone, "nan", event=True)] == [5]  # where it went on
     root = alone["runs"] / "nan" / "checkpoints"
     good, last = (load_checkpoint(str(root / f"step_{step:08d}")) for step in (2, 5))
     assert alone["gave up"].startswith("step 5: 3 steps in a row")
