@@ -97,10 +97,8 @@ def begin(request: Request) -> dict[str, float]:
     if storage.exists(path):
         before = json.loads(storage.read_bytes(path))
         if found := differences("quickstart", before, now):
-            raise ConfigError(
-                f"{request.out}: holds another quickstart: {listing(found, 'its own has')}; choose another --out or "
-                "delete the folder"
-            )
+            told = listing(found, "the folder's has")
+            raise ConfigError(f"{request.out}: holds another quickstart: {told}; choose another --out or delete it")
     storage.atomic_write(path, json.dumps(now, indent=1))
     return dict(json.loads(storage.read_bytes(seconds))) if storage.exists(seconds) else {}
 
