@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ VIEWS = ("clean", "student")
 AHEAD = 2  # batches under way at once: one alone leaves threads idle where its operators cannot share them
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, of RGB in 0..1
 STD = (0.229, 0.224, 0.225)
+_NO_MEMORY = re.compile(r"out of memory|allocation failed|bad_alloc", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +202,7 @@ class Probe:
         self._pipeline: Any = None  # built when needed, and anew behind an image that ended it
 
     def decodes(self, image: bytes) -> bool:
-        """Whether an encoded image becomes pixels; never raises for a damaged one."""
+        """Whether an encoded image becomes pixels. RuntimeError for too little memory, never for a damaged image."""
         if self._pipeline is None:
             gpu = self._device.type == "cuda"
             device_id = (self._device.index or 0) if gpu else None
@@ -209,8 +211,10 @@ class Probe:
         try:
             self._pipeline.feed_input("image", as_arrays([image]))
             self._pipeline.run()
-        except RuntimeError:
+        except RuntimeError as error:
             self._pipeline = None
+            if _NO_MEMORY.search(str(error)):  # says nothing of the image
+                raise
             return False
         return True
 

@@ -59,6 +59,10 @@ def test_what_no_image_is_to_blame_for_is_raised(monkeypatch: pytest.MonkeyPatch
         pipeline.run([png(noise(20, 20)), png(noise(28, 28))], (28, 28))
     assert pipeline.run([png(noise(20, 20))], (28, 28))[1] == [True]  # with a new pipeline
 
+    pipeline._pipeline, pipeline._probe._pipeline = Full(), Full()  # not even room for one image to look at
+    with pytest.raises(RuntimeError, match="CUDA allocation failed"):
+        pipeline.run([png(noise(20, 20)), png(noise(20, 20))[:300]], (28, 28))
+
     def too_large(*args: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
