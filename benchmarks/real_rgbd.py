@@ -198,7 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--held-out", default="livingroom_2", metavar="FRAME")
     parser.add_argument("--depth-scale", type=float, default=0.001, help="metres per code of the depth maps")
     parser.add_argument("--weights", type=Path, help="of a tiny network to start from; default: a random one")
-    parser.add_argument("--size", type=int, default=168, help="the network's input, pixels")
+    parser.add_argument("--size", type=int, default=252, help="the network's input, pixels")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("real_rgbd"))
