@@ -307,7 +307,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         self.recorder.start_clock()
 
     def checkpoint(self, *, last: bool, prune: bool = True) -> None:
-        """Nothing where this step has its own. Raises StorageError when the last one cannot be written."""
+        """Nothing where this step has its own, unless `prune` is off. CheckpointLost when the last is not written."""
         if not prune:
             self._saved = None  # a validation's of this very step holds the count of skipped steps
         for _ in range(2 if last else 1):  # the run's last one is tried twice

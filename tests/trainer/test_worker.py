@@ -316,6 +316,14 @@ def lives(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> dict[
     found["kept"] = list_checkpoints(str(runs / "nan" / "checkpoints"))
     found["tried on"] = ended(diverging(2, 9), step("nan", 5), lambda trainer: poison(trainer, 6))
 
+    best = config(
+        "best",
+        engine={"precision": "fp32", "max_skipped_steps": 2},
+        checkpoint={"every": None, "every_minutes": 60, "keep_best": 1},
+        validation={"datasets": [data["a"]], "every": 4, "batch": 2},
+    )
+    found["gave up validated"] = ended(best, None, lambda trainer: poison(trainer, 3))
+
     measured: list[str] = []
 
     def counting(config: TrainConfig, *rest: Any) -> int:
@@ -382,6 +390,14 @@ def test_giving_up_leaves_the_last_good_weights_and_what_was_before(alone: dict[
     assert good.ema is not None and last.ema is not None  # nor has the average moved
     for name, tensor in good.ema.items():
         assert torch.equal(last.ema[name], tensor), name
+
+
+def test_giving_up_where_a_validation_has_just_saved_leaves_all_steps_again_too(alone: dict[str, Any]) -> None:
+    """The score stays with the checkpoint."""
+    assert alone["gave up validated"].startswith("step 4: 2 steps in a row")
+    saved = load_checkpoint(str(alone["runs"] / "best" / "checkpoints" / "step_00000004"))
+    assert saved.state.skipped_in_a_row == 0
+    assert saved.about.score is not None
 
 
 def test_auto_is_measured_again_only_in_other_circumstances(alone: dict[str, Any]) -> None:
