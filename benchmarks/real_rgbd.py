@@ -85,7 +85,7 @@ def training_config(arguments: argparse.Namespace, dataset: str) -> TrainConfig:
     role = {"datasets": [dataset], "batch": batch, "lanes": 1, "perturbation": {"flip_p": 0.0}}
     values["data"] |= {"input_size": arguments.size, "roles": {"labelled": role}}
     values["optim"]["warmup_samples"] = min(50, arguments.steps // 4) * batch
-    values["cluster"] = {"workers": 1}
+    values["cluster"] = {"workers": 1, "threads": arguments.threads}
     values["checkpoint"] = {"every": 200}
     return parse_config(TrainConfig, absolute_paths(values), source="quickstart-teacher on real frames")
 
@@ -200,6 +200,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="of a tiny network to start from; default: a random one")
     parser.add_argument("--size", type=int, default=252, help="the network's input, pixels")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--threads", type=int, default=2, help="of the processor; another number changes the last bits")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("real_rgbd"))
     arguments = parser.parse_args()
