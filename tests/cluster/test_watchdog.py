@@ -1,0 +1,142 @@
+"""Who is stuck, and when that is said. Time is a number here."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.watchdog import OTHER_UNKNOWN_S, UNKNOWN_S, Beat, Stuck, Watchdog
+
+
+class Group:
+    """Ranks that say where they are every second, and an observer that asks as often."""
+
+    def __init__(self, ranks: int, **settings: float) -> None:
+        self.dog = Watchdog(**({"silence_s": 10.0, "factor": 10.0, "shortest_s": 5.0} | settings))  # type: ignore[arg-type]
+        self.at = {rank: Beat(step=0, phase="start", count=0) for rank in range(ranks)}
+        self.silent: set[int] = set()
+        self.now = 0.0
+
+    def enter(self, phase: str, *ranks: int, step: int | None = None) -> None:
+        for rank in ranks or self.at:
+            old = self.at[rank]
+            self.at[rank] = Beat(step=old.step if step is None else step, phase=phase, count=old.count + 1)
+
+    def second(self) -> Stuck | None:
+        self.now += 1
+        for rank, beat in self.at.items():
+            if rank not in self.silent:
+                self.dog.hear(rank, beat, self.now)
+        return self.dog.stuck(self.now)
+
+    def until_stuck(self, most_s: int = 5000) -> tuple[int, Stuck]:
+        for waited in range(1, most_s):
+            if found := self.second():
+                return waited, found
+        raise AssertionError("never")
+
+    def steps(self, count: int, seconds: int = 1) -> None:
+        """Every rank waits for data and takes a step, `seconds` each."""
+        for step in range(1, count + 1):
+            for phase in ("data", "step"):
+                self.enter(phase, step=step)
+                for _ in range(seconds):
+                    assert self.second() is None
+
+
+def test_a_group_that_moves_is_left_alone() -> None:
+    group = Group(3)
+    group.steps(200)
+    assert group.dog.longest_s["step"] <= 2
+
+
+def test_before_anything_is_known_there_is_patience() -> None:
+    waited, found = Group(2).until_stuck()
+    assert waited == pytest.approx(UNKNOWN_S["start"], abs=2) and found.phase == "start"
+    assert found.ranks == (0, 1)
+    assert Watchdog().limit_s("anything") == OTHER_UNKNOWN_S
+
+
+def test_the_rank_that_the_others_wait_for_is_named() -> None:
+    group = Group(4)
+    group.steps(5)
+    group.enter("data", step=6)
+    group.second()
+    group.enter("step", 0, 1, 3)  # rank 2 is still waiting for its data
+    waited, found = group.until_stuck()
+    assert (found.ranks, found.phase, found.silent) == ((2,), "data", False)
+    assert 8 <= waited <= 22  # ten times the second that it takes
+    assert str(found).startswith("rank 2 has been in the phase 'data' of step 6 for ")
+
+
+def test_a_frozen_process_is_told_by_its_silence() -> None:
+    group = Group(3)
+    group.steps(5)
+    group.silent = {1}
+    waited, found = group.until_stuck()
+    assert (found.ranks, found.silent, waited) == ((1,), True, 11)
+    assert str(found) == "rank 1 has not been heard of for 11 s; the limit is 10 s"
+
+
+def test_all_in_the_same_collective_is_everybody_s_fault() -> None:
+    """A cut network: each waits for the others, and none is behind."""
+    group = Group(3)
+    group.steps(5)
+    group.enter("step", step=6)
+    assert group.until_stuck()[1].ranks == (0, 1, 2)
+
+
+def test_slow_phases_get_more_time() -> None:
+    group = Group(2)
+    group.steps(2, seconds=20)
+    group.enter("data", step=3)
+    waited, _ = group.until_stuck()
+    assert 200 <= waited <= 220
+
+
+def test_what_was_slow_once_is_forgotten_in_time() -> None:
+    group = Group(1)
+    group.steps(1, seconds=30)
+    assert group.dog.limit_s("step") >= 290
+    group.steps(300)
+    assert group.dog.limit_s("step") <= 20
+
+
+def test_an_observer_that_stood_still_blames_nobody() -> None:
+    group = Group(2)
+    group.steps(3)
+    group.now += 3600  # the laptop was closed
+    assert group.second() is None
+    group.silent = {0}
+    assert group.until_stuck()[0] == 11
+
+
+def test_a_rank_that_is_done_may_be_silent() -> None:
+    group = Group(2)
+    group.steps(3)
+    group.silent = {0}
+    group.dog.forget(0)
+    group.enter("export", 1)
+    assert all(group.second() is None for _ in range(100))
+
+
+def test_what_was_learned_serves_the_next_attempt() -> None:
+    group = Group(2)
+    group.steps(5)
+    again = Watchdog(longest_s=dict(group.dog.longest_s), shortest_s=5.0)
+    assert again.limit_s("step") == group.dog.limit_s("step") < 30
+
+
+def test_fast_steps_between_two_words_teach_a_limit_too() -> None:
+    """Of a thousand steps a second only one in a thousand is seen."""
+    group = Group(1)
+    for step in range(0, 5000, 997):
+        group.at[0] = Beat(step=step, phase="step", count=2 * step + 1)
+        assert group.second() is None
+    assert group.dog.limit_s("step") == 10.0
+
+
+def test_slowdowns_are_over_the_median_rank() -> None:
+    dog = Watchdog()
+    assert dog.slowdown({0: 1.0, 1: 1.0, 2: 3.0}) == {0: 1.0, 1: 1.0, 2: 3.0}
+    assert dog.slowdown({0: 1.0, 1: 3.0}) == {0: 0.5, 1: 1.5}
+    assert dog.slowdown({}) == {} and dog.slowdown({0: 0.0, 1: 0.0}) == {0: 1.0, 1: 1.0}
