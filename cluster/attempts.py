@@ -66,18 +66,20 @@ class GiveUp:
 
 
 def decide(endings: Sequence[Ending], policy: Policy, capacity: int) -> Next | GiveUp:
-    """What follows the last of `endings`, none of which is "finished" or "stopped"; `capacity`: workers that fit now."""
+    """What follows the last of `endings`, which nobody wanted. `capacity`: workers that fit now."""
     last = endings[-1]
     if last.kind in ("finished", "stopped"):
         raise ValueError(f"nothing follows an attempt that {last.kind}")
     if last.hopeless:
         return GiveUp(because=last.reason)
     row = without_progress(endings)
+    if last.kind == "failed" and [ending.reason for ending in row[-2:] if ending.kind == "failed"] == [last.reason] * 2:
+        return GiveUp(because=f"{last.reason} (twice in a row, with nothing done in between)")
     own = [ending for ending in row if ending.kind not in MACHINES]
     away = [ending for ending in row if ending.kind in MACHINES]
     for found, most, field in (
-        (own, policy.max_failures, "cluster.max_failures"),
-        (away, policy.max_preemptions, "cluster.max_preemptions"),
+        (own, policy.max_failures, "recovery.max_failures"),
+        (away, policy.max_preemptions, "recovery.max_preemptions"),
     ):
         if most is not None and len(found) > most:
             count = f"{len(found)} in a row without a new checkpoint"
@@ -85,10 +87,11 @@ def decide(endings: Sequence[Ending], policy: Policy, capacity: int) -> Next | G
     workers = fitting(policy, capacity)
     if workers is None:
         return GiveUp(
-            because=f"{last.reason}; after {policy.capacity_wait_s:g} s the cluster has room for {capacity} workers, and "
-            f"cluster.min_workers is {policy.min_workers}"
+            because=f"{last.reason}; after {policy.capacity_wait_s:g} s the cluster has room for {capacity} workers, "
+            f"and recovery.min_workers is {policy.min_workers}"
         )
-    return Next(workers=workers, wait_s=pause_s(len(own)), because=last.reason)
+    pause = pause_s(len(own) + max(0, len(away) - 1))  # a machine's first end is no reason to wait
+    return Next(workers=workers, wait_s=pause, because=last.reason)
 
 
 def without_progress(endings: Sequence[Ending]) -> list[Ending]:
@@ -108,7 +111,7 @@ def fitting(policy: Policy, capacity: int) -> int | None:
 
 
 def pause_s(failures: int) -> float:
-    """Seconds to wait before the next attempt: twice as long for each failure in a row; nothing for a machine's end."""
+    """Seconds to wait before the next attempt: twice as long for each end in a row."""
     return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (failures - 1)) if failures else 0.0
 
 

@@ -1,55 +1,55 @@
 """A group of workers that run one function together inside a torch process group, on Ray Train's TorchTrainer.
 
-Ray Train aborts the run on SIGINT when `fit` is called from the main thread. So `fit` runs in a thread; the main
-thread keeps the signals, forwards the stop request to the ranks through an actor, and shows rank 0's reports.
+One call is one attempt: nothing is started again here (cluster/attempts.py). Ray Train aborts the run on SIGINT when
+`fit` is called from the main thread. So `fit` runs in a thread; the main thread keeps the signals, gives the ranks
+their orders through an actor, shows rank 0's reports, and watches that the ranks move: Ray Train does not notice one
+that sleeps, nor does a collective through shared memory ever time out.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import socket
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from cluster import storage
-from cluster.runtime import (
-    ClusterAddressError,
-    ClusterError,
-    Session,
-    driver_environment,
-    ray_session,
-    remove_shared_memory,
-)
+from cluster.control import About, Control, View
+from cluster.failures import SECONDARY, WorkerHung, explain, portable
+from cluster.runtime import ClusterAddressError, ClusterError, driver_environment, ray_session, remove_shared_memory
 from cluster.stop import StopFlag
-from cluster.worker import Link, WorkerContext
+from cluster.watchdog import Stuck
+from cluster.worker import Link, Orders, WorkerContext
 
 WorkerFunction = Callable[[WorkerContext, dict[str, Any]], Any]
 
 _LOOK_EVERY_S = 0.2
 _POLL_EVERY_S = 0.5  # how late a rank other than 0 learns of the stop; rank 0 carries the progress too
+_RANKS_A_POLL = 200  # calls a second that the control actor takes easily: larger groups speak less often
+_JOIN_S = 600.0  # for all ranks to be placed and to have found each other
+_STACKS_S = 5.0
 _ABORT_WAIT_S = 20.0
-_LOG_TAIL_BYTES = 64 << 10
-# A rank whose peer died fails in the next collective: the peer's end is the news, not this.
-_SECONDARY = re.compile(
-    r"closed by peer|reset by peer|broken pipe|remote process exited|connection was likely closed", re.IGNORECASE
-)
 _SECONDARY_WAIT_S = 4.0
 
 
-class WorkerError(ClusterError):
-    """An exception of a worker that could not travel: its type, text and traceback, as text."""
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """How long a rank may be silent or in one phase: cluster/watchdog.py.
 
+    `stacks`: a folder for those of a stuck group, which all machines see. `learned`: what an earlier attempt's phases
+    took at most; it is added to.
+    """
 
-class WorkerDied(ClusterError):
-    """A worker's process ended without an exception: killed, out of memory, or crashed."""
+    stacks: str
+    silence_s: float = 30.0
+    factor: float = 10.0
+    shortest_s: float = 60.0
+    learned: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,32 +69,6 @@ class _Run:
     done: threading.Event = field(default_factory=threading.Event)
 
 
-class _Control:
-    """The actor between the driver and the ranks. It only keeps the last word of either side."""
-
-    def __init__(self) -> None:
-        self._progress: dict[str, Any] | None = None
-        self._stop: tuple[str | None, float | None] = (None, None)
-        self._ranks: dict[int, dict[str, Any]] = {}
-
-    def join(self, rank: int, about: dict[str, Any]) -> None:
-        self._ranks[rank] = about
-
-    def exchange(self, rank: int, progress: dict[str, Any] | None) -> tuple[str | None, float | None]:
-        if rank == 0 and progress is not None:
-            self._progress = progress
-        return self._stop
-
-    def request_stop(self, reason: str, deadline: float | None) -> None:
-        self._stop = (reason, deadline)
-
-    def look(self) -> dict[str, Any] | None:
-        return self._progress
-
-    def ranks(self) -> dict[int, dict[str, Any]]:
-        return self._ranks
-
-
 def run_group(
     fn: WorkerFunction,
     payload: dict[str, Any],
@@ -107,6 +81,7 @@ def run_group(
     use_gpu: bool = False,
     threads_per_worker: int = 1,
     env: Mapping[str, str] | None = None,
+    watch: Watch | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> GroupResult:
     """Run `fn(context, payload)` on every one of `workers` ranks and wait for all; call it from the main thread.
@@ -114,39 +89,66 @@ def run_group(
     On the Ray cluster at `address`, or an embedded one, or that of the `ray_session` around.
     `fn`, `payload` and what rank 0 returns are picklable, without tensors in the return value. `storage_path` is a
     folder that all nodes see; a failure leaves its details there. `on_progress` gets each new report of rank 0, in
-    this thread. A stop request is passed on and the ranks' own return is waited for.
+    this thread. A stop request is passed on and the ranks' own return is waited for. With `watch`, a group that does
+    not move is killed.
 
-    Raises the exception of the lowest failing rank, with the rank's traceback as a note; WorkerDied;
-    ClusterAddressError when the cluster is too small; KeyboardInterrupt at the second SIGINT, after killing the ranks.
+    Raises the exception of the lowest failing rank, with the rank's traceback as a note; WorkerDied, WorkerHung,
+    MachineLost; ClusterAddressError when the cluster is too small; KeyboardInterrupt at the second SIGINT, after
+    killing the ranks.
     """
     import ray
 
     os.makedirs(storage_path, exist_ok=True)
     with ray_session(address, cpus=workers * threads_per_worker) as session:
         require_resources(workers, threads_per_worker, use_gpu)
-        control = ray.remote(num_cpus=0)(_Control).remote()
-        config = {"fn": fn, "payload": payload, "control": control, "threads": threads_per_worker, "gpu": use_gpu}
+        control = _here(Control, watch)
+        config = {
+            "fn": fn, "payload": payload, "control": control, "threads": threads_per_worker, "gpu": use_gpu,
+            "poll_s": max(_POLL_EVERY_S, workers / _RANKS_A_POLL),
+        }  # fmt: skip
         run = _Run()
         trainer, folder = _trainer(config, workers, name, storage_path, {"DS_ACCELERATOR": "cpu"} | dict(env or {}))
         thread = threading.Thread(target=_fit, args=(trainer, run), name="fathom-fit", daemon=True)
-        ranks: dict[int, dict[str, Any]] = {}
+        ranks: dict[int, About] = {}
         try:
             with driver_environment():
                 thread.start()
-                _wait(run, control, stop, on_progress)
+                stuck = _wait(run, control, workers, stop, watch, on_progress)
+            if stuck:
+                ranks = _ask(control.ranks.remote()) or {}
+                raise WorkerHung(_end_stuck(stuck, control, ranks, run, watch))
         except BaseException:
-            _abort(control, run)
+            _kill(_ask(control.ranks.remote()) or {})
+            run.done.wait(_ABORT_WAIT_S)
             raise
         finally:
-            ranks = _ask(control.ranks.remote()) or {}
+            ranks = _ask(control.ranks.remote()) or ranks
+            if watch:
+                watch.learned.update(_ask(control.learned.remote()) or {})
             ray.kill(control)
             for about in ranks.values():
-                if about["host"] == socket.gethostname():
-                    remove_shared_memory(about["shared_memory"])
+                if about.host == socket.gethostname():
+                    remove_shared_memory(about.shared_memory)
             shutil.rmtree(folder, ignore_errors=True)
         if run.error is not None:
-            raise _explain(run.error, ranks, session, storage.join(storage_path, f"{name}-failure.log")) from None
+            log = storage.join(storage_path, f"{name}-failure.log")
+            raise explain(run.error, ranks, nodes_alive(), session.logs, log) from None
         return GroupResult(value=run.value, stop_reason=stop.reason)
+
+
+def _here(control: type[Control], watch: Watch | None) -> Any:
+    """The actor, on the driver's own node: no other's loss takes it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    settings = (
+        {"silence_s": watch.silence_s, "factor": watch.factor, "shortest_s": watch.shortest_s,
+         "longest_s": dict(watch.learned)}
+        if watch
+        else {}
+    )  # fmt: skip
+    place = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=place)(control).remote(settings)
 
 
 def _trainer(
@@ -188,30 +190,117 @@ def _fit(trainer: Any, run: _Run) -> None:
         run.done.set()
 
 
-def _wait(run: _Run, control: Any, stop: StopFlag, on_progress: Callable[[dict[str, Any]], None] | None) -> None:
-    forwarded, shown = False, None
+def _wait(
+    run: _Run,
+    control: Any,
+    workers: int,
+    stop: StopFlag,
+    watch: Watch | None,
+    on_progress: Callable[[dict[str, Any]], None] | None,
+) -> Stuck | None:
+    """Until the group has ended, or is stuck."""
+    forwarded, shown, joined_by = False, None, time.monotonic() + _JOIN_S
     while not run.done.wait(_LOOK_EVERY_S):
         if stop.reason is not None and not forwarded:
-            control.request_stop.remote(stop.reason, stop.deadline)
+            control.order.remote(Orders(reason=stop.reason, deadline=stop.deadline))
             forwarded = True
-        if on_progress is not None:
-            progress = _ask(control.look.remote(), timeout_s=1.0)
-            if progress is not None and progress != shown:
-                shown = progress
-                on_progress(progress)
+        view: View | None = _ask(control.look.remote(), timeout_s=1.0)
+        if view is None:
+            continue
+        if on_progress is not None and view.progress is not None and view.progress != shown:
+            shown = view.progress
+            on_progress(shown)
+        if watch and view.stuck:
+            return view.stuck
+        if watch and view.joined < workers and time.monotonic() > joined_by:
+            raise ClusterError(f"only {view.joined} of {workers} workers have started in {_JOIN_S:.0f} s")
     if on_progress is not None and run.error is None:
-        progress = _ask(control.look.remote())
-        if progress is not None and progress != shown:
-            on_progress(progress)
+        view = _ask(control.look.remote())
+        if view is not None and view.progress is not None and view.progress != shown:
+            on_progress(view.progress)
+    return None
 
 
-def _abort(control: Any, run: _Run) -> None:
-    """Kill the ranks at once; Ray Train then ends by itself."""
+def _end_stuck(
+    stuck: Stuck, control: Any, ranks: Mapping[int, About], run: _Run, watch: Watch | None
+) -> str:
+    """Have all ranks that can write down where they are, and kill them. Returns what to say."""
+    assert watch is not None
+    control.order.remote(Orders(stacks=watch.stacks))
+    missing = {f"rank-{rank}.txt" for rank in ranks}
+    ends = time.monotonic() + _STACKS_S
+    while missing and time.monotonic() < ends and not run.done.is_set():
+        time.sleep(_LOOK_EVERY_S)
+        missing -= set(os.listdir(watch.stacks)) if os.path.isdir(watch.stacks) else set()
+    culprits = [ranks[rank] for rank in stuck.ranks if rank in ranks]
+    where = ", ".join(f"process {about.pid} on {about.host}{state_of(about)}" for about in culprits[:4])
+    return f"{stuck} ({where}); stacks in {watch.stacks}"
+
+
+def state_of(about: About) -> str:
+    """What the kernel says of a process of this machine, for people: ", stopped", or nothing."""
+    names = {"T": "stopped", "t": "traced", "D": "waiting for a disk", "Z": "dead"}
+    if about.host != socket.gethostname():
+        return ""
+    try:
+        with open(f"/proc/{about.pid}/stat", encoding="utf-8", errors="replace") as file:
+            letter = file.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+    return f", {names[letter]}" if letter in names else ""
+
+
+def _kill(ranks: Mapping[int, About]) -> None:
+    """Kill the ranks at once; Ray Train then ends by itself. A stopped process obeys nothing but SIGKILL."""
     import ray
 
-    for about in (_ask(control.ranks.remote()) or {}).values():
-        ray.kill(about["actor"])
-    run.done.wait(_ABORT_WAIT_S)
+    for about in ranks.values():
+        ray.kill(about.actor)
+    elsewhere: dict[str, list[int]] = {}
+    here = ray.get_runtime_context().get_node_id()
+    for about in ranks.values():
+        if about.node == here:
+            kill_process(about.pid)
+        else:
+            elsewhere.setdefault(about.node, []).append(about.pid)
+    calls = [_on_node(node).remote(pids) for node, pids in elsewhere.items() if node in nodes_alive()]
+    if calls:
+        ray.wait(calls, num_returns=len(calls), timeout=_ABORT_WAIT_S)
+
+
+def _on_node(node: str) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(_kill_processes)
+
+
+def _kill_processes(pids: list[int]) -> None:
+    for pid in pids:
+        kill_process(pid)
+
+
+def kill_process(pid: int) -> None:
+    """SIGKILL to one of Ray's workers on this machine, and to no process that has its number by now."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        if "ray::" in " ".join(process.cmdline()):
+            process.kill()
+    except psutil.Error:
+        return
+
+
+def nodes_alive() -> frozenset[str]:
+    """Ray's ids of the nodes that are there; empty when nobody answers."""
+    import ray
+
+    try:
+        return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    except Exception:  # noqa: BLE001  the head is gone, perhaps
+        return frozenset()
 
 
 def _ask(reference: Any, timeout_s: float = 5.0) -> Any:
@@ -221,6 +310,15 @@ def _ask(reference: Any, timeout_s: float = 5.0) -> Any:
         return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.RayError:
         return None
+
+
+def room(threads: int, use_gpu: bool) -> int:
+    """How many workers of so many processors (and a GPU) the machines that are there hold, if nobody else uses them."""
+    import ray
+
+    have = ray.cluster_resources()
+    by_cpu = int(have.get("CPU", 0) // threads)
+    return min(by_cpu, int(have.get("GPU", 0))) if use_gpu else by_cpu
 
 
 def require_resources(workers: int, threads: int, use_gpu: bool) -> None:
@@ -255,12 +353,14 @@ def _on_worker(config: dict[str, Any]) -> Any:
     os.environ["CROSS_SIZE"] = str(len(set(nodes)))
     os.environ["LOCAL_SIZE"] = str(train.get_local_world_size())
     buffers = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_"
-    about = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "actor": ray.get_runtime_context().current_actor,
-        "shared_memory": buffers,
-    }
+    runtime = ray.get_runtime_context()
+    about = About(
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        node=runtime.get_node_id(),
+        actor=runtime.current_actor,
+        shared_memory=buffers,
+    )
     ray.get(control.join.remote(rank, about))
     context = WorkerContext(
         rank=rank,
@@ -268,84 +368,13 @@ def _on_worker(config: dict[str, Any]) -> Any:
         local_rank=train.get_local_rank(),
         device=str(ray.train.torch.get_device()) if config["gpu"] else "cpu",
     )
-    interval = _LOOK_EVERY_S if rank == 0 else _POLL_EVERY_S
+    interval = _LOOK_EVERY_S if rank == 0 else config["poll_s"]
     try:
-        with Link(context, lambda progress: ray.get(control.exchange.remote(rank, progress)), interval):
+        with Link(context, lambda word: ray.get(control.exchange.remote(rank, word)), interval):
             return config["fn"](context, config["payload"])
     except BaseException as error:  # noqa: BLE001  it is raised again, made portable
-        if _SECONDARY.search(str(error)):
+        if SECONDARY.search(str(error)):
             time.sleep(_SECONDARY_WAIT_S)  # let the controller see the first cause
         raise portable(error, f"rank {rank}") from None
-
-
-def portable(error: BaseException, who: str) -> Exception:
-    """The exception with its traceback as a note, or, where it does not survive pickling, a WorkerError like it."""
-    import ray.cloudpickle
-
-    trace = "".join(traceback.format_exception(error))
-    if isinstance(error, Exception):
-        error.add_note(f"{who}:\n{trace}")
-        try:
-            copy = ray.cloudpickle.loads(ray.cloudpickle.dumps(error))
-            if type(copy) is type(error) and str(copy) == str(error):
-                return error
-        except Exception:  # noqa: BLE001  whatever it is, it cannot travel
-            pass
-    stand_in = WorkerError(f"{type(error).__name__}: {error}")
-    stand_in.exit_status = getattr(error, "exit_status", stand_in.exit_status)
-    stand_in.add_note(f"{who}:\n{trace}")
-    return stand_in
-
-
-def _explain(error: BaseException, ranks: dict[int, dict[str, Any]], session: Session, log: str) -> BaseException:
-    """The error to raise in the driver; everything else goes to the file `log`."""
-    from ray.train import TrainingFailedError
-    from ray.train.v2.api.exceptions import WorkerGroupError
-
-    if not isinstance(error, TrainingFailedError):
-        return error
-    failures: dict[int, BaseException] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-    dead = {rank: failure for rank, failure in failures.items() if _is_death(failure)}
-    told = {
-        rank: failure for rank, failure in failures.items() if rank not in dead and not _SECONDARY.search(str(failure))
-    }
-    _write_log(log, error, failures, ranks, session)
-    if told:
-        return told[min(told)]
-    if dead:
-        rank = min(dead)
-        about = ranks.get(rank, {})
-        where = f"process {about['pid']} on {about['host']}" if about else "before it had started"
-        return WorkerDied(f"rank {rank} died ({where}): killed, out of memory or crashed; details in {log}")
-    if failures:
-        return failures[min(failures)]
-    cause = getattr(error, "controller_failure", error)
-    last = str(cause).strip().splitlines()[-1:] or [type(cause).__name__]
-    return ClusterError(f"the worker group failed: {last[0]}; details in {log}")
-
-
-def _is_death(error: BaseException) -> bool:
-    from ray.exceptions import RayActorError
-
-    inner = getattr(error, "health_check_failure", None)
-    return isinstance(error, RayActorError) or isinstance(inner, RayActorError)
-
-
-def _write_log(
-    log: str,
-    error: BaseException,
-    failures: dict[int, BaseException],
-    ranks: dict[int, dict[str, Any]],
-    session: Session,
-) -> None:
-    parts = [time.strftime("%Y-%m-%dT%H:%M:%S%z"), str(error)]
-    for rank, failure in sorted(failures.items()):
-        parts += [f"--- rank {rank}: {type(failure).__name__}: {failure}", *getattr(failure, "__notes__", [])]
-    for rank, about in sorted(ranks.items()):
-        for path in sorted(Path(session.logs).glob(f"worker-*-{about['pid']}.*")):
-            tail = path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
-            parts += [f"--- rank {rank}: {path.name}", tail] if tail else []
-    try:
-        storage.atomic_write(log, "\n".join(parts) + "\n")
-    except storage.StorageError as problem:
-        error.add_note(str(problem))  # a full disk must not hide the failure
+    finally:
+        control.leave.remote(rank)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cluster.group import WorkerDied, portable, require_resources
+from cluster.failures import WorkerDied, portable
+from cluster.group import require_resources
 from cluster.runtime import ray_session
 from cluster.stop import StopFlag
 

@@ -3,7 +3,7 @@
 Every rank says again and again where it is: the step, the phase of it, how many phases it has gone through. Two things
 can go wrong. A rank falls silent: its process is frozen, or its machine cannot be reached. Or it speaks, and does not
 move: it waits, as a rule for others in a collective. Ranks run in step, so the ones furthest behind are those that the
-others wait for.
+others wait for, and only their time counts.
 
 How long a phase may take is learned from how long it took, so that one rule serves a tiny network and a giant; before
 anything is known there is a generous limit. Times are the observer's own, so clocks of machines may differ.
@@ -66,15 +66,19 @@ class Watchdog:
     _ranks: dict[int, _Rank] = field(default_factory=dict)
     _asked: float | None = None
 
-    def hear(self, rank: int, beat: Beat, now: float) -> None:
-        """A rank's word arrived."""
+    def hear(self, rank: int, beat: Beat, now: float, took_s: Mapping[str, float] | None = None) -> None:
+        """A rank's word arrived.
+
+        `took_s`: the longest that it was in each phase since its last word, by its own clock.
+        """
+        for phase, seconds in (took_s or {}).items():
+            self._learn(phase, seconds)
         known = self._ranks.get(rank)
         if known is None:
             self._ranks[rank] = _Rank(beat, now, now)
             return
         known.heard = now
         if beat.count != known.beat.count:
-            self._learn(known.beat.phase, now - known.moved)  # at most: it may have gone through others since
             known.beat, known.moved = beat, now
 
     def forget(self, rank: int) -> None:
@@ -98,11 +102,11 @@ class Watchdog:
         if silent:
             longest = min(silent, key=lambda rank: self._ranks[rank].heard)
             return self._found(silent, longest, True, now - self._ranks[longest].heard, self.silence_s)
-        late = [rank for rank, known in self._ranks.items() if now - known.moved > self.limit_s(known.beat.phase)]
+        behind = self._behind()
+        late = [rank for rank in behind if now - self._ranks[rank].moved > self.limit_s(self._ranks[rank].beat.phase)]
         if not late:
             return None
-        behind = self._behind(late)
-        first = min(behind, key=lambda rank: self._ranks[rank].moved)
+        first = min(late, key=lambda rank: self._ranks[rank].moved)
         limit_s = self.limit_s(self._ranks[first].beat.phase)
         return self._found(behind, first, False, now - self._ranks[first].moved, limit_s)
 
@@ -115,11 +119,10 @@ class Watchdog:
         median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
         return {rank: value / median if median > 0 else 1.0 for rank, value in seconds.items()}
 
-    def _behind(self, late: Iterable[int]) -> list[int]:
-        """Those of all ranks that have gone through fewest phases, if they are late themselves; else the late ones."""
-        late = list(late)
-        least = min(known.beat.count for known in self._ranks.values())
-        return [rank for rank in late if self._ranks[rank].beat.count == least] or late
+    def _behind(self) -> list[int]:
+        """Those that have gone through fewest phases."""
+        least = min((known.beat.count for known in self._ranks.values()), default=0)
+        return [rank for rank, known in self._ranks.items() if known.beat.count == least]
 
     def _found(self, ranks: Iterable[int], about: int, silent: bool, waited_s: float, limit_s: float) -> Stuck:
         beat = self._ranks[about].beat

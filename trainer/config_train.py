@@ -96,6 +96,20 @@ class EngineSection(Section):
         return self
 
 
+class RecoverySection(Section):
+    """What a run survives by itself: it starts its ranks again from the newest whole checkpoint."""
+
+    max_failures: int | None = Field(
+        default=3, ge=0, description="ends of ranks in a row without a new checkpoint; null: any number"
+    )
+    max_preemptions: int | None = Field(default=None, ge=0, description="the same of machines that go away")
+    min_workers: int | None = Field(default=None, ge=1, description="null: cluster.workers, always")
+    capacity_wait_s: float = Field(default=600.0, ge=0, description="for machines to come back, when too few are left")
+    silence_s: float = Field(default=30.0, gt=0, description="without a word of a rank before it counts as frozen")
+    hang_factor: float = Field(default=10.0, gt=1, description="times the longest that a phase took before: it hangs")
+    hang_shortest_s: float = Field(default=60.0, gt=0, description="no phase hangs before that")
+
+
 class CheckpointSection(Section):
     """When to save, and what stays. A run also saves at its end and when it is stopped."""
 
@@ -149,6 +163,7 @@ class TrainConfig(Section):
     optim: OptimSection = OptimSection()
     engine: EngineSection = EngineSection()
     cluster: ClusterSection = ClusterSection()
+    recovery: RecoverySection = RecoverySection()
     checkpoint: CheckpointSection = CheckpointSection()
     validation: ValidationSection = ValidationSection()
     track: TrackSection = TrackSection()
@@ -165,6 +180,11 @@ class TrainConfig(Section):
             problems.append("data.roles: is empty; name at least one role and its datasets")
         if self.checkpoint.every is None and self.checkpoint.every_minutes is None:
             problems.append("checkpoint.every: null needs checkpoint.every_minutes")
+        if (self.recovery.min_workers or 0) > self.cluster.workers:
+            problems.append(
+                f"recovery.min_workers: {self.recovery.min_workers} are more than cluster.workers, "
+                f"{self.cluster.workers}"
+            )
         if self.checkpoint.keep_best and not self.validation.datasets:
             problems.append("checkpoint.keep_best: needs validation.datasets to tell which checkpoint is best")
         if problems:

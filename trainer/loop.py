@@ -29,6 +29,7 @@ class TrainingDiverged(RuntimeError):
     """Too many consecutive steps without a finite gradient."""
 
     exit_status = 1
+    hopeless = True  # tried again, it would end in the same way
 
 
 @dataclass(kw_only=True)
@@ -90,9 +91,11 @@ class Loop:
                 hooks.checkpoint(last=True)
                 return next(reason for reason, asked in zip(REASONS, stops, strict=True) if asked)
             hooks.agreed(bool(due), written, failed)
+            self.context.beat(self.step + 1, "data")
             started = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - started
+            self.context.beat(self.step + 1, "step")
             hooks.before_step(batch)
             record = self.train_step(batch, self._flags(hooks))
             record.phases["data_wait"] = waited

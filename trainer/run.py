@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -21,14 +20,13 @@ from cluster import storage
 from cluster.lock import locked_folder
 from cluster.progress import Progress
 from cluster.stop import StopFlag
-from cluster.worker import WorkerContext
+from trainer.attempts import TrainOutcome, newest_checkpoint, run_attempts
 from trainer.changes import refuse_changes, say_changes
-from trainer.checkpoint import CheckpointError, clean, find_checkpoint, list_checkpoints, step_of
+from trainer.checkpoint import CheckpointError, clean, list_checkpoints, step_of
 from trainer.config import ConfigError, dump_config, read_config
 from trainer.config_train import TrainConfig
 from trainer.folder import RunFolder
 from trainer.inputs import check_inputs, order_facts, order_lines, with_steps
-from trainer.journal import Journal
 
 PACKAGES = (
     "torch",
@@ -40,20 +38,6 @@ PACKAGES = (
     "nvidia-dali-cuda120",
     "pillow-simd",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOutcome:
-    """How a run ended: `stopped` is the reason of an early stop (SIGINT, SIGTERM) or None when it is complete."""
-
-    folder: str
-    step: int
-    stopped: str | None = None
-
-    @property
-    def weights(self) -> str:
-        """Folder of the exported network."""
-        return RunFolder(self.folder).weights
 
 
 def train(
@@ -78,27 +62,26 @@ def train(
         raise ConfigError(f"{config.folder}: no run to resume; start it without --resume")
     with locked_folder(config.folder, "this run"):
         config = with_earlier_skips(config) if resume else config
-        before, journal = settings_of(folder), Journal(config.folder)
+        before = settings_of(folder)
         checkpoint = prepare_folder(config, resume)
         forget_ranks(folder)
         if is_done(config, checkpoint):
             return TrainOutcome(folder=config.folder, step=folder.finished_step() or 0)
         facts = order_facts(config, samples)
-        journal.write("started", resume=checkpoint, workers=config.cluster.workers, **facts)
         if say and (lines := order_lines(facts)):
             say("\n".join(lines))
         try:
-            outcome = run_ranks(config, checkpoint, on_progress, stop or StopFlag())
-        except BaseException as error:
-            if isinstance(error, CheckpointError):  # the ranks have refused to go on: as if nobody had asked
-                put_back(before)
-            with contextlib.suppress(storage.StorageError):  # a full disk must not hide what happened
-                journal.write("failed", error=f"{type(error).__name__}: {error}"[:2000])
+            return run_attempts(config, checkpoint, facts, on_progress, stop or StopFlag(), say or print_line)
+        except CheckpointError:  # the ranks have refused to go on: as if nobody had asked
+            put_back(before)
             raise
         finally:
             forget_ranks(folder)
-        journal.write("stopped" if outcome.stopped else "finished", step=outcome.step, reason=outcome.stopped)
-    return outcome
+
+
+def print_line(line: str) -> None:
+    """To stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def settings_of(folder: RunFolder) -> dict[str, bytes]:
@@ -112,43 +95,6 @@ def put_back(settings: Mapping[str, bytes]) -> None:
     for path, content in settings.items():
         with contextlib.suppress(storage.StorageError):
             storage.atomic_write(path, content)
-
-
-def run_ranks(
-    config: TrainConfig,
-    checkpoint: str | None,
-    on_progress: Callable[[Mapping[str, Any]], None] | None,
-    stop: StopFlag,
-) -> TrainOutcome:
-    """Start the worker group and wait for its end."""
-    from cluster.group import run_group
-
-    cluster = config.cluster
-    result = run_group(
-        on_rank,
-        {"config": config.model_dump(mode="json"), "checkpoint": checkpoint, "attempt": attempt_of(config)},
-        address=cluster.address,
-        workers=cluster.workers,
-        use_gpu=cluster.use_gpu,
-        threads_per_worker=cluster.threads,
-        name=config.name,
-        storage_path=config.folder,
-        on_progress=on_progress,
-        stop=stop,
-    )
-    return TrainOutcome(folder=config.folder, step=result.value["step"], stopped=result.value["stopped"])
-
-
-def attempt_of(config: TrainConfig) -> str:
-    """What the driver has just written into environment.json, to be found there by every rank."""
-    return str(json.loads(storage.read_bytes(RunFolder(config.folder).environment))["attempt"])
-
-
-def on_rank(context: WorkerContext, payload: Mapping[str, Any]) -> dict[str, Any]:
-    """What Ray calls on every rank. The driver itself imports none of the rank's libraries."""
-    from trainer.worker import train_worker
-
-    return train_worker(context, payload)
 
 
 def show_step(bar: Progress) -> Callable[[Mapping[str, Any]], None]:
@@ -203,20 +149,6 @@ def prepare_folder(config: TrainConfig, resume: bool) -> str | None:
         say_changes(run.path, before, config)
     storage.atomic_write(run.config, dump_config(config))
     storage.atomic_write(run.environment, json.dumps(environment(config), indent=1))
-    return checkpoint
-
-
-def newest_checkpoint(run: RunFolder) -> str | None:
-    """The newest whole one; those passed over are told. Raises CheckpointError when there are some, and none whole."""
-    checkpoint, passed = find_checkpoint(run.checkpoints)
-    for line in passed:
-        Journal(run.path).write("checkpoint_passed_over", problem=line)
-        print(f"passed over {line}", file=sys.stderr)
-    if passed and not checkpoint:
-        raise CheckpointError(
-            f"{run.checkpoints}: none of {len(passed)} is whole ({passed[0]}); restore one, or move them away "
-            "to start from step 0"
-        )
     return checkpoint
 
 

@@ -51,12 +51,14 @@ class OutOfMemory(RuntimeError):
     """A step did not fit into a device's memory."""
 
     exit_status = 1
+    hopeless = True  # tried again, it would end in the same way
 
 
 class CheckpointLost(RuntimeError):
     """The checkpoint that a run ends with cannot be written: what was trained since the one before is lost."""
 
     exit_status = 1
+    hopeless = True  # tried again, it would end in the same way
 
 
 def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,6 +270,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         self._say_micro_batches()
         reason = self.loop.run(batches, self)
         if reason is None:
+            self.context.beat(self.loop.step, "export")
             network = self.shadow.current(self.engine, self.ema, everywhere=False)
             if self.context.rank == 0 and network is not None:
                 self.task.export(network, self.folder.weights)
@@ -311,6 +314,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         if not prune:
             self._saved = None  # a validation's of this very step holds the count of skipped steps
         for _ in range(2 if last else 1):  # the run's last one is tried twice
+            self.context.beat(self.loop.step, "checkpoint")
             if self._saved != self.loop.step:
                 self._clock = time.monotonic()
                 self.saver.begin(self._state(), self._about(), prune=prune)
@@ -364,6 +368,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
 
     def _validate(self, validator: Validator) -> None:
         """Measure the network as it would be exported; save it when it is among the best."""
+        self.context.beat(self.loop.step, "validation")
         network = self.shadow.current(self.engine, self.ema, everywhere=True)
         assert network is not None
         try:

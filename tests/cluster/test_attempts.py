@@ -22,14 +22,14 @@ from cluster.attempts import (
 
 
 def ended(kind: Kind, step: int = 0, **other: Any) -> Ending:
-    return Ending(kind=kind, step=step, reason=f"it {kind}", **other)
+    return Ending(**({"kind": kind, "step": step, "reason": f"it {kind}"} | other))
 
 
 def policy(**changes: Any) -> Policy:
     return Policy(**({"workers": 4, "min_workers": 2, "max_failures": 2} | changes))
 
 
-@pytest.mark.parametrize("kind", ["failed", "died", "hung"])
+@pytest.mark.parametrize("kind", ["died", "hung"])
 def test_the_work_s_own_ends_are_forgiven_so_often_in_a_row(kind: Kind) -> None:
     row = [ended(kind)]
     for wait_s in (1.0, 2.0):
@@ -37,7 +37,7 @@ def test_the_work_s_own_ends_are_forgiven_so_often_in_a_row(kind: Kind) -> None:
         row.append(ended(kind))
     found = decide(row, policy(), 4)
     assert isinstance(found, GiveUp)
-    assert found.because == f"it {kind} (3 in a row without a new checkpoint; cluster.max_failures is 2)"
+    assert found.because == f"it {kind} (3 in a row without a new checkpoint; recovery.max_failures is 2)"
 
 
 def test_progress_clears_the_count() -> None:
@@ -49,16 +49,25 @@ def test_progress_clears_the_count() -> None:
 
 def test_machines_have_a_budget_of_their_own() -> None:
     away = [ended("lost"), ended("preempted")] * 50
-    assert decide(away, policy(), 4) == Next(workers=4, wait_s=0.0, because="it preempted")
-    assert decide([ended("died"), ended("died"), *away], policy(), 4) == Next(
-        workers=4, wait_s=2.0, because="it preempted"
+    for count, wait_s in ((1, 0.0), (2, 1.0), (3, 2.0), (100, LONGEST_WAIT_S)):
+        assert decide(away[:count], policy(), 4) == Next(workers=4, wait_s=wait_s, because=away[count - 1].reason)
+    assert decide([ended("died"), ended("died"), away[0]], policy(), 4) == Next(
+        workers=4, wait_s=2.0, because="it lost"
     )
     found = decide(away[:3], policy(max_preemptions=2), 4)
-    assert isinstance(found, GiveUp) and "cluster.max_preemptions is 2" in found.because
+    assert isinstance(found, GiveUp) and "recovery.max_preemptions is 2" in found.because
 
 
 def test_a_wrong_input_is_not_tried_again() -> None:
     assert decide([ended("failed", hopeless=True)], policy(max_failures=None), 4) == GiveUp(because="it failed")
+
+
+def test_the_same_exception_with_nothing_done_in_between_would_come_again() -> None:
+    one, other = ended("failed", reason="a"), ended("failed", reason="b")
+    assert isinstance(decide([one], policy(), 4), Next)
+    assert isinstance(decide([one, other], policy(), 4), Next)
+    assert decide([one, one], policy(), 4) == GiveUp(because="a (twice in a row, with nothing done in between)")
+    assert isinstance(decide([one, ended("failed", 5, reason="a")], policy(), 4), Next)
 
 
 def test_no_limit_is_no_limit() -> None:
@@ -73,7 +82,7 @@ def test_as_many_workers_as_fit(capacity: int, workers: int | None) -> None:
     found = decide([ended("lost")], policy(), capacity)
     if workers is None:
         assert isinstance(found, GiveUp)
-        assert found.because.endswith(f"room for {capacity} workers, and cluster.min_workers is 2")
+        assert found.because.endswith(f"room for {capacity} workers, and recovery.min_workers is 2")
     else:
         assert isinstance(found, Next) and found.workers == workers
 

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from cluster.group import GroupResult, WorkerDied, WorkerError, run_group
+from cluster.failures import WorkerDied, WorkerError, WorkerHung
+from cluster.group import GroupResult, Watch, run_group
 from cluster.runtime import ClusterAddressError, Session, ray_session
 from cluster.stop import StopFlag
 from tests.cluster import work
@@ -76,6 +78,45 @@ def test_a_killed_rank_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert "\n" not in str(caught.value)
     assert "rank 1" in (tmp_path / ".ray" / "test-failure.log").read_text()
     assert capfd.readouterr() == ("", "")
+
+
+def watched(folder: Path, **settings: float) -> Watch:
+    return Watch(stacks=str(folder / "stacks"), **settings)  # type: ignore[arg-type]
+
+
+def test_a_rank_that_sleeps_is_named_and_all_are_ended(tmp_path: Path) -> None:
+    """The other waits for it in a collective, which has no end of its own."""
+    watch = watched(tmp_path, shortest_s=2.0, factor=10.0)
+    with pytest.raises(WorkerHung) as caught:
+        run(work.hang, {"rank": 1, "how": "sleep", "folder": str(tmp_path)}, tmp_path, watch=watch)
+    said = str(caught.value)
+    assert said.startswith("rank 1 has been in the phase 'data' of step 6 for ")
+    assert f"(process {pid_of(tmp_path, 1)} on " in said
+    stacks = {path.name: path.read_text() for path in (tmp_path / "stacks").iterdir()}
+    assert stacks.keys() == {"rank-0.txt", "rank-1.txt"}
+    assert "in lie_down" in stacks["rank-1.txt"] and "in all_reduce" in stacks["rank-0.txt"]
+    assert watch.learned["step"] < 2
+    assert not [rank for rank in (0, 1) if psutil.pid_exists(pid_of(tmp_path, rank))]
+
+
+def test_a_stopped_process_is_found_by_its_silence_and_killed(tmp_path: Path) -> None:
+    watch = watched(tmp_path, silence_s=4.0)
+    with pytest.raises(WorkerHung) as caught:
+        run(work.hang, {"rank": 1, "how": "stop", "folder": str(tmp_path)}, tmp_path, watch=watch)
+    said = str(caught.value)
+    assert said.startswith("rank 1 has not been heard of for ") and ", stopped); stacks in " in said
+    assert [path.name for path in (tmp_path / "stacks").iterdir()] == ["rank-0.txt"]
+    assert not psutil.pid_exists(pid_of(tmp_path, 1))
+
+
+def test_a_group_that_moves_is_left_alone(tmp_path: Path) -> None:
+    watch = watched(tmp_path, shortest_s=2.0)
+    result = run(work.hang, {"rank": -1, "how": "", "folder": str(tmp_path)}, tmp_path, watch=watch)
+    assert result.value == "done" and not (tmp_path / "stacks").exists()
+
+
+def pid_of(folder: Path, rank: int) -> int:
+    return int((folder / f"pid-{rank}").read_text())
 
 
 def test_more_workers_than_the_cluster_holds_are_refused_at_once(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.group import WorkerDied
+from cluster.failures import WorkerDied
 from cluster.pool import PoolResult, run_pool
 from cluster.runtime import ray_session
 from cluster.stop import StopFlag

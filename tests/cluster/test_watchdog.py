@@ -15,17 +15,22 @@ class Group:
         self.at = {rank: Beat(step=0, phase="start", count=0) for rank in range(ranks)}
         self.silent: set[int] = set()
         self.now = 0.0
+        self.took: dict[int, dict[str, float]] = {rank: {} for rank in range(ranks)}
+        self.since = dict.fromkeys(range(ranks), 0.0)
 
     def enter(self, phase: str, *ranks: int, step: int | None = None) -> None:
         for rank in ranks or self.at:
             old = self.at[rank]
+            self.took[rank][old.phase] = self.now - self.since[rank]
+            self.since[rank] = self.now
             self.at[rank] = Beat(step=old.step if step is None else step, phase=phase, count=old.count + 1)
 
     def second(self) -> Stuck | None:
         self.now += 1
         for rank, beat in self.at.items():
             if rank not in self.silent:
-                self.dog.hear(rank, beat, self.now)
+                self.dog.hear(rank, beat, self.now, self.took[rank])
+                self.took[rank] = {}
         return self.dog.stuck(self.now)
 
     def until_stuck(self, most_s: int = 5000) -> tuple[int, Stuck]:
@@ -126,13 +131,26 @@ def test_what_was_learned_serves_the_next_attempt() -> None:
     assert again.limit_s("step") == group.dog.limit_s("step") < 30
 
 
-def test_fast_steps_between_two_words_teach_a_limit_too() -> None:
+def test_phases_too_short_to_be_seen_are_known_by_the_rank_s_own_clock() -> None:
     """Of a thousand steps a second only one in a thousand is seen."""
     group = Group(1)
     for step in range(0, 5000, 997):
         group.at[0] = Beat(step=step, phase="step", count=2 * step + 1)
+        group.took[0] = {"data": 0.0004, "step": 0.0006}
         assert group.second() is None
-    assert group.dog.limit_s("step") == 10.0
+    assert group.dog.limit_s("step") == group.dog.limit_s("data") == 5.0
+
+
+def test_who_waits_for_others_is_not_blamed_for_their_first_long_read() -> None:
+    """Rank 1 is in a phase that nobody knows yet; the others' own limit is long over."""
+    group = Group(2)
+    group.steps(5)
+    group.enter("data", 0, step=6)
+    group.enter("step", 0)
+    group.enter("checkpoint", 1)
+    waited, found = group.until_stuck()
+    assert (found.ranks, found.phase) == ((1,), "checkpoint")
+    assert waited == pytest.approx(UNKNOWN_S["checkpoint"], abs=2)
 
 
 def test_slowdowns_are_over_the_median_rank() -> None:

@@ -81,6 +81,28 @@ def ignore_stop(context: WorkerContext, payload: dict[str, Any]) -> None:
     time.sleep(60)
 
 
+def hang(context: WorkerContext, payload: dict[str, Any]) -> str:
+    """Ten steps; in the sixth, `rank` lies down while it waits for data."""
+    import torch
+    import torch.distributed as dist
+
+    Path(payload["folder"], f"pid-{context.rank}").write_text(str(os.getpid()))
+    for step in range(1, 11):
+        context.beat(step, "data")
+        if step == 6 and context.rank == payload["rank"]:
+            lie_down(payload["how"])
+        context.beat(step, "step")
+        dist.all_reduce(torch.zeros(1))
+        time.sleep(0.3)
+    return "done"
+
+
+def lie_down(how: str) -> None:
+    if how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600)
+
+
 class Worker:
     """A pool's object. Items: a number is doubled; others do as they say."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.worker import WorkerContext
+from cluster.worker import Orders, WorkerContext
 from dataio.types import Batch
 from tests.trainer.batches import share, task_of, train_config
 from tests.trainer.ranks import run_ranks
@@ -181,7 +181,7 @@ def stopping_run(rank: int, world_size: int) -> tuple[Any, ...]:
 
     def after_step(record: StepRecord, batch: Batch) -> None:
         if record.step == 2 and rank == world_size - 1:
-            loop.context._stop = ("SIGTERM", None)
+            loop.context._orders = Orders(reason="SIGTERM")
 
     hooks.after_step = after_step  # type: ignore[method-assign]
     reason = loop.run(iter([share(config, rank, world_size, seed=s) for s in range(10)]), hooks)

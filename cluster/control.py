@@ -1,0 +1,75 @@
+"""The actor between a driver and its ranks: it keeps the last word of either side, and watches that they move."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.watchdog import Stuck, Watchdog
+from cluster.worker import Orders, Word
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """Where a rank's process is."""
+
+    pid: int
+    host: str
+    node: str  # Ray's id
+    actor: Any
+    shared_memory: str  # prefix of the segments that it would leave behind
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What the driver sees at a look. `joined`: ranks that have entered the function so far."""
+
+    progress: dict[str, Any] | None
+    joined: int
+    stuck: Stuck | None
+
+
+class Control:
+    """One per attempt. `watch`: the Watchdog's settings."""
+
+    def __init__(self, watch: Mapping[str, Any]) -> None:
+        self._dog = Watchdog(**watch)
+        self._progress: dict[str, Any] | None = None
+        self._orders = Orders()
+        self._ranks: dict[int, About] = {}
+        self._left: set[int] = set()
+
+    def join(self, rank: int, about: About) -> None:
+        """A rank enters the function."""
+        self._ranks[rank] = about
+
+    def leave(self, rank: int) -> None:
+        """A rank has left the function, one way or the other."""
+        self._left.add(rank)
+        self._dog.forget(rank)
+
+    def exchange(self, rank: int, word: Word) -> Orders:
+        """A rank's word for its orders."""
+        if rank not in self._left:
+            self._dog.hear(rank, word.beat, time.monotonic(), word.took_s)
+        if rank == 0 and word.progress is not None:
+            self._progress = word.progress
+        return self._orders
+
+    def order(self, orders: Orders) -> None:
+        """What every rank is told from now on."""
+        self._orders = orders
+
+    def look(self) -> View:
+        """To be called every second or so."""
+        return View(progress=self._progress, joined=len(self._ranks), stuck=self._dog.stuck(time.monotonic()))
+
+    def ranks(self) -> dict[int, About]:
+        """Where the ranks are that have joined."""
+        return self._ranks
+
+    def learned(self) -> dict[str, float]:
+        """The longest that each phase took: for the next attempt's watchdog."""
+        return dict(self._dog.longest_s)

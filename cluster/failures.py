@@ -1,0 +1,115 @@
+"""Why a worker group ended: the first cause out of all that its ranks say, as one error, and the rest in a file."""
+
+from __future__ import annotations
+
+import re
+import time
+import traceback
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from cluster import storage
+from cluster.control import About
+from cluster.runtime import ClusterError
+
+_LOG_TAIL_BYTES = 64 << 10
+# A rank whose peer died fails in the next collective: the peer's end is the news, not this.
+SECONDARY = re.compile(
+    r"closed by peer|reset by peer|broken pipe|remote process exited|connection was likely closed", re.IGNORECASE
+)
+
+
+class WorkerError(ClusterError):
+    """An exception of a worker that could not travel: its type, text and traceback, as text."""
+
+
+class WorkerDied(ClusterError):
+    """A worker's process ended without an exception: killed, out of memory, or crashed."""
+
+
+class WorkerHung(ClusterError):
+    """The group did not move for too long and was killed: which rank is at fault, and where the stacks are."""
+
+
+class MachineLost(ClusterError):
+    """A worker went with its machine: the work is not to blame."""
+
+
+def portable(error: BaseException, who: str) -> Exception:
+    """The exception with its traceback as a note, or, where it does not survive pickling, a WorkerError like it."""
+    import ray.cloudpickle
+
+    trace = "".join(traceback.format_exception(error))
+    if isinstance(error, Exception):
+        error.add_note(f"{who}:\n{trace}")
+        try:
+            copy = ray.cloudpickle.loads(ray.cloudpickle.dumps(error))
+            if type(copy) is type(error) and str(copy) == str(error):
+                return error
+        except Exception:  # noqa: BLE001  whatever it is, it cannot travel
+            pass
+    stand_in = WorkerError(f"{type(error).__name__}: {error}")
+    stand_in.exit_status = getattr(error, "exit_status", stand_in.exit_status)
+    stand_in.add_note(f"{who}:\n{trace}")
+    return stand_in
+
+
+def explain(
+    error: BaseException, ranks: Mapping[int, About], alive: Collection[str], logs: str, log: str
+) -> BaseException:
+    """The error to raise in the driver; everything else goes to the file `log`.
+
+    `alive`: Ray's ids of the nodes that are there still, empty where nobody knows. `logs`: Ray's log folder here.
+    """
+    from ray.train import TrainingFailedError
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    if not isinstance(error, TrainingFailedError):
+        return error
+    failures: dict[int, BaseException] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    dead = {rank: failure for rank, failure in failures.items() if _is_death(failure)}
+    told = {
+        rank: failure for rank, failure in failures.items() if rank not in dead and not SECONDARY.search(str(failure))
+    }
+    _write_log(log, error, failures, ranks, logs)
+    if told:
+        return told[min(told)]
+    if dead:
+        rank = min(dead)
+        about = ranks.get(rank)
+        where = f"process {about.pid} on {about.host}" if about else "before it had started"
+        if about and alive and about.node not in alive:
+            return MachineLost(f"rank {rank} was lost with its machine ({where}); details in {log}")
+        return WorkerDied(f"rank {rank} died ({where}): killed, out of memory or crashed; details in {log}")
+    if failures:
+        return failures[min(failures)]
+    cause = getattr(error, "controller_failure", error)
+    last = str(cause).strip().splitlines()[-1:] or [type(cause).__name__]
+    return ClusterError(f"the worker group failed: {last[0]}; details in {log}")
+
+
+def _is_death(error: BaseException) -> bool:
+    from ray.exceptions import RayActorError
+
+    inner = getattr(error, "health_check_failure", None)
+    return isinstance(error, RayActorError) or isinstance(inner, RayActorError)
+
+
+def _write_log(
+    log: str,
+    error: BaseException,
+    failures: dict[int, BaseException],
+    ranks: Mapping[int, About],
+    logs: str,
+) -> None:
+    parts = [time.strftime("%Y-%m-%dT%H:%M:%S%z"), str(error)]
+    for rank, failure in sorted(failures.items()):
+        parts += [f"--- rank {rank}: {type(failure).__name__}: {failure}", *getattr(failure, "__notes__", [])]
+    for rank, about in sorted(ranks.items()):
+        for path in sorted(Path(logs).glob(f"worker-*-{about.pid}.*")):
+            tail = path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
+            parts += [f"--- rank {rank}: {path.name}", tail] if tail else []
+    try:
+        storage.atomic_write(log, "\n".join(parts) + "\n")
+    except storage.StorageError as problem:
+        error.add_note(str(problem))  # a full disk must not hide the failure
