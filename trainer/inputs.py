@@ -3,48 +3,93 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from cluster import storage
+from cluster.storage import StorageError
 from dataio.dataset import Dataset
 from dataio.labels import LabelStore
 from dataio.plan import pass_batches, skipped_batches
 from dataio.spec import DataError
+from model.types import WeightsError
 from trainer.config import ConfigError, parse_config
 from trainer.config_train import TrainConfig
 
+T = TypeVar("T")
+
+Problem = ConfigError | DataError | StorageError | WeightsError
+
 
 def check_inputs(config: TrainConfig) -> dict[str, int]:
-    """Everything that can be known to be wrong before a worker starts, cheapest first. Returns each role's samples."""
+    """Everything that can be known to be wrong before a worker starts. Returns each role's samples.
+
+    Raises ConfigError, DataError, StorageError or WeightsError; ConfigError, a line each, when there are several.
+    """
+    samples, problems = look_at_inputs(config)
+    if len(problems) > 1:
+        raise ConfigError("\n".join(map(str, problems)))
+    if problems:
+        raise problems[0]
+    return samples
+
+
+def look_at_inputs(config: TrainConfig) -> tuple[dict[str, int], list[Problem]]:
+    """(samples of each role, as far as its datasets can be opened; everything that is wrong)."""
     from trainer.tasks.base import make_task
     from trainer.trackers import check_trackers
 
-    task = make_task(config)
-    check_trackers(config)
-    samples = dict.fromkeys(config.data.roles, 0)
+    samples, problems = dict.fromkeys(config.data.roles, 0), list[Problem]()
+
+    def attempt(action: Callable[..., T], *arguments: Any) -> T | None:
+        try:
+            return action(*arguments)
+        except (ConfigError, DataError, StorageError, WeightsError) as error:
+            problems.append(error)
+            return None
+
+    task = attempt(make_task, config)
+    attempt(check_trackers, config)
     for role, spec in config.data.roles.items():
         for index, path in enumerate(spec.datasets):
-            dataset = Dataset.open(path)
+            dataset = attempt(Dataset.open, path)
+            if dataset is None:
+                continue
             samples[role] += dataset.info.samples
-            check_cut(dataset, config.data.max_bad_fraction)
+            attempt(check_cut, dataset, config.data.max_bad_fraction)
             if spec.labels:
-                check_labels(role, spec.labels[index], dataset)
-            elif role == "labelled" and dataset.info.role != "labelled":
-                raise ConfigError(
-                    f"data.roles.{role}.datasets: {path} has no depth; it is packed as {dataset.info.role}"
-                )
-    if config.validation.datasets:
+                attempt(check_labels, role, spec.labels[index], dataset)
+            else:
+                attempt(check_role, role, dataset)
+    if config.validation.datasets and task is not None:
         from trainer.validation import validation_of
 
-        validation_of(config, getattr(task, "preset", None))
+        attempt(validation_of, config, getattr(task, "preset", None))
     for path in config.validation.datasets:
-        if Dataset.open(path).info.quantity is None:
-            raise ConfigError(f"validation.datasets: {path} has no depth to compare with")
-    for name, file in task.files.items():
-        if not storage.exists(file):
-            raise ConfigError(f"{name}: {file}: no such file or folder")
-    return samples
+        attempt(check_depth, path)
+    for name, file in (task.files if task else {}).items():
+        attempt(check_file, name, file)
+    return samples, problems
+
+
+def check_role(role: str, dataset: Dataset) -> None:
+    """ConfigError when photographs without depth are to serve as labelled ones."""
+    if role == "labelled" and dataset.info.role != "labelled":
+        raise ConfigError(
+            f"data.roles.{role}.datasets: {dataset.path} has no depth; it is packed as {dataset.info.role}"
+        )
+
+
+def check_depth(path: str) -> None:
+    """ConfigError when a dataset to validate on has no depth."""
+    if Dataset.open(path).info.quantity is None:
+        raise ConfigError(f"validation.datasets: {path} has no depth to compare with")
+
+
+def check_file(name: str, file: str) -> None:
+    """ConfigError when what a field names is not there."""
+    if not storage.exists(file):
+        raise ConfigError(f"{name}: {file}: no such file or folder")
 
 
 def with_steps(config: TrainConfig, samples: Mapping[str, int]) -> TrainConfig:

@@ -77,7 +77,7 @@ def test_labels_of_another_dataset_are_refused_before_anything_starts(
     mine, other = Dataset.open(places["mine"]), Dataset.open(places["other"])
     assert [(s.stem, s.samples) for s in mine.shards] == [(s.stem, s.samples) for s in other.shards]
     LabelStore.open(places["other_labels"]).complete_for(mine)  # so counting them says nothing
-    monkeypatch.setattr(run, "run_ranks", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(run, "run_attempts", lambda *_: pytest.fail("started"))
     config = student(places, places["other_labels"], tmp_path)
     for refused in (check_inputs, train):
         with pytest.raises(ConfigError, match="labels another dataset") as caught:

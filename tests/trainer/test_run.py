@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from trainer import run
+from trainer import attempts, run
 from trainer.config import ConfigError, dump_config, parse_config, read_config
 from trainer.config_train import TrainConfig
+from trainer.journal import Journal
 from trainer.run import prepare_folder, train
 
 
@@ -75,7 +76,7 @@ def test_a_resume_may_not_change_the_optimizer_nor_end_before_its_checkpoint(
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")  # it has taken a step
     with pytest.raises(ConfigError, match=r"optim\.optimizer: is 'adam', but the run to resume has 'adamw'"):
         prepare_folder(teacher(tmp_path, optim__optimizer="adam"), True)
-    monkeypatch.setattr(run, "find_checkpoint", lambda root: (f"{root}/step_00000009", []))
+    monkeypatch.setattr(attempts, "find_checkpoint", lambda root: (f"{root}/step_00000009", []))
     with pytest.raises(ConfigError, match="steps: is 4, but the run has done 9"):
         prepare_folder(teacher(tmp_path), True)
 
@@ -84,10 +85,10 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     """No rank is started for steps that are done, and the folder says on which machines they were done."""
     config, folder = teacher(tmp_path), tmp_path / "run"
     prepare_folder(config, False)
-    run.Journal(config.folder).write("finished", step=4, reason=None)
+    Journal(config.folder).write("finished", step=4, reason=None)
     monkeypatch.setattr(run, "check_inputs", lambda config: {"labelled": 8})
-    monkeypatch.setattr(run, "find_checkpoint", lambda root: (f"{root}/step_00000004", []))
-    monkeypatch.setattr(run, "run_ranks", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(attempts, "find_checkpoint", lambda root: (f"{root}/step_00000004", []))
+    monkeypatch.setattr(run, "run_attempts", lambda *_: pytest.fail("started"))
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert train(teacher(tmp_path, log_every=3), resume=True).step == 4
     with pytest.raises(ConfigError, match="steps: is 3, but the run has done 4"):
@@ -99,6 +100,6 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_wrong_field_is_refused_before_gigabytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_folder(teacher(tmp_path), False)
     (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
-    monkeypatch.setattr(run, "find_checkpoint", lambda root: pytest.fail("read"))
+    monkeypatch.setattr(attempts, "find_checkpoint", lambda root: pytest.fail("read"))
     with pytest.raises(ConfigError, match="seed: is 1"):
         prepare_folder(teacher(tmp_path, seed=1), True)

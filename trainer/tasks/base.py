@@ -93,6 +93,10 @@ class Task(abc.ABC):
         """What a checkpoint's tensors cannot say about the network (preset, taps, head), for its manifest."""
         return None
 
+    def frozen_parameters(self) -> int:
+        """How many numbers the frozen networks have, before they are built."""
+        return 0
+
     def frozen_fingerprint(self) -> str | None:
         """Fingerprint of frozen networks, for the checkpoint manifest."""
         return None

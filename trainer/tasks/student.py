@@ -187,5 +187,11 @@ class TrainingTask(DepthTask):
         loss_B = feature_alignment_loss(features_BND[rows], frozen_BND, self.opt.alpha)
         return (loss_B * batch.weight_B[rows]).sum()
 
+    def frozen_parameters(self) -> int:
+        if not self.opt.feature_weight > 0:
+            return 0
+        with torch.device("meta"):
+            return sum(p.numel() for p in Encoder(self.frozen_preset).parameters())
+
     def frozen_fingerprint(self) -> str | None:
         return self._fingerprint
