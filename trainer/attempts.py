@@ -83,7 +83,8 @@ def run_attempts(
             )
             journal.write("started", attempt=attempt, resume=checkpoint, workers=workers, **facts)
             try:
-                outcome = run_ranks(config, workers, checkpoint, watch, on_progress, stop)
+                told = telling(journal, attempt, on_progress, stop)
+                outcome = run_ranks(config, workers, checkpoint, watch, told, stop)
             except BaseException as error:
                 with suppress(storage.StorageError):  # a full disk must not hide what happened
                     journal.write("failed", attempt=attempt, error=f"{type(error).__name__}: {error}"[:2000])
@@ -112,6 +113,26 @@ def run_attempts(
                     outcome = TrainOutcome(folder=config.folder, step=step, stopped=stop.reason)
             journal.write("stopped" if outcome.stopped else "finished", step=outcome.step, reason=outcome.stopped)
             return outcome
+
+
+def telling(journal: Journal, attempt: int, on_progress: Report | None, stop: StopFlag) -> Report:
+    """`on_progress`, and the journal's entries for the first step and for a stop that is under way."""
+    told = set[str]()
+
+    def tell(event: str, **facts: Any) -> None:
+        if event not in told:
+            told.add(event)
+            with suppress(storage.StorageError):  # a full disk is no reason to end
+                journal.write(event, attempt=attempt, **facts)
+
+    def report(progress: Mapping[str, Any]) -> None:
+        tell("running")
+        if stop.reason is not None:
+            tell("stopping", reason=stop.reason)
+        if on_progress:
+            on_progress(progress)
+
+    return report
 
 
 def ending_of(error: Exception, step: int) -> Ending:

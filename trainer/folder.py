@@ -76,6 +76,50 @@ class RunFolder:
         return int(last["step"]) if last and last["event"] == "finished" else None
 
 
+# What an entry of the journal says of the run's state. The states are read off what happened, and written nowhere else.
+STATES = {
+    "submitted": "SUBMITTED",
+    "pending": "PENDING",
+    "started": "STARTING",
+    "running": "RUNNING",
+    "recovering": "RECOVERING",
+    "resizing": "RESIZING",
+    "stopping": "STOPPING",
+    "finished": "SUCCEEDED",
+    "failed": "FAILED",
+    "stopped": "CANCELLED",
+}
+FINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """How a run stands: one of STATES' values, why, and in which of its attempts (of the last driver; 0: none yet)."""
+
+    state: str
+    reason: str | None = None
+    attempt: int = 0
+    time: float | None = None  # of the entry, seconds since the epoch
+
+
+def state_of(journal: Iterable[Mapping[str, Any]]) -> RunState | None:
+    """What the journal's last word on it says; None when it says nothing.
+
+    A run that a machine's end stopped (SIGTERM, PREEMPTED) is PENDING: with `--resume` it goes on.
+    """
+    found: RunState | None = None
+    for line in journal:
+        state = STATES.get(str(line.get("event")))
+        if state is None:
+            continue
+        reason = line.get("reason") or line.get("because") or line.get("error")
+        if state == "CANCELLED" and reason != "SIGINT":
+            state = "PENDING"
+        attempt = line.get("attempt", found.attempt if found else 0)
+        found = RunState(state=state, reason=reason, attempt=attempt, time=line.get("time"))
+    return found
+
+
 def last_end(journal: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The entry with which the last attempt ended; None while one runs, or when it ended without a word."""
     for line in reversed(list(journal)):

@@ -165,7 +165,9 @@ def steps_done(run: Path) -> int:
 
 
 def events(run: Path) -> list[str]:
-    return [entry["event"] for entry in json_lines(run / "journal.jsonl")]
+    """What happened to a run, less what depends on when rank 0 reports."""
+    told = (entry["event"] for entry in json_lines(run / "journal.jsonl"))
+    return [event for event in told if event not in ("running", "stopping")]
 
 
 def run_values(name: str, kind: str, roles: Mapping[str, Any], **other: Any) -> dict[str, Any]:

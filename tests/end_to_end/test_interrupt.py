@@ -56,7 +56,9 @@ def test_a_run_stopped_three_times_ends_as_one_that_was_not(tmp_path: Path, worl
 
     All of it on the same ranks; the uninterrupted run is made by the same command elsewhere.
     """
-    values = teacher_values(world.data, steps=STEPS, preview_every=1000) | {"checkpoint": {"every": 5}}
+    values = teacher_values(world.data, steps=STEPS, preview_every=1000) | {
+        "checkpoint": {"every": 5}, "recovery": {"max_failures": 0},
+    }  # fmt: skip
     write_config(tmp_path / "teacher.yaml", values)
     succeed("train", "teacher.yaml", "--set", "runs=whole", cwd=tmp_path)
     run = tmp_path / "runs" / "teacher"

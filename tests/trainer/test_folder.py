@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.folder import RunFolder, last_end
+from trainer.folder import RunFolder, RunState, last_end, state_of
 from trainer.journal import Journal
 
 STARTED, FINISHED = {"event": "started"}, {"event": "finished", "step": 4}
@@ -35,6 +35,33 @@ def test_whether_the_last_attempt_finished(tmp_path: Path, journal: list[dict[st
 def test_an_attempt_that_ended_without_a_word_has_no_end() -> None:
     assert last_end([STARTED, {"event": "failed", "error": "x"}]) == {"event": "failed", "error": "x"}
     assert last_end([FINISHED, STARTED, {"event": "checkpoint"}]) is None
+
+
+@pytest.mark.parametrize(
+    ("events", "state", "reason"),
+    [
+        ([], None, None),
+        ([{"event": "submitted"}], "SUBMITTED", None),
+        ([{"event": "started", "attempt": 1}], "STARTING", None),
+        ([{"event": "started"}, {"event": "running", "attempt": 1}, {"event": "checkpoint"}], "RUNNING", None),
+        ([{"event": "failed", "error": "x"}], "FAILED", "x"),
+        ([{"event": "failed", "error": "x"}, {"event": "recovering", "because": "y"}], "RECOVERING", "y"),
+        ([{"event": "stopping", "reason": "SIGTERM"}], "STOPPING", "SIGTERM"),
+        ([{"event": "stopped", "reason": "SIGINT"}], "CANCELLED", "SIGINT"),
+        ([{"event": "stopped", "reason": "PREEMPTED"}], "PENDING", "PREEMPTED"),
+        ([{"event": "finished", "reason": None}], "SUCCEEDED", None),
+    ],
+)
+def test_the_state_is_read_off_what_happened(
+    events: list[dict[str, Any]], state: str | None, reason: str | None
+) -> None:
+    found = state_of(events)
+    assert (found.state, found.reason) == (state, reason) if found else state is None
+
+
+def test_the_attempt_is_the_last_one_named() -> None:
+    events = [{"event": "started", "attempt": 2, "time": 5.0}, {"event": "stopping", "reason": "SIGINT", "time": 7.0}]
+    assert state_of(events) == RunState(state="STOPPING", reason="SIGINT", attempt=2, time=7.0)
 
 
 def test_a_bad_sample_counts_once_however_many_met_it(tmp_path: Path) -> None:
