@@ -1,0 +1,81 @@
+"""What watching a large run costs: the watchdog, the journal and the order, driven with simulated ranks and shards.
+
+    .venv/bin/python benchmarks/bench_control.py --ranks 1000 --shards 100000
+
+Every rank says where it is as often as a real one would (a word every ranks / 200 seconds, at least two a second), and the
+driver looks five times a second. No cluster runs: the figure is the processor time of our own code, without Ray's calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import command_line
+from cluster.watchdog import Beat, Watchdog
+from trainer.folder import state_of
+from trainer.journal import Journal
+
+
+def watching(ranks: int, seconds: int) -> tuple[float, str]:
+    """Processor seconds for each second that `ranks` ranks are watched."""
+    dog = Watchdog()
+    every_s = max(0.5, ranks / 200)
+    heard = dict.fromkeys(range(ranks), -every_s)
+    began, said = time.process_time(), 0
+    for tick in range(seconds * 5):
+        now = tick / 5
+        step = int(now)
+        for rank in range(ranks):
+            if now - heard[rank] >= every_s:
+                heard[rank] = now
+                said += 1
+                dog.hear(rank, Beat(step=step, phase="step", count=2 * step + 1), now, {"data": 0.1, "step": 0.9})
+        if dog.stuck(now) is not None:
+            raise AssertionError("a group that moves is not stuck")
+    return (time.process_time() - began) / seconds, f"{said / seconds:.0f} words and 5 looks a second"
+
+
+def journalling(entries: int) -> tuple[float, str]:
+    """Processor seconds for an entry, and what reading a long journal takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(folder)
+        began = time.process_time()
+        for step in range(entries):
+            journal.write("checkpoint", step=step, path=f"step_{step:08d}", stall_seconds=0.1, seconds=1.0)
+        written = (time.process_time() - began) / entries
+        began = time.process_time()
+        state_of(journal.read())
+        return written, f"an entry; all {entries} are read in {time.process_time() - began:.2f} s"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = command_line(__doc__)
+    parser.add_argument("--ranks", type=int, default=1000)
+    parser.add_argument("--seconds", type=int, default=60, help="of the simulated run")
+    parser.add_argument("--entries", type=int, default=10_000, help="of the journal")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table."""
+    arguments = parse()
+    print("| what | processor time | of |\n| --- | --- | --- |")
+    share, how = watching(arguments.ranks, arguments.seconds)
+    print(f"| watching {arguments.ranks} ranks | {100 * share:.2f} % of a core | {how} |")
+    seconds, how = journalling(arguments.entries)
+    print(f"| the journal | {1e6 * seconds:.0f} us | {how} |")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"| memory of all that | {peak:.0f} MiB | process {os.getpid()} at its largest |")
+
+
+if __name__ == "__main__":
+    main()
