@@ -1,9 +1,9 @@
-"""What watching a large run costs: the watchdog, the journal and the order, driven with simulated ranks and shards.
+"""What watching a large run costs: the watchdog and the journal, driven with simulated ranks.
 
-    .venv/bin/python benchmarks/bench_control.py --ranks 1000 --shards 100000
+    .venv/bin/python benchmarks/bench_control.py --ranks 1000
 
-Every rank says where it is as often as a real one would (a word every ranks / 200 seconds, at least two a second), and the
-driver looks five times a second. No cluster runs: the figure is the processor time of our own code, without Ray's calls.
+Every rank says where it is as often as a real one would (a word every ranks / 200 seconds, at least two a second), and
+the driver looks five times a second. No cluster runs: the figure is the processor time of our own code, without Ray's.
 """
 
 from __future__ import annotations
