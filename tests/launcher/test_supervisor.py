@@ -1,0 +1,122 @@
+"""A verb that is killed or preempted is run again, one that ends by itself is not; signals reach it once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.supervisor import again, main, worth_another
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+# Stands for a verb: counts its starts, and does what the next word of `script` says.
+VERB = """
+import os, signal, sys, time
+folder, arguments = sys.argv[1], sys.argv[2:]
+with open(f"{folder}/starts", "a") as file:
+    file.write(" ".join(arguments) + "\\n")
+count = len(open(f"{folder}/starts").readlines())
+what = open(f"{folder}/script").read().split()[min(count, 99) - 1]
+if what == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "wait":
+    def stopped(number, frame):
+        with open(f"{folder}/signals", "a") as file:
+            file.write(signal.Signals(number).name + "\\n")
+        time.sleep(0.3)
+        sys.exit(75 if number == signal.SIGTERM else 130)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stopped)
+    open(f"{folder}/ready", "w").close()
+    while True:
+        time.sleep(0.05)
+sys.exit(int(what))
+"""
+
+
+def started(folder: Path, script: str, *arguments: str, restarts: int = 3) -> subprocess.Popen[str]:
+    (folder / "verb.py").write_text(textwrap.dedent(VERB))
+    (folder / "script").write_text(script)
+    program = f"""
+import sys
+from launcher import supervisor
+supervisor.FIRST_WAIT_S = 0.01
+verb = [sys.executable, {str(folder / "verb.py")!r}, {str(folder)!r}]
+sys.exit(supervisor.Supervisor({list(arguments)!r}, {restarts}, verb).run())
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def starts(folder: Path) -> list[str]:
+    return (folder / "starts").read_text().splitlines()
+
+
+def test_a_killed_verb_goes_on_with_resume(tmp_path: Path) -> None:
+    status, said = ended(started(tmp_path, "kill 75 0", "train", "teacher.yaml"))
+    assert status == 0
+    assert starts(tmp_path) == ["train teacher.yaml", *["train teacher.yaml --resume"] * 2]
+    assert "killed by SIGKILL; going on in" in said and "preempted; going on in" in said
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 130])
+def test_a_verb_that_ends_by_itself_is_not_run_again(tmp_path: Path, status: int) -> None:
+    assert ended(started(tmp_path, f"{status} 0", "train", "teacher.yaml"))[0] == status
+    assert len(starts(tmp_path)) == 1
+
+
+def test_it_gives_up_in_time(tmp_path: Path) -> None:
+    status, said = ended(started(tmp_path, "kill " * 9, "train", "teacher.yaml", restarts=2))
+    assert status == 128 + signal.SIGKILL and len(starts(tmp_path)) == 3
+    assert "killed by SIGKILL, 3 times in a row; giving up" in said
+
+
+def test_a_verb_that_cannot_go_on_is_not_started_again(tmp_path: Path) -> None:
+    assert ended(started(tmp_path, "kill 0", "data", "pack"))[0] == 137
+    assert starts(tmp_path) == ["data pack"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_a_signal_reaches_the_verb_once_and_its_end_is_waited_for(
+    tmp_path: Path, number: signal.Signals, status: int, whole_group: bool
+) -> None:
+    process = started(tmp_path, "wait 0", "train", "teacher.yaml")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if whole_group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert ended(process)[0] == status
+    assert (tmp_path / "signals").read_text().split() == [number.name]
+    assert len(starts(tmp_path)) == 1
+
+
+def test_what_goes_on_and_how() -> None:
+    assert again(["train", "a.yaml", "--resume"]) == ["train", "a.yaml", "--resume"]
+    assert again(["label", "run", "d", "--weights", "w"]) == ["label", "run", "d", "--weights", "w"]
+    assert again(["data", "check", "d"]) is None and again([]) is None
+    assert worth_another(-9, False) and worth_another(75, False)
+    assert not worth_another(-2, False) and not worth_another(-9, True) and not worth_another(1, False)
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--"], ["train"], ["--restarts", "x", "--", "train"]):
+        assert main(argv) == 2
+        assert "usage:" in capsys.readouterr().err
