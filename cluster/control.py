@@ -24,10 +24,11 @@ class About:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What the driver sees at a look. `joined`: ranks that have entered the function so far."""
+    """What the driver sees at a look. `joined`: ranks that have entered the function so far, on `nodes`."""
 
     progress: dict[str, Any] | None
     joined: int
+    nodes: frozenset[str]
     stuck: Stuck | None
 
 
@@ -64,7 +65,9 @@ class Control:
 
     def look(self) -> View:
         """To be called every second or so."""
-        return View(progress=self._progress, joined=len(self._ranks), stuck=self._dog.stuck(time.monotonic()))
+        nodes = frozenset(about.node for about in self._ranks.values())
+        stuck = self._dog.stuck(time.monotonic())
+        return View(progress=self._progress, joined=len(self._ranks), nodes=nodes, stuck=stuck)
 
     def ranks(self) -> dict[int, About]:
         """Where the ranks are that have joined."""

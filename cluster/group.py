@@ -23,6 +23,7 @@ from cluster.control import About, Control, View
 from cluster.failures import SECONDARY, WorkerHung, explain, portable
 from cluster.runtime import ClusterAddressError, ClusterError, driver_environment, ray_session, remove_shared_memory
 from cluster.stop import StopFlag
+from cluster.surroundings import Surroundings
 from cluster.watchdog import Stuck
 from cluster.worker import Link, Orders, WorkerContext
 
@@ -82,6 +83,7 @@ def run_group(
     threads_per_worker: int = 1,
     env: Mapping[str, str] | None = None,
     watch: Watch | None = None,
+    grow: Callable[[int], bool] | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> GroupResult:
     """Run `fn(context, payload)` on every one of `workers` ranks and wait for all; call it from the main thread.
@@ -90,7 +92,8 @@ def run_group(
     `fn`, `payload` and what rank 0 returns are picklable, without tensors in the return value. `storage_path` is a
     folder that all nodes see; a failure leaves its details there. `on_progress` gets each new report of rank 0, in
     this thread. A stop request is passed on and the ranks' own return is waited for. With `watch`, a group that does
-    not move is killed.
+    not move is killed. A machine of the group that is about to go makes the ranks stop as PREEMPTED; `grow`, asked
+    again and again with the number of workers that there is room for, makes them stop as RESIZED.
 
     Raises the exception of the lowest failing rank, with the rank's traceback as a note; WorkerDied, WorkerHung,
     MachineLost; ClusterAddressError when the cluster is too small; KeyboardInterrupt at the second SIGINT, after
@@ -101,7 +104,7 @@ def run_group(
     os.makedirs(storage_path, exist_ok=True)
     with ray_session(address, cpus=workers * threads_per_worker) as session:
         require_resources(workers, threads_per_worker, use_gpu)
-        control = _here(Control, watch)
+        control = _on_own_node(Control, watch)
         config = {
             "fn": fn, "payload": payload, "control": control, "threads": threads_per_worker, "gpu": use_gpu,
             "poll_s": max(_POLL_EVERY_S, workers / _RANKS_A_POLL),
@@ -113,7 +116,9 @@ def run_group(
         try:
             with driver_environment():
                 thread.start()
-                stuck = _wait(run, control, workers, stop, watch, on_progress)
+                with Surroundings(threads_per_worker, use_gpu) as around:
+                    orders = _Orders(control, stop, around, grow)
+                    stuck = _wait(run, control, workers, orders, watch, on_progress)
             if stuck:
                 ranks = _ask(control.ranks.remote()) or {}
                 raise WorkerHung(_end_stuck(stuck, control, ranks, run, watch))
@@ -133,10 +138,10 @@ def run_group(
         if run.error is not None:
             log = storage.join(storage_path, f"{name}-failure.log")
             raise explain(run.error, ranks, nodes_alive(), session.logs, log) from None
-        return GroupResult(value=run.value, stop_reason=stop.reason)
+        return GroupResult(value=run.value, stop_reason=orders.reason)
 
 
-def _here(control: type[Control], watch: Watch | None) -> Any:
+def _on_own_node(control: type[Control], watch: Watch | None) -> Any:
     """The actor, on the driver's own node: no other's loss takes it."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -147,7 +152,7 @@ def _here(control: type[Control], watch: Watch | None) -> Any:
         if watch
         else {}
     )  # fmt: skip
-    place = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    place = NodeAffinitySchedulingStrategy(_own_node(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=place)(control).remote(settings)
 
 
@@ -190,23 +195,59 @@ def _fit(trainer: Any, run: _Run) -> None:
         run.done.set()
 
 
+class _Orders:
+    """Gives the ranks the first reason there is to stop: the user's, a machine about to go, room for more of them."""
+
+    def __init__(
+        self, control: Any, stop: StopFlag, around: Surroundings, grow: Callable[[int], bool] | None
+    ) -> None:
+        self.reason: str | None = None
+        self._control, self._stop, self._around, self._grow = control, stop, around, grow
+        self._here = _own_node()
+
+    def look(self, nodes: frozenset[str]) -> None:
+        """To be called often. `nodes`: where the ranks are."""
+        if self.reason is not None:
+            return
+        if self._stop.reason is not None:
+            self._give(self._stop.reason, self._stop.deadline)
+            return
+        seen = self._around.seen
+        if seen is None or not nodes:
+            return
+        leaving = [seen.leaving[node] for node in (nodes | {self._here}) & seen.leaving.keys()]
+        if leaving:
+            self._give("PREEMPTED", min((when for when in leaving if when is not None), default=None))
+        elif self._grow is not None and self._grow(seen.room):
+            self._give("RESIZED", None)
+
+    def _give(self, reason: str, deadline: float | None) -> None:
+        self.reason = reason
+        self._control.order.remote(Orders(reason=reason, deadline=deadline))
+
+
+def _own_node() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def _wait(
     run: _Run,
     control: Any,
     workers: int,
-    stop: StopFlag,
+    orders: _Orders,
     watch: Watch | None,
     on_progress: Callable[[dict[str, Any]], None] | None,
 ) -> Stuck | None:
     """Until the group has ended, or is stuck."""
-    forwarded, shown, joined_by = False, None, time.monotonic() + _JOIN_S
+    shown, joined_by, nodes = None, time.monotonic() + _JOIN_S, frozenset[str]()
     while not run.done.wait(_LOOK_EVERY_S):
-        if stop.reason is not None and not forwarded:
-            control.order.remote(Orders(reason=stop.reason, deadline=stop.deadline))
-            forwarded = True
+        orders.look(nodes)
         view: View | None = _ask(control.look.remote(), timeout_s=1.0)
         if view is None:
             continue
+        nodes = view.nodes
         if on_progress is not None and view.progress is not None and view.progress != shown:
             shown = view.progress
             on_progress(shown)
@@ -257,7 +298,7 @@ def _kill(ranks: Mapping[int, About]) -> None:
     for about in ranks.values():
         ray.kill(about.actor)
     elsewhere: dict[str, list[int]] = {}
-    here = ray.get_runtime_context().get_node_id()
+    here = _own_node()
     for about in ranks.values():
         if about.node == here:
             kill_process(about.pid)
@@ -310,15 +351,6 @@ def _ask(reference: Any, timeout_s: float = 5.0) -> Any:
         return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.RayError:
         return None
-
-
-def room(threads: int, use_gpu: bool) -> int:
-    """How many workers of so many processors (and a GPU) the machines that are there hold, if nobody else uses them."""
-    import ray
-
-    have = ray.cluster_resources()
-    by_cpu = int(have.get("CPU", 0) // threads)
-    return min(by_cpu, int(have.get("GPU", 0))) if use_gpu else by_cpu
 
 
 def require_resources(workers: int, threads: int, use_gpu: bool) -> None:

@@ -68,11 +68,18 @@ class Session:
 _current: Session | None = None
 
 
+def usual_address() -> str | None:
+    """Where Ray is when nobody says: RAY_ADDRESS, which Ray sets in its jobs; not a job server's URL."""
+    address = os.environ.get("RAY_ADDRESS") or None
+    return address if address and "://" not in address else None
+
+
 @contextmanager
 def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator[Session]:
     """Ray for the time of the block: embedded on this machine with at least `cpus` CPUs, or joined at `address`.
 
-    Inside another ray_session, or where Ray is up already, that one is shared and left running.
+    Without an address that of RAY_ADDRESS is joined, if it is set. Inside another ray_session, or where Ray is up
+    already, that one is shared and left running.
     ClusterAddressError when `address` does not answer, or is not that of the session around.
     """
     global _current
@@ -87,6 +94,7 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
             )
         yield session
         return
+    address = address or usual_address()
     if address is None:
         with _process_state(), _embedded(max(cpus or 1, whole_cpus())) as session:
             yield from _share(session)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-_EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 75, "PREEMPTED": 75}
+_EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 75, "PREEMPTED": 75, "RESIZED": 75}
 REASONS = tuple(_EXIT_STATUS)  # why work is stopped; where several are given at once, the first counts
 
 

@@ -7,6 +7,7 @@ Ray's exit codes do not tell a stopped job from one that succeeded, nor a lost c
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shlex
 import sys
@@ -17,14 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.ship import CONFIG, HERE
+
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 GRACE_S = 600.0  # for a checkpoint, before Ray kills a job that was stopped; Ray's own is 3
-MOST_MIB = 100.0  # of a working directory that is shipped
-NEVER_SHIPPED = (
-    "**/.git/**", "**/.venv/**", "**/__pycache__/**", "**/*.pyc", "**/.mypy_cache/**", "**/.ruff_cache/**",
-    "**/.pytest_cache/**", "runs/**", "data/**", "labels/**", "quickstart/**", "**/*.tar", "**/*.safetensors", "**/*.pth",
-)  # fmt: skip
-IGNORE_FILE = ".fathomignore"
+CONFIG_WORD = "CONFIG"
 _LOOK_EVERY_S = 1.0
 _REDIAL_S = 2.0
 
@@ -77,6 +75,16 @@ class Job:
         return UNFINISHED
 
     @property
+    def run(self) -> str:
+        """The run that it works on; a job that was not submitted by us is its own."""
+        return self.metadata.get("run", self.id)
+
+    @property
+    def verb(self) -> tuple[str, ...]:
+        """What it does, as it was typed; another's: its shell command."""
+        return tuple(json.loads(self.metadata.get("arguments", "null")) or (self.entrypoint,))
+
+    @property
     def over(self) -> bool:
         """Whether it has ended."""
         return self.status in ("STOPPED", "SUCCEEDED", "FAILED")
@@ -104,8 +112,8 @@ def told(address: str) -> Iterator[None]:
             ) from error
         if isinstance(error, ConnectionError) or "Max retries" in text or "Failed to connect" in text:
             raise JobsError(
-                f"{address}: no Ray job server answers: start a cluster (`ray start --head`), or give --address, the URL "
-                "of its dashboard"
+                f"{address}: no Ray job server answers: start a cluster (`ray start --head`), or give --address, the "
+                "URL of its dashboard"
             ) from error
         if "does not exist" in text or "status code 404" in text:
             raise NoSuchJob(f"{address}: {text[:300]}; `fathom jobs list` names those that are there") from error
@@ -126,51 +134,43 @@ def connect(address: str | None) -> Any:
         return JobSubmissionClient(where)
 
 
-def entrypoint(arguments: Sequence[str], restarts: int, folder: str) -> str:
-    """The job's shell command: the supervisor with the verb, in the folder where it was typed if that is there."""
-    words = ["python", "-m", "launcher.supervisor", "--restarts", str(restarts), "--", *arguments]
-    here = shlex.quote(folder)
+def entrypoint(arguments: Sequence[str], restarts: int, folder: str, python: str = "python") -> str:
+    """The job's shell command: the supervisor with the verb, in the folder where it was typed if the cluster sees
+    that, in its shipped copy otherwise. The word CONFIG stands for the shipped configuration."""
+    words = [shlex.quote(word) if word != CONFIG_WORD else f'"$shipped/{CONFIG}"' for word in arguments]
+    supervised = f"{shlex.quote(python)} -m launcher.supervisor --restarts {restarts} -- {' '.join(words)}"
     return (
-        f'export PYTHONPATH="$PWD${{PYTHONPATH:+:$PYTHONPATH}}"; if [ -d {here} ]; then cd {here}; fi; exec '
-        f"{shlex.join(words)}"
+        f'shipped="$PWD"; export PYTHONPATH="$PWD${{PYTHONPATH:+:$PYTHONPATH}}"; '
+        f"cd {shlex.quote(folder)} 2>/dev/null || cd {HERE}; exec {supervised}"
     )
-
-
-def ignored(folder: str) -> list[str]:
-    """What is not shipped: ours, and the lines of .fathomignore (patterns as in .gitignore)."""
-    path = Path(folder, IGNORE_FILE)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [*NEVER_SHIPPED, *(line.strip() for line in lines if line.strip() and not line.startswith("#"))]
 
 
 def submit(
     client: Any,
     address: str,
-    arguments: Sequence[str],
+    command: str,
     *,
     job_id: str,
     folder: str,
-    code: str,
     metadata: Mapping[str, str],
-    grace_s: float = GRACE_S,
-    restarts: int = 5,
-    env: Mapping[str, str] | None = None,
-) -> str:
-    """Submit a verb; returns the job's id. `code`: the checkout whose packages are shipped. Raises JobsError."""
-    variables = {
-        "RAY_JOB_STOP_WAIT_TIME_S": f"{grace_s:g}",
-        "PYTHONUNBUFFERED": "1",
-        **(env or {}),
-    }
+    env: Mapping[str, str],
+) -> None:
+    """Submit a shell command that runs in a copy of `folder`. Raises JobsError."""
     with told(address):
-        return str(
+        try:
             client.submit_job(
-                entrypoint=entrypoint(arguments, restarts, folder),
+                entrypoint=command,
                 submission_id=job_id,
-                runtime_env={"working_dir": code, "excludes": ignored(code), "env_vars": variables},
+                runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1", **env}},
                 metadata=dict(metadata),
             )
-        )
+        except RuntimeError as error:
+            if "already exists" not in str(error):
+                raise
+            raise JobUsageError(
+                f"{job_id}: {address} has a job of this name; `fathom jobs resume {job_id}` goes on with it, "
+                f"`fathom jobs delete {job_id}` forgets it; or give --name"
+            ) from None
 
 
 def job_of(details: Any) -> Job:
@@ -191,6 +191,43 @@ def look(client: Any, address: str, job_id: str) -> Job:
     """A job as it is now. Raises NoSuchJob, JobsError."""
     with told(address):
         return job_of(client.get_job_info(job_id))
+
+
+def all_jobs(client: Any, address: str) -> list[Job]:
+    """The newest first. Drivers that nobody submitted are left out."""
+    with told(address):
+        found = [job_of(details) for details in client.list_jobs() if details.submission_id]
+    return sorted(found, key=lambda job: -(job.started or time.time()))
+
+
+def find(client: Any, address: str, name: str) -> Job:
+    """The job of this id; of a run's name, its newest one; `NAME.1` is the first. Raises NoSuchJob, JobsError."""
+    found = all_jobs(client, address)
+    of_run = [job for job in found if job.run == name]
+    if of_run:
+        return max(of_run, key=lambda job: number_of(job.id, name))
+    for job in found:
+        if name in (job.id, f"{job.id}.1"):
+            return job
+    raise NoSuchJob(f"{address}: no job {name!r}; `fathom jobs list` names those that are there")
+
+
+def number_of(job_id: str, run: str) -> int:
+    """The how manieth job of its run: 1 for RUN, 2 for RUN.2."""
+    number = job_id.removeprefix(f"{run}.")
+    return int(number) if number.isdecimal() and number != job_id else 1
+
+
+def log(client: Any, address: str, job_id: str) -> str:
+    """All that it has written so far. Raises NoSuchJob, JobsError."""
+    with told(address):
+        return str(client.get_job_logs(job_id))
+
+
+def delete(client: Any, address: str, job_id: str) -> None:
+    """Forget a job that has ended. Raises NoSuchJob, JobsError."""
+    with told(address):
+        client.delete_job(job_id)
 
 
 def wait(client: Any, address: str, job_id: str, timeout_s: float | None = None) -> Job:
@@ -234,7 +271,7 @@ def follow(client: Any, address: str, job_id: str, show: Callable[[str], None]) 
             continue
         if job.over:
             with told(address):
-                rest = str(client.get_job_logs(job_id))[shown:]
+                rest = str(client.get_job_logs(job_id))[shown:]  # written while nobody listened
             if rest:
                 show(rest)
             return job

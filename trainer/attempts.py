@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster import storage
-from cluster.attempts import Ending, GiveUp, Kind, Policy, decide, fitting
+from cluster.attempts import Ending, GiveUp, Kind, Policy, decide, fitting, worth_growing
 from cluster.stop import StopFlag
 from cluster.worker import WorkerContext
 from trainer.checkpoint import CheckpointError, clean, find_checkpoint, step_of
@@ -57,62 +57,176 @@ def run_attempts(
 
     `facts` go into the journal with each. Raises what the last attempt raised, once no further one is worth it.
     """
-    from cluster.group import Watch
     from cluster.runtime import ray_session
 
-    run, journal, endings = RunFolder(config.folder), Journal(config.folder), list[Ending]()
+    with ray_session(config.cluster.address, cpus=config.cluster.workers * config.cluster.threads) as session:
+        attempts = Attempts(config, checkpoint, facts, on_progress, stop, say)
+        if not session.embedded:  # machines may join still
+            attempts.wait_for_machines()
+        while True:
+            outcome = attempts.once()
+            if outcome is not None:
+                return outcome
+
+
+class Attempts:
+    """The row of one run's attempts: what is next, what has been, and how the last one ended."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        checkpoint: str | None,
+        facts: Mapping[str, Any],
+        on_progress: Report | None,
+        stop: StopFlag,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.facts, self.on_progress, self.stop, self.say = config, facts, on_progress, stop, say
+        self.run, self.journal = RunFolder(config.folder), Journal(config.folder)
+        self.policy = policy_of(config)
+        self.checkpoint, self.workers, self.attempt = checkpoint, config.cluster.workers, 0
+        self.endings: list[Ending] = []
+        self.learned: dict[str, float] = {}
+
+    def wait_for_machines(self) -> None:
+        """Until the cluster has room. Raises ClusterAddressError when that takes too long."""
+        from cluster.runtime import ClusterAddressError
+
+        policy = self.policy
+        if fitting(policy, room(self.config)) is None:
+            need = f"room for {policy.min_workers} workers"
+            self.say(f"waiting up to {policy.capacity_wait_s:.0f} s for {need}")
+            self.journal.write("pending", reason=f"waits for {need}")
+        capacity = wait_for_room(policy, self.config, self.stop)
+        workers = fitting(policy, capacity)
+        if workers is None and self.stop.reason is None:
+            raise ClusterAddressError(
+                f"the cluster has room for {capacity} workers of {self.config.cluster.threads} CPUs"
+                f"{' and a GPU' if self.config.cluster.use_gpu else ''}, {policy.min_workers} are needed: use fewer "
+                "workers (cluster.workers, recovery.min_workers) or threads, or a larger cluster"
+            )
+        self.workers = workers or self.workers
+
+    def once(self) -> TrainOutcome | None:
+        """One attempt. Returns how the run ended, or None when another one follows; raises when none is worth it."""
+        if self.stop.reason is not None:
+            return self.ended(TrainOutcome(folder=self.run.path, step=self.step(), stopped=self.stop.reason))
+        self.attempt += 1
+        self.journal.write(
+            "started", attempt=self.attempt, resume=self.checkpoint, workers=self.workers, **self.facts
+        )
+        try:
+            outcome = self.ranks()
+        except BaseException as error:
+            with suppress(storage.StorageError):  # a full disk must not hide what happened
+                self.journal.write("failed", attempt=self.attempt, error=f"{type(error).__name__}: {error}"[:2000])
+            if not isinstance(error, Exception) or isinstance(error, CheckpointError):
+                raise
+            return self.after(ending_of(error, self.look_back()), error)
+        if outcome.stopped == "RESIZED" and self.stop.reason is None:
+            self.look_back()
+            self.workers = fitting(self.policy, room(self.config)) or self.workers
+            self.journal.write("resizing", attempt=self.attempt, step=outcome.step, workers=self.workers)
+            self.say(f"there is room again; going on from step {outcome.step} with {self.workers} workers")
+            return None
+        if outcome.stopped == "PREEMPTED" and self.stop.reason is None:
+            self.journal.write("preempted", attempt=self.attempt, step=outcome.step)
+            reason = "a machine is about to go away"
+            return self.after(Ending(kind="preempted", step=self.look_back(), reason=reason), None)
+        return self.ended(outcome)
+
+    def ranks(self) -> TrainOutcome:
+        """Start the worker group and wait for its end."""
+        from cluster.group import Watch
+
+        recovery = self.config.recovery
+        watch = Watch(
+            stacks=storage.join(self.run.path, "stacks", f"{self.attempt:03d}"),
+            silence_s=recovery.silence_s,
+            factor=recovery.hang_factor,
+            shortest_s=recovery.hang_shortest_s,
+            learned=self.learned,
+        )
+        told = telling(self.journal, self.attempt, self.on_progress, self.stop)
+        fewer = self.workers < self.policy.workers
+        grow = Growth(self.workers, self.policy, recovery.grow_patience_s) if fewer else None
+        return run_ranks(self.config, self.workers, self.checkpoint, watch, grow, told, self.stop)
+
+    def after(self, ending: Ending, error: Exception | None) -> TrainOutcome | None:
+        """Decide what follows an end that nobody wanted. `error`: what it raised, if anything."""
+        self.endings.append(ending)
+        if self.stop.reason is not None:  # it was to end anyway
+            return self.ended(TrainOutcome(folder=self.run.path, step=ending.step, stopped=self.stop.reason))
+        decision = decide(self.endings, self.policy, wait_for_room(self.policy, self.config, self.stop))
+        if isinstance(decision, GiveUp):
+            if error is None:  # saved in time: somebody goes on with it elsewhere
+                return self.ended(TrainOutcome(folder=self.run.path, step=ending.step, stopped="PREEMPTED"))
+            if decision.because != ending.reason:
+                error.add_note(decision.because)
+            raise error
+        self.journal.write(
+            "recovering", attempt=self.attempt, because=decision.because, workers=decision.workers, step=ending.step
+        )
+        self.say(
+            f"{decision.because}; going on from step {ending.step} with {decision.workers} workers"
+            + (f" in {decision.wait_s:.0f} s" if decision.wait_s else "")
+        )
+        self.workers = decision.workers
+        self.stop.wait(decision.wait_s)
+        return None
+
+    def look_back(self) -> int:
+        """Find the newest whole checkpoint, from which the next attempt starts; returns its step."""
+        clean(self.run.checkpoints)
+        self.checkpoint = newest_checkpoint(self.run)
+        return self.step()
+
+    def step(self) -> int:
+        """Of the checkpoint from which the next attempt starts."""
+        return step_of(os.path.basename(self.checkpoint)) if self.checkpoint else 0
+
+    def ended(self, outcome: TrainOutcome) -> TrainOutcome:
+        """Write the run's end down."""
+        event = "stopped" if outcome.stopped else "finished"
+        self.journal.write(event, step=outcome.step, reason=outcome.stopped)
+        return outcome
+
+
+@dataclass
+class Growth:
+    """Says when a group on `workers` ranks is to be started anew on more: asked with the room that there is."""
+
+    workers: int
+    policy: Policy
+    patience_s: float
+    _since: float | None = None  # when there was room for more, without a break
+
+    def __call__(self, capacity: int) -> bool:
+        if capacity <= self.workers:
+            self._since = None
+            return False
+        now = time.monotonic()
+        self._since = self._since if self._since is not None else now
+        return worth_growing(self.workers, self.policy, capacity, now - self._since, self.patience_s)
+
+
+def policy_of(config: TrainConfig) -> Policy:
+    """What the configuration forgives."""
     cluster, recovery = config.cluster, config.recovery
-    policy = Policy(
+    return Policy(
         workers=cluster.workers,
         min_workers=recovery.min_workers or cluster.workers,
         max_failures=recovery.max_failures,
         max_preemptions=recovery.max_preemptions,
         capacity_wait_s=recovery.capacity_wait_s,
     )
-    learned: dict[str, float] = {}
-    workers = cluster.workers
-    with ray_session(cluster.address, cpus=cluster.workers * cluster.threads):
-        while True:
-            attempt = len(endings) + 1
-            watch = Watch(
-                stacks=storage.join(run.path, "stacks", f"{attempt:03d}"),
-                silence_s=recovery.silence_s,
-                factor=recovery.hang_factor,
-                shortest_s=recovery.hang_shortest_s,
-                learned=learned,
-            )
-            journal.write("started", attempt=attempt, resume=checkpoint, workers=workers, **facts)
-            try:
-                told = telling(journal, attempt, on_progress, stop)
-                outcome = run_ranks(config, workers, checkpoint, watch, told, stop)
-            except BaseException as error:
-                with suppress(storage.StorageError):  # a full disk must not hide what happened
-                    journal.write("failed", attempt=attempt, error=f"{type(error).__name__}: {error}"[:2000])
-                if not isinstance(error, Exception) or isinstance(error, CheckpointError):
-                    raise
-                clean(run.checkpoints)
-                checkpoint = newest_checkpoint(run)
-                step = step_of(os.path.basename(checkpoint)) if checkpoint else 0
-                endings.append(ending_of(error, step))
-                if stop.reason is not None:  # it was to end anyway
-                    outcome = TrainOutcome(folder=config.folder, step=step, stopped=stop.reason)
-                else:
-                    decision = decide(endings, policy, wait_for_room(policy, config, stop))
-                    if isinstance(decision, GiveUp):
-                        if decision.because != endings[-1].reason:
-                            error.add_note(decision.because)
-                        raise
-                    journal.write("recovering", attempt=attempt, because=decision.because, workers=decision.workers)
-                    say(
-                        f"{decision.because}; going on from step {step} with {decision.workers} workers"
-                        + (f" in {decision.wait_s:.0f} s" if decision.wait_s else "")
-                    )
-                    workers = decision.workers
-                    if not stop.wait(decision.wait_s):
-                        continue
-                    outcome = TrainOutcome(folder=config.folder, step=step, stopped=stop.reason)
-            journal.write("stopped" if outcome.stopped else "finished", step=outcome.step, reason=outcome.stopped)
-            return outcome
+
+
+def room(config: TrainConfig) -> int:
+    """How many of its workers the machines hold now."""
+    from cluster.surroundings import look_around
+
+    return look_around(config.cluster.threads, config.cluster.use_gpu).room
 
 
 def telling(journal: Journal, attempt: int, on_progress: Report | None, stop: StopFlag) -> Report:
@@ -147,11 +261,9 @@ def ending_of(error: Exception, step: int) -> Ending:
 
 def wait_for_room(policy: Policy, config: TrainConfig, stop: StopFlag) -> int:
     """How many workers fit into the cluster, once enough do or the wait for that is over."""
-    from cluster.group import room
-
     ends = time.monotonic() + policy.capacity_wait_s
     while True:
-        capacity = room(config.cluster.threads, config.cluster.use_gpu)
+        capacity = room(config)
         if fitting(policy, capacity) is not None or time.monotonic() > ends or stop.wait(_LOOK_EVERY_S):
             return capacity
 
@@ -175,6 +287,7 @@ def run_ranks(
     workers: int,
     checkpoint: str | None,
     watch: Watch,
+    grow: Callable[[int], bool] | None,
     on_progress: Callable[[Mapping[str, Any]], None] | None,
     stop: StopFlag,
 ) -> TrainOutcome:
@@ -192,6 +305,7 @@ def run_ranks(
         name=config.name,
         storage_path=config.folder,
         watch=watch,
+        grow=grow,
         on_progress=on_progress,
         stop=stop,
     )

@@ -8,7 +8,7 @@ from trainer.config import Section
 
 
 class ClusterSection(Section):
-    """Where it runs: `address: null` is an embedded one-node Ray."""
+    """Where it runs: `address: null` is that of RAY_ADDRESS, as in a job, or else an embedded Ray."""
 
     address: str | None = None
     workers: int = Field(default=1, ge=1)

@@ -105,6 +105,9 @@ class RecoverySection(Section):
     max_preemptions: int | None = Field(default=None, ge=0, description="the same of machines that go away")
     min_workers: int | None = Field(default=None, ge=1, description="null: cluster.workers, always")
     capacity_wait_s: float = Field(default=600.0, ge=0, description="for machines to come back, when too few are left")
+    grow_patience_s: float = Field(
+        default=60.0, ge=0, description="how long there must be room for more before a smaller group is started anew"
+    )
     silence_s: float = Field(default=30.0, gt=0, description="without a word of a rank before it counts as frozen")
     hang_factor: float = Field(default=10.0, gt=1, description="times the longest that a phase took before: it hangs")
     hang_shortest_s: float = Field(default=60.0, gt=0, description="no phase hangs before that")
