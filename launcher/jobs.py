@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import sys
@@ -25,6 +26,8 @@ GRACE_S = 600.0  # for a checkpoint, before Ray kills a job that was stopped; Ra
 CONFIG_WORD = "CONFIG"
 _LOOK_EVERY_S = 1.0
 _REDIAL_S = 2.0
+# They tell about every upload and every closed connection.
+_LOUD = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
 
 SUCCEEDED, FAILED, UNFINISHED, UNKNOWN, CANCELLED = 0, 100, 101, 102, 103  # exit status that answer for a job
 
@@ -81,8 +84,8 @@ class Job:
 
     @property
     def verb(self) -> tuple[str, ...]:
-        """What it does, as it was typed; another's: its shell command."""
-        return tuple(json.loads(self.metadata.get("arguments", "null")) or (self.entrypoint,))
+        """What it does, in words; of a job that was not submitted by us its shell command."""
+        return tuple(json.loads(self.metadata.get("typed", "null")) or (self.entrypoint,))
 
     @property
     def over(self) -> bool:
@@ -131,6 +134,8 @@ def connect(address: str | None) -> Any:
     with told(where):
         from ray.job_submission import JobSubmissionClient
 
+        for logger in _LOUD:
+            logging.getLogger(f"ray.{logger}").setLevel(logging.WARNING)
         return JobSubmissionClient(where)
 
 

@@ -3,6 +3,7 @@
     launcher/ trainer/ dataio/ model/ kernels/ cluster/     the code that runs there
     here/                                                   the folder, less what .gitignore and .fathomignore name
     job.yaml                                                the configuration with overrides and absolute paths
+    COMMIT                                                  of the code, where it is known
 
 The code lies above the folder, so that a folder of the user's called `model` hides nothing of ours.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +20,7 @@ from pathlib import Path
 
 ROOMS = ("launcher", "trainer", "dataio", "model", "kernels", "cluster")
 CHECKOUT = Path(__file__).resolve().parent.parent
-HERE, CONFIG = "here", "job.yaml"
+HERE, CONFIG, COMMIT = "here", "job.yaml", "COMMIT"
 MOST_MIB = 100.0
 MOST_FILES = 20_000  # more are a dataset, or somebody's home
 IGNORE_FILES = (".gitignore", ".fathomignore")  # of the folder itself, later lines count more
@@ -82,6 +84,9 @@ def pack(into: Path, shipped: Parcel | None, config: str | None) -> None:
         target = into / HERE / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(shipped.folder / name, target)
+    commit = subprocess.run(["git", "-C", str(CHECKOUT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    if commit.returncode == 0:
+        (into / COMMIT).write_text(commit.stdout, encoding="utf-8")
     if config is not None:
         (into / CONFIG).write_text(config, encoding="utf-8")
 

@@ -23,6 +23,7 @@ class Request:
     """A verb to run elsewhere. In `arguments` the word CONFIG stands for the configuration, given in `config`."""
 
     arguments: tuple[str, ...]
+    typed: tuple[str, ...]  # for people
     name: str  # the run's, or one made up
     run_folder: str | None = None
     config: str | None = None  # resolved: overrides applied, every value there, paths absolute
@@ -37,6 +38,7 @@ class Request:
         known = {
             "fathom": "1",  # of this format
             "arguments": json.dumps(self.arguments),
+            "typed": json.dumps(self.typed),
             "folder": folder,
             "run": run,
             "run_folder": self.run_folder,
@@ -56,13 +58,14 @@ def request(arguments: Sequence[str], name: str | None) -> Request:
     verb = words[0]
     made_up = f"{'-'.join(words)}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if verb not in ("train", "evaluate"):
-        return Request(arguments=tuple(arguments), name=_checked(name or made_up))
+        return Request(arguments=tuple(arguments), typed=tuple(arguments), name=_checked(name or made_up))
     config = _resolved(verb, params)
     from trainer.config import dump_config
 
     run_folder = config.folder if verb == "train" else None
     return Request(
         arguments=_without_config(arguments, str(params["config"])),
+        typed=tuple(arguments),
         name=_checked(name or (config.name if verb == "train" else made_up)),
         run_folder=run_folder,
         config=dump_config(config),
@@ -80,6 +83,7 @@ def again(metadata: Mapping[str, str]) -> Request:
         )
     return Request(
         arguments=tuple(arguments),
+        typed=tuple(resumed(json.loads(metadata.get("typed", "[]"))) or arguments),
         name=metadata["run"],
         run_folder=metadata.get("run_folder"),
         config=metadata.get("config"),

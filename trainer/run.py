@@ -179,8 +179,10 @@ def environment(config: TrainConfig) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, or None outside one."""
+    """The checkout's commit, or that of a checkout which a job's code was copied from; None where neither is known."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with contextlib.suppress(OSError), open(os.path.join(root, "COMMIT"), encoding="utf-8") as file:
+        return file.read().strip() or None
     try:
         done = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
