@@ -20,8 +20,9 @@ from typing import Any
 
 from cluster import storage
 from cluster.control import About, Control, View
-from cluster.failures import SECONDARY, WorkerHung, explain, portable
-from cluster.runtime import ClusterAddressError, ClusterError, driver_environment, ray_session, remove_shared_memory
+from cluster.ending import clean, kill, nodes_alive, state_of
+from cluster.failures import SECONDARY, MachineLost, WorkerHung, explain, portable
+from cluster.runtime import ClusterAddressError, ClusterError, driver_environment, own_node, ray_session
 from cluster.stop import StopFlag
 from cluster.surroundings import Surroundings
 from cluster.watchdog import Stuck
@@ -113,17 +114,18 @@ def run_group(
         trainer, folder = _trainer(config, workers, name, storage_path, {"DS_ACCELERATOR": "cpu"} | dict(env or {}))
         thread = threading.Thread(target=_fit, args=(trainer, run), name="fathom-fit", daemon=True)
         ranks: dict[int, About] = {}
+        hung: ClusterError | None = None
         try:
             with driver_environment():
                 thread.start()
                 with Surroundings(threads_per_worker, use_gpu) as around:
                     orders = _Orders(control, stop, around, grow)
                     stuck = _wait(run, control, workers, orders, watch, on_progress)
-            if stuck:
+            if stuck and watch:
                 ranks = _ask(control.ranks.remote()) or {}
-                raise WorkerHung(_end_stuck(stuck, control, ranks, run, watch))
+                hung = _end_stuck(stuck, control, ranks, run, watch)
         except BaseException:
-            _kill(_ask(control.ranks.remote()) or {})
+            kill(_ask(control.ranks.remote()) or {})
             run.done.wait(_ABORT_WAIT_S)
             raise
         finally:
@@ -131,10 +133,10 @@ def run_group(
             if watch:
                 watch.learned.update(_ask(control.learned.remote()) or {})
             ray.kill(control)
-            for about in ranks.values():
-                if about.host == socket.gethostname():
-                    remove_shared_memory(about.shared_memory)
+            clean([], [about.shared_memory for about in ranks.values() if about.node == own_node()])
             shutil.rmtree(folder, ignore_errors=True)
+        if hung is not None:
+            raise hung
         if run.error is not None:
             log = storage.join(storage_path, f"{name}-failure.log")
             raise explain(run.error, ranks, nodes_alive(), session.logs, log) from None
@@ -152,7 +154,7 @@ def _on_own_node(control: type[Control], watch: Watch | None) -> Any:
         if watch
         else {}
     )  # fmt: skip
-    place = NodeAffinitySchedulingStrategy(_own_node(), soft=False)
+    place = NodeAffinitySchedulingStrategy(own_node(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=place)(control).remote(settings)
 
 
@@ -203,7 +205,7 @@ class _Orders:
     ) -> None:
         self.reason: str | None = None
         self._control, self._stop, self._around, self._grow = control, stop, around, grow
-        self._here = _own_node()
+        self._here = own_node()
 
     def look(self, nodes: frozenset[str]) -> None:
         """To be called often. `nodes`: where the ranks are."""
@@ -224,12 +226,6 @@ class _Orders:
     def _give(self, reason: str, deadline: float | None) -> None:
         self.reason = reason
         self._control.order.remote(Orders(reason=reason, deadline=deadline))
-
-
-def _own_node() -> str:
-    import ray
-
-    return str(ray.get_runtime_context().get_node_id())
 
 
 def _wait(
@@ -263,85 +259,23 @@ def _wait(
 
 
 def _end_stuck(
-    stuck: Stuck, control: Any, ranks: Mapping[int, About], run: _Run, watch: Watch | None
-) -> str:
-    """Have all ranks that can write down where they are, and kill them. Returns what to say."""
-    assert watch is not None
+    stuck: Stuck, control: Any, ranks: Mapping[int, About], run: _Run, watch: Watch
+) -> WorkerHung | MachineLost:
+    """Have all ranks that can write down where they are, and kill them. Returns what to raise."""
     control.order.remote(Orders(stacks=watch.stacks))
-    missing = {f"rank-{rank}.txt" for rank in ranks}
+    missing = {f"rank-{rank}.txt" for rank in ranks if not (stuck.silent and rank in stuck.ranks)}
     ends = time.monotonic() + _STACKS_S
     while missing and time.monotonic() < ends and not run.done.is_set():
         time.sleep(_LOOK_EVERY_S)
         missing -= set(os.listdir(watch.stacks)) if os.path.isdir(watch.stacks) else set()
     culprits = [ranks[rank] for rank in stuck.ranks if rank in ranks]
     where = ", ".join(f"process {about.pid} on {about.host}{state_of(about)}" for about in culprits[:4])
-    return f"{stuck} ({where}); stacks in {watch.stacks}"
-
-
-def state_of(about: About) -> str:
-    """What the kernel says of a process of this machine, for people: ", stopped", or nothing."""
-    names = {"T": "stopped", "t": "traced", "D": "waiting for a disk", "Z": "dead"}
-    if about.host != socket.gethostname():
-        return ""
-    try:
-        with open(f"/proc/{about.pid}/stat", encoding="utf-8", errors="replace") as file:
-            letter = file.read().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
-    return f", {names[letter]}" if letter in names else ""
-
-
-def _kill(ranks: Mapping[int, About]) -> None:
-    """Kill the ranks at once; Ray Train then ends by itself. A stopped process obeys nothing but SIGKILL."""
-    import ray
-
-    for about in ranks.values():
-        ray.kill(about.actor)
-    elsewhere: dict[str, list[int]] = {}
-    here = _own_node()
-    for about in ranks.values():
-        if about.node == here:
-            kill_process(about.pid)
-        else:
-            elsewhere.setdefault(about.node, []).append(about.pid)
-    calls = [_on_node(node).remote(pids) for node, pids in elsewhere.items() if node in nodes_alive()]
-    if calls:
-        ray.wait(calls, num_returns=len(calls), timeout=_ABORT_WAIT_S)
-
-
-def _on_node(node: str) -> Any:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    place = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(_kill_processes)
-
-
-def _kill_processes(pids: list[int]) -> None:
-    for pid in pids:
-        kill_process(pid)
-
-
-def kill_process(pid: int) -> None:
-    """SIGKILL to one of Ray's workers on this machine, and to no process that has its number by now."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        if "ray::" in " ".join(process.cmdline()):
-            process.kill()
-    except psutil.Error:
-        return
-
-
-def nodes_alive() -> frozenset[str]:
-    """Ray's ids of the nodes that are there; empty when nobody answers."""
-    import ray
-
-    try:
-        return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
-    except Exception:  # noqa: BLE001  the head is gone, perhaps
-        return frozenset()
+    lost = kill(ranks)
+    run.done.wait(_ABORT_WAIT_S)
+    lost |= {about.node for about in ranks.values()} - (nodes_alive() or {about.node for about in ranks.values()})
+    if stuck.silent and any(about.node in lost for about in culprits):
+        return MachineLost(f"{stuck} ({where}): its machine does not answer")
+    return WorkerHung(f"{stuck} ({where}); stacks in {watch.stacks}")
 
 
 def _ask(reference: Any, timeout_s: float = 5.0) -> Any:

@@ -124,6 +124,13 @@ def driver_environment() -> Any:
     return environment(_DRIVER_ENVIRONMENT)
 
 
+def own_node() -> str:
+    """Ray's id of the node that this process is on."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def remove_shared_memory(prefix: str) -> None:
     """Remove `/dev/shm/PREFIX*`, which must name dead processes' segments of our own (DeepSpeed's: 64 MiB a rank)."""
     folder = Path("/dev/shm")

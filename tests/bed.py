@@ -176,9 +176,17 @@ class Bed:
         """Put it back."""
         self._on_switch("ip", "link", "set", self.machines[name].port, "up")
 
+    def replace(self, name: str) -> None:
+        """A new machine in the place of one that was killed."""
+        cpus = self._cpus[list(self.machines).index(name)]
+        self.machines[name].kill()
+        shutil.rmtree(self.folder / f"ray-{name}")
+        self.add(name)
+        self.start_ray(name, cpus)
+
     def add(self, name: str) -> Machine:
         """A machine without Ray."""
-        number = len(self.machines) + 1
+        number = list(self.machines).index(name) + 1 if name in self.machines else len(self.machines) + 1
         private = self.folder / f"ray-{name}"
         private.mkdir()
         script = _INIT.format(name=name, private=private)

@@ -27,6 +27,7 @@ from trainer.config import ConfigError, dump_config, read_config
 from trainer.config_train import TrainConfig
 from trainer.folder import RunFolder
 from trainer.inputs import check_inputs, order_facts, order_lines, with_steps
+from trainer.journal import Journal
 
 PACKAGES = (
     "torch",
@@ -67,6 +68,7 @@ def train(
         forget_ranks(folder)
         if is_done(config, checkpoint):
             return TrainOutcome(folder=config.folder, step=folder.finished_step() or 0)
+        tell_submitted(folder)
         facts = order_facts(config, samples)
         if say and (lines := order_lines(facts)):
             say("\n".join(lines))
@@ -77,6 +79,13 @@ def train(
             raise
         finally:
             forget_ranks(folder)
+
+
+def tell_submitted(folder: RunFolder) -> None:
+    """In a job: which, and when it was submitted. Its second driver has nothing to add."""
+    job, at, journal = os.environ.get("FATHOM_JOB"), os.environ.get("FATHOM_SUBMITTED"), Journal(folder.path)
+    if job and not any(line.get("event") == "submitted" and line.get("job") == job for line in journal.read()):
+        journal.write("submitted", job=job, at=float(at) if at else None)
 
 
 def print_line(line: str) -> None:
