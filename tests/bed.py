@@ -2,7 +2,8 @@
 
 Every machine's processes live below one that stands for it: killing that one is the loss of the machine, and nothing of
 it survives, neither process nor interface nor mount. The bridge lies in a namespace of its own too, so this machine's
-network is left alone. Files are shared, as by a network file system, but /tmp/ray and /dev/shm are each machine's own.
+network is left alone. Files are shared, as by a network file system, but /dev/shm and /tmp/ray, where temporary files
+go, are each machine's own.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ ip link set lo up
 mount -t tmpfs -o size=512m tmpfs /dev/shm
 mkdir -p /tmp/ray
 mount --bind {private} /tmp/ray
+mkdir /tmp/ray/tmp
 touch {private}/.up
 while :; do sleep 3600 & wait $! || true; done
 """
@@ -204,8 +206,9 @@ class Bed:
         self._inside(machine, "ip", "link", "set", "eth0", "up")
         tools = str(Path(sys.executable).parent)
         machine.env = {
-            "HOME": str(self.home), "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "RAY_AUTH_MODE": "token",
-            "GLOO_SOCKET_IFNAME": "eth0", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": "", "OMP_NUM_THREADS": "1",
+            "HOME": str(self.home), "TMPDIR": "/tmp/ray/tmp", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "GLOO_SOCKET_IFNAME": "eth0",
+            "PYTHONPATH": "", "OMP_NUM_THREADS": "1",
             "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser()),  # built operators
         }  # fmt: skip
         return machine
