@@ -95,7 +95,9 @@ class Job:
 
 def resolve_address(address: str | None) -> str:
     """The job server's URL: as given, else of Ray's own variables, else this machine's."""
-    found = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    usual = os.environ.get("RAY_ADDRESS", "")  # may be a cluster's own address, which says nothing of its dashboard
+    given = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    found = given or (usual if usual.startswith("http") else DEFAULT_ADDRESS)
     return found if "://" in found else f"http://{found}"
 
 
@@ -131,6 +133,7 @@ def connect(address: str | None) -> Any:
     token = Path("~/.ray/auth_token").expanduser()
     if "RAY_AUTH_MODE" not in os.environ and (token.is_file() or "RAY_AUTH_TOKEN" in os.environ):
         os.environ["RAY_AUTH_MODE"] = "token"  # the server's default as soon as it has a token
+    os.environ["RAY_API_SERVER_ADDRESS"] = where  # Ray's client prefers it to what it is given
     with told(where):
         from ray.job_submission import JobSubmissionClient
 
