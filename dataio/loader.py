@@ -77,6 +77,10 @@ class Loader:
         roles = {stream.role: dict(stream.describe()) for stream in self._streams}
         return {"plan_version": PLAN_VERSION, "seed": self._seed, "roles": roles}
 
+    def number(self, cursor: Mapping[str, int]) -> int:
+        """How many global batches of the order lie before a cursor, those passed over included."""
+        return max(stream.plan.number(cursor.get(stream.role, 0)) for stream in self._streams)
+
     def seek(self, cursor: Mapping[str, int]) -> None:
         """Continue after so many samples per role. Before the first batch only; DataError for no state of this plan."""
         if self._thread is not None:

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cluster import storage
 from cluster.attempts import Ending, GiveUp, Kind, Policy, decide, fitting, worth_growing
 from cluster.stop import StopFlag
 from cluster.worker import WorkerContext
-from trainer.checkpoint import CheckpointError, clean, find_checkpoint, step_of
+from trainer.checkpoint import CheckpointError, clean, find_checkpoint, list_checkpoints, step_of
+from trainer.config import dump_config
 from trainer.config_train import TrainConfig
+from trainer.divergence import TrainingDiverged
 from trainer.folder import RunFolder
 from trainer.journal import Journal
 
@@ -86,6 +89,7 @@ class Attempts:
         self.policy = policy_of(config)
         self.checkpoint, self.workers, self.attempt = checkpoint, config.cluster.workers, 0
         self.endings: list[Ending] = []
+        self.rollbacks = 0
         self.learned: dict[str, float] = {}
 
     def wait_for_machines(self) -> None:
@@ -122,6 +126,8 @@ class Attempts:
                 self.journal.write("failed", attempt=self.attempt, error=f"{type(error).__name__}: {error}"[:2000])
             if not isinstance(error, Exception) or isinstance(error, CheckpointError):
                 raise
+            if isinstance(error, TrainingDiverged) and self.stop.reason is None and self.rolled_back(error):
+                return None
             return self.after(ending_of(error, self.look_back()), error)
         if outcome.stopped == "RESIZED" and self.stop.reason is None:
             self.look_back()
@@ -175,6 +181,37 @@ class Attempts:
         self.stop.wait(decision.wait_s)
         return None
 
+    def rolled_back(self, error: TrainingDiverged) -> bool:
+        """React to training that went astray as configured: whether it goes on from before, without those samples."""
+        recovery = self.config.recovery
+        if (recovery.on_spike if error.what == "spike" else recovery.on_non_finite) != "roll_back":
+            return False
+        if self.rollbacks >= recovery.max_rollbacks:
+            error.add_note(f"went back {self.rollbacks} times; recovery.max_rollbacks is {recovery.max_rollbacks}")
+            return False
+        clean(self.run.checkpoints)
+        late = [name for name in list_checkpoints(self.run.checkpoints) if step_of(name) >= error.first_step]
+        early = len(list_checkpoints(self.run.checkpoints)) - len(late)
+        every = self.config.checkpoint.every
+        if not early and (every is None or error.first_step > every):
+            error.add_note(f"no checkpoint from before step {error.first_step} is left; raise checkpoint.keep")
+            return False
+        for name in late:
+            shutil.rmtree(storage.join(self.run.checkpoints, name))
+        self.rollbacks += 1
+        step = self.look_back()
+        self.config = passing_over(self.config, [error.skip])
+        storage.atomic_write(self.run.config, dump_config(self.config))
+        self.journal.write(
+            "rolled_back", attempt=self.attempt, why=error.what, noticed=error.step, step=step, removed=late,
+            passed_over=list(error.skip), losses={str(step): loss for step, loss in error.losses.items()},
+        )  # fmt: skip
+        self.say(
+            f"{str(error).splitlines()[0].partition(';')[0]}; going back to step {step}, and passing over the samples "
+            f"{error.skip[0]}:{error.skip[1]} of the run's order"
+        )
+        return True
+
     def look_back(self) -> int:
         """Find the newest whole checkpoint, from which the next attempt starts; returns its step."""
         clean(self.run.checkpoints)
@@ -208,6 +245,12 @@ class Growth:
         now = time.monotonic()
         self._since = self._since if self._since is not None else now
         return worth_growing(self.workers, self.policy, capacity, now - self._since, self.patience_s)
+
+
+def passing_over(config: TrainConfig, stretches: Iterable[tuple[int, int]]) -> TrainConfig:
+    """The configuration with more stretches of samples that are passed over."""
+    skip = tuple(sorted({*config.data.skip_samples, *stretches}))
+    return config.model_copy(update={"data": replace(config.data, skip_samples=skip)})
 
 
 def policy_of(config: TrainConfig) -> Policy:

@@ -111,6 +111,17 @@ class RecoverySection(Section):
     silence_s: float = Field(default=30.0, gt=0, description="without a word of a rank before it counts as frozen")
     hang_factor: float = Field(default=10.0, gt=1, description="times the longest that a phase took before: it hangs")
     hang_shortest_s: float = Field(default=60.0, gt=0, description="no phase hangs before that")
+    on_non_finite: Literal["stop", "roll_back"] = Field(
+        default="stop", description="after engine.max_skipped_steps: end, or go back and pass over those samples"
+    )
+    on_spike: Literal["ignore", "stop", "roll_back"] = Field(
+        default="ignore", description="when the loss leaves its course; roll_back passes over the samples around it"
+    )
+    spike_factor: float = Field(default=8.0, gt=0, description="sigmas above the median of the losses before")
+    spike_steps: int = Field(default=10, ge=1, description="in a row above that: a spike")
+    spike_window: int = Field(default=200, ge=4, description="losses before, to compare with")
+    spike_lead_steps: int = Field(default=10, ge=0, description="passed over before the spike, too")
+    max_rollbacks: int = Field(default=3, ge=0, description="then the run ends")
 
 
 class CheckpointSection(Section):

@@ -7,6 +7,7 @@ all of them over the *global* batch, however it was cut into ranks and micro-bat
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -19,17 +20,11 @@ from cluster.stop import REASONS
 from cluster.worker import WorkerContext
 from dataio.types import Batch
 from trainer.config_train import TrainConfig
+from trainer.divergence import SpikeDetector, TrainingDiverged
 from trainer.engine import Engine, StepResult
 from trainer.schedule import factor
 from trainer.tasks.base import Task
 from trainer.timing import PhaseTimer
-
-
-class TrainingDiverged(RuntimeError):
-    """Too many consecutive steps without a finite gradient."""
-
-    exit_status = 1
-    hopeless = True  # tried again, it would end in the same way
 
 
 @dataclass(kw_only=True)
@@ -51,6 +46,9 @@ class Hooks(Protocol):
     def before_step(self, batch: Batch) -> None: ...
 
     def after_step(self, record: StepRecord, batch: Batch) -> None: ...
+
+    def position(self, cursor: Mapping[str, int]) -> int:
+        """Where in the run's order a cursor stands, in samples."""
 
     def flags(self) -> tuple[float, float, float]:
         """This rank's say in the next all-reduce: a checkpoint is due by the clock; the one under way is written; or
@@ -75,22 +73,31 @@ class Loop:
     step: int = 0
     cursor: Mapping[str, int] = field(default_factory=dict)
     skipped_in_a_row: int = 0
+    spikes: SpikeDetector | None = None
     _said: Tensor | None = None  # sums over ranks of `_flags`, of the last step
+    _loss: Tensor | None = None  # this rank's part of the last step's
+    _began: deque[tuple[int, Mapping[str, int]]] = field(default_factory=deque)  # where the last steps began
 
     def __post_init__(self) -> None:
         self.timer = PhaseTimer(self.engine.device)
         self._forward = self.timer.timed("forward", self.engine)
+        rows = self.spikes.steps + self.config.recovery.spike_lead_steps if self.spikes else 0
+        self._began = deque(maxlen=max(rows, self.config.engine.max_skipped_steps) + 2)
 
     def run(self, batches: Iterator[Batch], hooks: Hooks) -> str | None:
         """Train; returns the reason of an early stop, agreed by all ranks, or None at the end."""
         self._said = self._flags(hooks)  # somebody may have asked while the ranks were starting
         dist.all_reduce(self._said)
         while self.step < self.config.steps:
-            *stops, due, written, failed = (int(x) for x in self._said.tolist())
+            *flags, loss = self._said.tolist()
+            *stops, due, written, failed = map(int, flags)
             if any(stops):
                 hooks.checkpoint(last=True)
                 return next(reason for reason, asked in zip(REASONS, stops, strict=True) if asked)
+            if self.spikes and self.spikes.see(self.step - 1, loss):  # it travelled with the last step's counts
+                self.spiked(hooks, self.spikes)
             hooks.agreed(bool(due), written, failed)
+            self._began.append((self.step + 1, self.cursor))
             self.context.beat(self.step + 1, "data")
             started = time.perf_counter()
             batch = next(batches)
@@ -129,6 +136,7 @@ class Loop:
             result = self.engine.step(rates)
         self.step += 1
         self.cursor = batch.cursor
+        self._loss = torch.stack([weights[name] * terms[name] for name in terms]).sum()
         return StepRecord(
             step=self.step,
             terms=terms,
@@ -189,9 +197,12 @@ class Loop:
         return int(rows)
 
     def _flags(self, hooks: Hooks) -> Tensor:
-        """This rank's: asked to stop, by reason; a checkpoint is due, the one under way is written, failed."""
+        """This rank's: asked to stop, by reason; a checkpoint is due, the one under way is written, failed; and its
+        part of the last step's loss, which costs no wait this way."""
         stops = [float(self.context.stop_requested() == reason) for reason in REASONS]
-        return on_device(torch.tensor([*stops, *hooks.flags()]), self.engine.device)
+        flags = on_device(torch.tensor([*stops, *hooks.flags()]), self.engine.device)
+        loss = self._loss if self._loss is not None else flags.new_full((), torch.nan)
+        return torch.cat([flags, loss.float().reshape(1)])
 
     def learning_rates(self) -> dict[str, float]:
         """Rates of this step: functions of samples seen, so the number of ranks does not change them."""
@@ -206,6 +217,7 @@ class Loop:
         The checkpoints before stay, as it may be these weights that overflow; and who resumes has all steps again.
         """
         skipped, self.skipped_in_a_row = self.skipped_in_a_row, 0
+        first = self.step - skipped + 1
         told = f"step_{self.step:08d} has the weights of the last good step"
         try:
             hooks.checkpoint(last=True, prune=False)
@@ -215,8 +227,23 @@ class Loop:
             f"step {self.step}: {skipped} steps in a row had a non-finite loss or gradient (engine.max_skipped_steps); "
             f"{told}. With --resume it goes on behind the samples of these steps, at lower optim.encoder_lr and "
             "optim.decoder_lr if you say so; to go on from an earlier checkpoint, move the newer ones away and pass "
-            "over the samples that journal.jsonl names with --skip-samples"
-        )
+            "over the samples that journal.jsonl names with --skip-samples; recovery.on_non_finite: roll_back does that"
+        ).about("non_finite", first, self.step, self.stretch(first, hooks), {})
+
+    def spiked(self, hooks: Hooks, spikes: SpikeDetector) -> None:
+        """Raise TrainingDiverged: nothing is saved, since these weights are what went wrong."""
+        lead = self.config.recovery.spike_lead_steps
+        losses, last = spikes.losses, spikes.high[-1]
+        raise TrainingDiverged(
+            f"step {spikes.first}: the loss left its course (above {spikes.limit():.4g} for {spikes.steps} steps, "
+            f"{last[1]:.4g} at step {last[0]}: recovery.spike_factor, spike_steps); go on from "
+            "before it with these samples passed over (recovery.on_spike: roll_back does that), or at lower rates"
+        ).about("spike", max(1, spikes.first - lead), self.step, self.stretch(spikes.first - lead, hooks), losses)
+
+    def stretch(self, first: int, hooks: Hooks) -> tuple[int, int]:
+        """The samples of the run's order from a step on, or from the first that is known, to here."""
+        began = [cursor for step, cursor in self._began if step >= first]
+        return (hooks.position(began[0]) if began else hooks.position(self.cursor)), hooks.position(self.cursor)
 
 
 def poisoned(loss: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import platform
@@ -20,7 +19,7 @@ from cluster import storage
 from cluster.lock import locked_folder
 from cluster.progress import Progress
 from cluster.stop import StopFlag
-from trainer.attempts import TrainOutcome, newest_checkpoint, run_attempts
+from trainer.attempts import TrainOutcome, newest_checkpoint, passing_over, run_attempts
 from trainer.changes import refuse_changes, say_changes
 from trainer.checkpoint import CheckpointError, clean, list_checkpoints, step_of
 from trainer.config import ConfigError, dump_config, read_config
@@ -131,9 +130,7 @@ def forget_ranks(folder: RunFolder) -> None:
 
 def with_earlier_skips(config: TrainConfig) -> TrainConfig:
     """The configuration with the stretches of samples that earlier attempts passed over: going back keeps them out."""
-    before = read_config(TrainConfig, RunFolder(config.folder).config).data.skip_samples
-    skip = tuple(sorted({*before, *config.data.skip_samples}))
-    return config.model_copy(update={"data": dataclasses.replace(config.data, skip_samples=skip)})
+    return passing_over(config, read_config(TrainConfig, RunFolder(config.folder).config).data.skip_samples)
 
 
 def prepare_folder(config: TrainConfig, resume: bool) -> str | None:

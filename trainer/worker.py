@@ -35,6 +35,7 @@ from trainer.checkpoint import (
 )
 from trainer.config import parse_config
 from trainer.config_train import TrainConfig
+from trainer.divergence import SpikeDetector
 from trainer.ema import Ema
 from trainer.engine import Engine
 from trainer.folder import RunFolder
@@ -163,6 +164,15 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             step=checkpoint.state.step if checkpoint else 0,
             cursor=dict(checkpoint.state.cursor) if checkpoint else {},
             skipped_in_a_row=checkpoint.state.skipped_in_a_row if checkpoint else 0,
+            spikes=self._spikes(),
+        )
+
+    def _spikes(self) -> SpikeDetector | None:
+        recovery = self.config.recovery
+        if recovery.on_spike == "ignore":
+            return None
+        return SpikeDetector(
+            factor=recovery.spike_factor, steps=recovery.spike_steps, window=recovery.spike_window
         )
 
     def _micro_batches(self, module: nn.Module, checkpoint: Checkpoint | None) -> int:
@@ -297,6 +307,9 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         self.recorder.on_step(self.loop, record, batch)
         if self.validator and self.validator.due(record.step):
             self._validate(self.validator)
+
+    def position(self, cursor: Mapping[str, int]) -> int:
+        return self.loader.number(cursor) * self.config.global_batch
 
     def flags(self) -> tuple[float, float, float]:
         minutes = self.config.checkpoint.every_minutes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from cluster.worker import Orders, WorkerContext
 from dataio.types import Batch
 from tests.trainer.batches import share, task_of, train_config
 from tests.trainer.ranks import run_ranks
-from trainer.loop import Loop, StepRecord, TrainingDiverged, cut, poisoned, step_seed
+from trainer.divergence import SpikeDetector, TrainingDiverged
+from trainer.loop import Loop, StepRecord, cut, poisoned, step_seed
 
 
 class Watching:
@@ -30,6 +32,9 @@ class Watching:
 
     def after_step(self, record: StepRecord, batch: Batch) -> None:
         self.in_a_row.append(self.loop.skipped_in_a_row)
+
+    def position(self, cursor: Any) -> int:
+        return int(sum(cursor.values()))
 
     def flags(self) -> tuple[float, float, float]:
         return self.flagged.get(self.loop.step, (0.0, 0.0, 0.0))
@@ -151,26 +156,58 @@ def test_a_finite_loss_with_a_gradient_that_is_not_names_its_sample(tmp_path: Pa
     assert last[:4] == (True, (last[4],), True, True)
 
 
-def diverging_run(rank: int, world_size: int) -> tuple[str, list[int], list[tuple[int, bool]], list[bool]]:
+def diverging_run(rank: int, world_size: int) -> tuple[Any, ...]:
     config = train_config("teacher", engine={"precision": "fp32", "max_skipped_steps": 2}, steps=10)
     loop = make_loop(config, rank, world_size, 1)
     good, bad = share(config, rank, world_size), share(config, rank, world_size)
     bad.views["student"][:] = float("nan")
-    hooks, said = Watching(loop), "went on"
+    hooks, said, about = Watching(loop), "went on", None
+    batches = [replace(batch, cursor={"labelled": 8 * (i + 1)}) for i, batch in enumerate([bad, good, bad, bad])]
     try:
-        loop.run(iter([bad, good, bad, bad, *[good] * 6]), hooks)
+        loop.run(iter([*batches, *[good] * 6]), hooks)
     except TrainingDiverged as error:
-        said = str(error)
-    return said, hooks.in_a_row, hooks.saved, hooks.pruned
+        said, about = str(error), (error.what, error.first_step, error.step, error.skip)
+    return said, hooks.in_a_row, hooks.saved, hooks.pruned, about
 
 
 def test_a_row_of_steps_without_update_gives_up(tmp_path: Path) -> None:
     """What was saved before stays, for it may be the weights that overflow."""
-    ((said, in_a_row, saved, pruned),) = run_ranks(diverging_run, 1, tmp_path)
+    ((said, in_a_row, saved, pruned, about),) = run_ranks(diverging_run, 1, tmp_path)
     assert said.startswith("step 4: 2 steps in a row") and "engine.max_skipped_steps" in said
     assert "step_00000004 has the weights of the last good step" in said
     assert in_a_row == [1, 0, 1, 2]
     assert (saved, pruned) == ([(4, True)], [False])
+    assert about == ("non_finite", 3, 4, (16, 32))
+
+
+def spiking_run(rank: int, world_size: int) -> tuple[Any, ...]:
+    """The loss, the same batch again and again at a rate of 0, is ten times as high from step 13 on."""
+    recovery = {"on_spike": "stop", "spike_steps": 3, "spike_window": 16, "spike_lead_steps": 2}
+    optim = {"encoder_lr": 0.0, "decoder_lr": 0.0, "weight_decay": 0.0}
+    config = train_config("teacher", recovery=recovery, optim=optim, steps=40)
+    loop = make_loop(config, rank, world_size, 1)
+    loop.spikes = SpikeDetector(factor=8.0, steps=3, window=16)
+    sums, hooks = loop.task.sums, Watching(loop)
+    loop.task.sums = lambda *args: {  # type: ignore[method-assign]
+        name: value * (10 if loop.step >= 12 else 1) for name, value in sums(*args).items()
+    }
+    batch = share(config, rank, world_size)
+    try:
+        loop.run(iter([replace(batch, cursor={"labelled": 8 * (i + 1)}) for i in range(40)]), hooks)
+    except TrainingDiverged as error:
+        return str(error), error.what, error.first_step, error.step, error.skip, error.losses, hooks.saved
+    return ()
+
+
+def test_a_loss_that_leaves_its_course_ends_the_run_on_all_ranks(tmp_path: Path) -> None:
+    """It is seen a step late, since the loss travels with the next step's counts."""
+    first, last = run_ranks(spiking_run, 2, tmp_path)
+    assert first == last
+    said, what, first_step, step, skip, losses, saved = first
+    assert said.startswith("step 13: the loss left its course") and "recovery.on_spike" in said
+    assert (what, first_step, step, saved) == ("spike", 11, 16, [])
+    assert skip == (80, 128)  # two steps before, the three, and one until it was seen
+    assert losses[13] == pytest.approx(10 * losses[12], rel=1e-5)
 
 
 def stopping_run(rank: int, world_size: int) -> tuple[Any, ...]:

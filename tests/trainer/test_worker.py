@@ -22,9 +22,9 @@ from trainer.attempts import attempt_of
 from trainer.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
 from trainer.config import ConfigError, parse_config
 from trainer.config_train import TrainConfig
+from trainer.divergence import TrainingDiverged
 from trainer.evaluate_images import mean_of, measure_part, measurement
 from trainer.journal import logged_lines
-from trainer.loop import TrainingDiverged
 from trainer.run import prepare_folder
 
 STEPS = 6
