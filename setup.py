@@ -40,6 +40,7 @@ REQUIRES = [
     "safetensors>=0.4.3",
     "fsspec>=2024.2",
     "psutil>=5.9",
+    "pathspec>=0.12",
     "isal>=1.7",
     "ninja>=1.11",
     "matplotlib>=3.8",

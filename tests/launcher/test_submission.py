@@ -1,0 +1,161 @@
+"""A command line is checked and resolved before anything is sent; its metadata are enough to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher import recipes
+from launcher.errors import status_of
+from launcher.jobs import Job, JobUsageError, entrypoint, find, number_of, resolve_address
+from launcher.submission import again, environment, request
+from launcher.supervisor import main as supervise
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "teacher.yaml"
+    path.write_text(recipes.read("teacher-v2-vitg"))
+    return path
+
+
+def test_the_configuration_is_resolved_here(config: Path) -> None:
+    asked = request(["train", "teacher.yaml", "--set", "steps=7", "--debug", "--set=name=mine"], None)
+    assert asked.arguments == ("train", "CONFIG", "--debug")
+    assert asked.name == "mine" and asked.run_folder == str(config.parent / "runs" / "mine")
+    values = yaml.safe_load(asked.config or "")
+    assert values["steps"] == 7 and values["name"] == "mine" and values["runs"] == str(config.parent / "runs")
+    other = request(["train", "teacher.yaml", "--set", "steps=8", "--debug", "--set=name=mine"], None)
+    assert asked.digest != other.digest and len(asked.digest or "") == 16
+    assert request(["train", "teacher.yaml", "--set", "steps=7", "--set=name=mine"], None).digest == asked.digest
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "teacher.yaml", "--set", "stepz=7"], "stepz"),
+        (["train", "nothing.yaml"], "no such configuration file"),
+        (["train", "teacher.yaml", "--frobnicate"], "frobnicate"),
+        (["frobnicate"], "'frobnicate' is none that can be a job"),
+        (["jobs", "list"], "'jobs' is none that can be a job"),
+        (["data", "frobnicate"], "'data frobnicate'"),
+        (["label"], "Usage: fathom label"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_sent(
+    config: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Exception) as caught:
+        request(words, None)
+    assert status_of(caught.value) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_verbs_without_a_configuration_get_a_name(config: Path) -> None:
+    one, two = (request(["data", "layouts"], None) for _ in range(2))
+    assert one.name.startswith("data-layouts-2") and one.name != two.name and one.config is None
+    assert request(["data", "layouts"], "mine").name == "mine"
+    with pytest.raises(JobUsageError, match="--name"):
+        request(["data", "layouts"], "a/b")
+
+
+def test_metadata_are_enough_to_go_on(config: Path) -> None:
+    asked = request(["train", "teacher.yaml", "--set", "steps=7"], None)
+    known = asked.metadata("/somewhere", "teacher")
+    assert all(isinstance(value, str) for value in known.values())
+    config.unlink()
+    resumed = again(known)
+    assert resumed.arguments == ("train", "CONFIG", "--resume") and resumed.config == asked.config
+    assert again(resumed.metadata("/somewhere", "teacher")).arguments == resumed.arguments
+    for words in (["predict", "a.jpg"], ["data", "layouts"]):
+        with pytest.raises(JobUsageError, match="cannot go on"):
+            again({"arguments": json.dumps(words), "run": "x"})
+
+
+def test_secrets_do_not_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert environment(["A=b=c", "HF_HUB_OFFLINE", "EMPTY="]) == {"A": "b=c", "HF_HUB_OFFLINE": "1", "EMPTY": ""}
+    for item in ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY=x", "my_password=1", "HF_TOKEN", "9=1", "NOT_SET_ANYWHERE"):
+        with pytest.raises(JobUsageError):
+            environment([item])
+
+
+def shell(command: str, folder: Path) -> list[str]:
+    """The arguments that the supervisor would get, and where."""
+    (folder / "fake").write_text('#!/bin/sh\npwd\necho "$PYTHONPATH"\nfor word in "$@"; do echo "$word"; done\n')
+    (folder / "fake").chmod(0o755)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(["/bin/sh", "-c", command], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_job_s_command_survives_a_shell(tmp_path: Path) -> None:
+    shipped, typed = tmp_path / "ship ped", tmp_path / "it's here"
+    (shipped / "here").mkdir(parents=True)
+    words = ["train", "CONFIG", "--set", "a=$HOME `x` 'y' \"z\"", "*"]
+    command = entrypoint(words, 3, str(typed), python=str(shipped / "fake"))
+    expected = ["-m", "launcher.supervisor", "--restarts", "3", "--", "train", f"{shipped}/job.yaml", *words[2:]]
+    assert shell(command, shipped) == [str(shipped / "here"), str(shipped), *expected]
+    typed.mkdir()
+    assert shell(command, shipped)[0] == str(typed)
+    assert shlex.split(command)  # no quote is left open
+
+
+def test_the_supervisor_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    assert supervise(["--restarts", "x", "--", "train"]) == 2 and "usage" in capsys.readouterr().err
+
+
+class Details:
+    def __init__(self, name: str, run: str | None, started: int) -> None:
+        self.submission_id, self.job_id, self.status, self.entrypoint = name, None, "SUCCEEDED", "x"
+        self.message, self.driver_exit_code, self.end_time = None, 0, None
+        self.start_time, self.metadata = started * 1000, {"run": run} if run else {}
+
+
+class Client:
+    def __init__(self, *details: Details) -> None:
+        self.list_jobs = lambda: list(details)
+
+
+def test_a_run_s_name_is_its_newest_job() -> None:
+    client = Client(
+        Details("a", "a", 1), Details("a.2", "a", 2), Details("a.10", "a", 9), Details("b", None, 4),
+        Details("a.3", "a", 3),
+    )  # fmt: skip
+    for name, found in (("a", "a.10"), ("a.2", "a.2"), ("a.1", "a"), ("b", "b")):
+        assert find(client, "x", name).id == found
+    assert [number_of(name, "a") for name in ("a", "a.2", "a.10")] == [1, 2, 10]
+    assert number_of("a.2", "a.2") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "answer"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 1, 100), ("FAILED", 137, 100), ("FAILED", 75, 101), ("RUNNING", None, 101),
+     ("PENDING", None, 101), ("STOPPED", None, 103)],
+)  # fmt: skip
+def test_the_answer_for_a_job(status: str, code: int | None, answer: int) -> None:
+    job = Job(
+        id="a", status=status, entrypoint="", message=None, exit_code=code, started=None, ended=None, metadata={}
+    )
+    assert job.answer == answer
+
+
+def test_where_the_job_server_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    assert resolve_address(None) == "http://127.0.0.1:8265"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # the cluster's own
+    assert resolve_address(None) == "http://127.0.0.1:8265"
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    assert resolve_address(None) == "http://head:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "other:1")
+    assert resolve_address(None) == "http://other:1"
+    assert resolve_address("https://given") == "https://given"
