@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from cluster.stragglers import Stragglers
 from cluster.watchdog import Stuck, Watchdog
 from cluster.worker import Orders, Word
 
@@ -24,12 +25,14 @@ class About:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What the driver sees at a look. `joined`: ranks that have entered the function so far, on `nodes`."""
+    """What the driver sees at a look. `joined`: ranks that have entered the function so far, on `nodes`.
+    `slow`: stragglers, and how many times the median's their own work takes."""
 
     progress: dict[str, Any] | None
     joined: int
     nodes: frozenset[str]
     stuck: Stuck | None
+    slow: Mapping[int, float]
 
 
 class Control:
@@ -37,6 +40,7 @@ class Control:
 
     def __init__(self, watch: Mapping[str, Any]) -> None:
         self._dog = Watchdog(**watch)
+        self._stragglers = Stragglers()
         self._progress: dict[str, Any] | None = None
         self._orders = Orders()
         self._ranks: dict[int, About] = {}
@@ -55,9 +59,11 @@ class Control:
         """A rank's word for its orders."""
         if rank not in self._left:
             self._dog.hear(rank, word.beat, time.monotonic(), word.took_s)
+            if word.own_s is not None:
+                self._stragglers.hear(rank, word.own_s)
         if rank == 0 and word.progress is not None:
             self._progress = word.progress
-        return self._orders
+        return replace(self._orders, slowdown=self._stragglers.slowdown(rank))
 
     def order(self, orders: Orders) -> None:
         """What every rank is told from now on."""
@@ -66,8 +72,14 @@ class Control:
     def look(self) -> View:
         """To be called every second or so."""
         nodes = frozenset(about.node for about in self._ranks.values())
-        stuck = self._dog.stuck(time.monotonic())
-        return View(progress=self._progress, joined=len(self._ranks), nodes=nodes, stuck=stuck)
+        now = time.monotonic()
+        return View(
+            progress=self._progress,
+            joined=len(self._ranks),
+            nodes=nodes,
+            stuck=self._dog.stuck(now),
+            slow=self._stragglers.named(now),
+        )
 
     def ranks(self) -> dict[int, About]:
         """Where the ranks are that have joined."""

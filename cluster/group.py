@@ -44,7 +44,8 @@ class Watch:
     """How long a rank may be silent or in one phase: cluster/watchdog.py.
 
     `stacks`: a folder for those of a stuck group, which all machines see. `learned`: what an earlier attempt's phases
-    took at most; it is added to.
+    took at most; it is added to. `on_slow` gets each straggler once: rank, host, and how many times as long as the
+    median rank it needs for its own work (cluster/stragglers.py).
     """
 
     stacks: str
@@ -52,6 +53,7 @@ class Watch:
     factor: float = 10.0
     shortest_s: float = 60.0
     learned: dict[str, float] = field(default_factory=dict)
+    on_slow: Callable[[int, str, float], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -237,13 +239,16 @@ def _wait(
     on_progress: Callable[[dict[str, Any]], None] | None,
 ) -> Stuck | None:
     """Until the group has ended, or is stuck."""
-    shown, joined_by, nodes = None, time.monotonic() + _JOIN_S, frozenset[str]()
+    shown, joined_by, nodes, slow = None, time.monotonic() + _JOIN_S, frozenset[str](), set[int]()
     while not run.done.wait(_LOOK_EVERY_S):
         orders.look(nodes)
         view: View | None = _ask(control.look.remote(), timeout_s=1.0)
         if view is None:
             continue
         nodes = view.nodes
+        if watch and watch.on_slow and (new := view.slow.keys() - slow):
+            slow |= new
+            _tell_slow(control, {rank: view.slow[rank] for rank in sorted(new)}, watch.on_slow)
         if on_progress is not None and view.progress is not None and view.progress != shown:
             shown = view.progress
             on_progress(shown)
@@ -256,6 +261,12 @@ def _wait(
         if view is not None and view.progress is not None and view.progress != shown:
             on_progress(view.progress)
     return None
+
+
+def _tell_slow(control: Any, slow: Mapping[int, float], tell: Callable[[int, str, float], None]) -> None:
+    ranks: Mapping[int, About] = _ask(control.ranks.remote()) or {}
+    for rank, ratio in slow.items():
+        tell(rank, ranks[rank].host if rank in ranks else "?", ratio)
 
 
 def _end_stuck(

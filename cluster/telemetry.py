@@ -47,6 +47,7 @@ METRICS: Mapping[str, Metric] = {
     "fathom_steps_skipped_total": Metric("counter", "Steps whose update was not applied, by reason.", ("reason",)),
     "fathom_step_duration_seconds": Metric("histogram", "Wall time of one optimizer step.", buckets=_STEP_BUCKETS_S),
     "fathom_phase_seconds_total": Metric("counter", "Wall time by phase of a step and of the run.", ("phase",)),
+    "fathom_rank_slowdown_ratio": Metric("gauge", "Time of this rank's own work in a step, over the median rank's."),
     "fathom_last_step_timestamp_seconds": Metric("gauge", "When the last optimizer step ended, since the epoch."),
     "fathom_loss": Metric("gauge", "The last step's loss over the global batch, by term.", ("term",)),
     "fathom_grad_norm": Metric("gauge", "The last step's gradient norm before clipping."),

@@ -110,15 +110,6 @@ class Watchdog:
         limit_s = self.limit_s(self._ranks[first].beat.phase)
         return self._found(behind, first, False, now - self._ranks[first].moved, limit_s)
 
-    def slowdown(self, seconds: Mapping[int, float]) -> dict[int, float]:
-        """Each rank's own time of a step over the median rank's."""
-        ordered = sorted(seconds.values())
-        if not ordered:
-            return {}
-        middle = len(ordered) // 2
-        median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-        return {rank: value / median if median > 0 else 1.0 for rank, value in seconds.items()}
-
     def _behind(self) -> list[int]:
         """Those that have gone through fewest phases."""
         least = min((known.beat.count for known in self._ranks.values()), default=0)

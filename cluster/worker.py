@@ -21,21 +21,24 @@ _LONGEST_WAIT_S = 5.0  # between two attempts to reach the driver
 
 @dataclass(frozen=True, kw_only=True)
 class Word:
-    """What a rank says: its last report, if it is a new one, where it is, and the longest that it was in each phase
-    since its last word, seconds."""
+    """What a rank says: its last report, if it is a new one, where it is, the longest that it was in each phase and the
+    mean of its own work in a step since its last word, seconds."""
 
     progress: dict[str, Any] | None
     beat: Beat
     took_s: Mapping[str, float] = field(default_factory=dict)
+    own_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Orders:
-    """What a rank is told. `stacks`: a folder to write all threads' stacks to, once."""
+    """What a rank is told. `stacks`: a folder to write all threads' stacks to, once. `slowdown`: its own work's time
+    over the median rank's."""
 
     reason: str | None = None
     deadline: float | None = None
     stacks: str | None = None
+    slowdown: float | None = None
 
 
 Exchange = Callable[[Word], Orders]
@@ -56,6 +59,7 @@ class WorkerContext:
     _beat: Beat = field(default=_START, repr=False)
     _entered: float = field(default_factory=time.monotonic, repr=False)
     _took_s: dict[str, float] = field(default_factory=dict, repr=False)
+    _own_s: tuple[float, int] = field(default=(0.0, 0), repr=False)  # sum, steps
     _orders: Orders = field(default=Orders(), repr=False)
 
     def report(self, progress: dict[str, Any]) -> None:
@@ -67,6 +71,16 @@ class WorkerContext:
         now, last = time.monotonic(), self._beat.phase
         self._took_s[last] = max(self._took_s.get(last, 0.0), now - self._entered)
         self._beat, self._entered = Beat(step=step, phase=phase, count=self._beat.count + 1), now
+
+    def own_work(self, seconds: float) -> None:
+        """Say how long a step's own work took: what no other rank can hold up."""
+        total, steps = self._own_s
+        self._own_s = total + seconds, steps + 1
+
+    @property
+    def slowdown(self) -> float | None:
+        """How many times as long as the median rank this one needs for its own work, as far as the driver knows."""
+        return self._orders.slowdown
 
     def stop_requested(self) -> str | None:
         """The reason to stop, as this rank knows it now: ranks learn it at different steps and have to agree."""
@@ -107,7 +121,13 @@ class Link:
             last = self._closed.wait(wait_s)
             progress = self._context._progress
             took_s, self._context._took_s = self._context._took_s, {}
-            word = Word(progress=progress if progress is not sent else None, beat=self._context._beat, took_s=took_s)
+            (total, steps), self._context._own_s = self._context._own_s, (0.0, 0)
+            word = Word(
+                progress=progress if progress is not sent else None,
+                beat=self._context._beat,
+                took_s=took_s,
+                own_s=total / steps if steps else None,
+            )
             try:
                 orders = self._exchange(word)
             except Exception:  # noqa: BLE001  whatever keeps it from the driver; Ray ends this process if that is gone

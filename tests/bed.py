@@ -128,12 +128,14 @@ class Bed:
 
     def __init__(self, folder: Path, cpus: Sequence[int]) -> None:
         self.folder, self.home = folder, folder / "home"
+        self.site = folder / "site"  # on the path of every Python process there
         self.machines: dict[str, Machine] = {}
         self._cpus = cpus
         self._switch: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Bed:
         self.home.mkdir(parents=True)
+        self.site.mkdir()
         try:
             self._build()
         except BaseException:
@@ -208,7 +210,7 @@ class Bed:
         machine.env = {
             "HOME": str(self.home), "TMPDIR": "/tmp/ray/tmp", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "GLOO_SOCKET_IFNAME": "eth0",
-            "PYTHONPATH": "", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1",
             "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser()),  # built operators
         }  # fmt: skip
         return machine

@@ -152,11 +152,18 @@ class Attempts:
             factor=recovery.hang_factor,
             shortest_s=recovery.hang_shortest_s,
             learned=self.learned,
+            on_slow=self.slow,
         )
         told = telling(self.journal, self.attempt, self.on_progress, self.stop)
         fewer = self.workers < self.policy.workers
         grow = Growth(self.workers, self.policy, recovery.grow_patience_s) if fewer else None
         return run_ranks(self.config, self.workers, self.checkpoint, watch, grow, told, self.stop)
+
+    def slow(self, rank: int, host: str, ratio: float) -> None:
+        """A straggler, named once an attempt: its machine is worth a look."""
+        with suppress(storage.StorageError):  # a full disk is no reason to end
+            self.journal.write("straggler", attempt=self.attempt, rank=rank, host=host, slowdown=round(ratio, 2))
+        self.say(f"rank {rank} on {host} needs {ratio:.1f} times as long as the median rank; all wait for it")
 
     def after(self, ending: Ending, error: Exception | None) -> TrainOutcome | None:
         """Decide what follows an end that nobody wanted. `error`: what it raised, if anything."""

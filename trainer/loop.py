@@ -26,6 +26,8 @@ from trainer.schedule import factor
 from trainer.tasks.base import Task
 from trainer.timing import PhaseTimer
 
+OWN_PHASES = ("forward", "loss")  # no other rank can hold these up, but for stage 3's gathering
+
 
 @dataclass(kw_only=True)
 class StepRecord:
@@ -106,6 +108,7 @@ class Loop:
             hooks.before_step(batch)
             record = self.train_step(batch, self._flags(hooks))
             record.phases["data_wait"] = waited
+            self.context.own_work(waited + sum(record.phases.get(phase, 0.0) for phase in OWN_PHASES))
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.result.skipped else 0
             hooks.after_step(record, batch)
             if self.skipped_in_a_row >= self.config.engine.max_skipped_steps:

@@ -128,6 +128,8 @@ class Recorder:
         metric("fathom_last_step_timestamp_seconds").set_to_current_time()
         for phase, spent in record.phases.items():
             metric("fathom_phase_seconds_total").labels(phase=phase).inc(spent)
+        if self.context.slowdown is not None:
+            metric("fathom_rank_slowdown_ratio").set(self.context.slowdown)
         for group, rate in record.learning_rates.items():
             metric("fathom_learning_rate").labels(group=group).set(rate)
         for reason, count in dict(self.loader.quarantine.counts).items():

@@ -151,10 +151,3 @@ def test_who_waits_for_others_is_not_blamed_for_their_first_long_read() -> None:
     waited, found = group.until_stuck()
     assert (found.ranks, found.phase) == ((1,), "checkpoint")
     assert waited == pytest.approx(UNKNOWN_S["checkpoint"], abs=2)
-
-
-def test_slowdowns_are_over_the_median_rank() -> None:
-    dog = Watchdog()
-    assert dog.slowdown({0: 1.0, 1: 1.0, 2: 3.0}) == {0: 1.0, 1: 1.0, 2: 3.0}
-    assert dog.slowdown({0: 1.0, 1: 3.0}) == {0: 0.5, 1: 1.5}
-    assert dog.slowdown({}) == {} and dog.slowdown({0: 0.0, 1: 0.0}) == {0: 1.0, 1: 1.0}

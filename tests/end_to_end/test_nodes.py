@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.bed import Bed, bed, wait_for
-from tests.end_to_end.cli import (
-    REPOSITORY,
-    TIMEOUT_S,
-    Done,
-    events,
-    json_lines,
-    steps_done,
-    succeed,
-    teacher_values,
-    write_config,
-)  # fmt: skip
+from tests.end_to_end.cli import TIMEOUT_S, events, json_lines, steps_done, succeed, write_config
 from tests.end_to_end.conftest import World
-from trainer.journal import logged_lines
+from tests.end_to_end.nodes import STEPS, fathom, losses, run_values, same_weights, told, with_ranks
 
 pytestmark = pytest.mark.timeout(1800)
-
-STEPS = 120
-QUICK = {"silence_s": 5.0, "hang_shortest_s": 5.0, "max_failures": 3}
 
 
 @pytest.fixture(scope="module")
@@ -42,43 +27,22 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
 def undisturbed(data_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, on one machine and left alone."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    write_config(folder / "teacher.yaml", values(data_world))
+    write_config(folder / "teacher.yaml", run_values(data_world))
     succeed("train", "teacher.yaml", cwd=folder)
     return folder / "runs" / "teacher"
-
-
-def values(world: World) -> dict[str, object]:
-    return teacher_values(world.data, steps=STEPS, preview_every=1000) | {
-        "checkpoint": {"every": 10}, "recovery": QUICK, "log_every": 1,
-    }  # fmt: skip
-
-
-def fathom(machines: Bed, *words: str, cwd: Path, env: dict[str, str] | None = None) -> Done:
-    """Run a verb on the machine outside of the cluster."""
-    where = {"PYTHONPATH": str(REPOSITORY), "RAY_API_SERVER_ADDRESS": machines.dashboard}
-    done = machines.outside.run(
-        sys.executable, "-m", "launcher.cli", *words, cwd=cwd, env={**where, **(env or {})}, timeout_s=TIMEOUT_S
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-def same_weights(run: Path, other: Path) -> bool:
-    found, expected = (load_file(folder / "weights" / "model.safetensors") for folder in (run, other))
-    return found.keys() == expected.keys() and all(bool((found[name] == expected[name]).all()) for name in found)
 
 
 def test_a_submitted_run_trains_on_two_machines_and_loses_one(
     tmp_path: Path, machines: Bed, data_world: World, undisturbed: Path
 ) -> None:
-    write_config(tmp_path / "teacher.yaml", values(data_world))
+    write_config(tmp_path / "teacher.yaml", run_values(data_world))
     run = tmp_path / "runs" / "teacher"
     begun = time.monotonic()
     done = fathom(machines, "submit", "--json", "train", "teacher.yaml", cwd=tmp_path)
     assert done.status == 0 and done.err == "", done.err
     assert json.loads(done.out)["id"] == "teacher"
     wait_for(lambda: steps_done(run) >= 25, "step 25", TIMEOUT_S)
-    on = [name for name in ("head", "node1", "node2") if machines.machines[name].processes("RayTrainWorker")]
+    on = with_ranks(machines)
     assert len(on) == 2, f"ranks on {on} after {time.monotonic() - begun:.0f} s"
     status = json.loads(fathom(machines, "jobs", "status", "teacher", "--json", cwd=tmp_path).out)
     assert status["state"] == "RUNNING" and status["attempt"] == 1 and status["answer"] == 101
@@ -88,20 +52,19 @@ def test_a_submitted_run_trains_on_two_machines_and_loses_one(
     log = fathom(machines, "jobs", "logs", "teacher", cwd=tmp_path).out
     machines.replace(lost)
     assert waited.status == 0, log
-    told = [line for line in json_lines(run / "journal.jsonl") if line["event"] not in ("checkpoint", "running")]
-    assert [line["event"] for line in told] == ["submitted", "started", "failed", "recovering", "started", "finished"]
-    assert told[2]["error"].startswith("MachineLost"), told[2]
-    assert 20 <= int(told[4]["resume"][-8:]) < STEPS
+    lines = told(run)
+    assert [line["event"] for line in lines] == ["submitted", "started", "failed", "recovering", "started", "finished"]
+    assert lines[2]["error"].startswith("MachineLost"), lines[2]
+    assert 20 <= int(lines[4]["resume"][-8:]) < STEPS
     assert same_weights(run, undisturbed)
-    found, expected = (logged_lines(str(folder)) for folder in (run, undisturbed))
-    assert [(line["step"], line["loss"]) for line in found] == [(line["step"], line["loss"]) for line in expected]
+    assert losses(run) == losses(undisturbed)
     assert events(run)[-1] == "finished"
 
 
 def test_a_stopped_job_saves_and_is_resumed(
     tmp_path: Path, machines: Bed, data_world: World, undisturbed: Path
 ) -> None:
-    write_config(tmp_path / "teacher.yaml", values(data_world) | {"name": "stopped", "checkpoint": {"every": 1000}})
+    write_config(tmp_path / "teacher.yaml", run_values(data_world) | {"name": "stopped", "checkpoint": {"every": 1000}})
     run = tmp_path / "runs" / "stopped"
     assert fathom(machines, "submit", "train", "teacher.yaml", cwd=tmp_path).out == "stopped\n"
     wait_for(lambda: steps_done(run) >= 5, "step 5", TIMEOUT_S)
@@ -141,7 +104,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, machines: Bed) -> None:
 
 
 def test_a_job_that_fails_says_so(tmp_path: Path, machines: Bed, data_world: World) -> None:
-    write_config(tmp_path / "teacher.yaml", values(data_world) | {"name": "failing"})
+    write_config(tmp_path / "teacher.yaml", run_values(data_world) | {"name": "failing"})
     job = ("submit", "--wait", "--name", "failing-1", "train", "teacher.yaml", "--set", "model.weights=nothing.pth")
     done = fathom(machines, *job, cwd=tmp_path)
     assert done.status == 100 and "failing-1: FAILED (" in done.err and "nothing.pth" in done.err, done
