@@ -1,6 +1,7 @@
 # make quickstart    a virtual environment, the installation, and the whole chain in minutes
 # make install       only the first two                 (PYTHON=python3.12, CUDA=12 where wanted)
 # make test check    the tests; ruff and mypy           (ARGS="-k plan" goes to pytest)
+# make soak          half an hour of training on several machines with a fault every minute; needs root
 # make map           what is where: every module in a line
 
 SHELL := /bin/bash
@@ -10,7 +11,7 @@ ARGS ?=
 export PYTHON
 PYTEST := .venv/bin/python -m pytest $(ARGS)
 
-.PHONY: help install install-dev quickstart test test-slow check format map clean
+.PHONY: help install install-dev quickstart test test-slow soak check format map clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -30,6 +31,9 @@ test: install-dev
 
 test-slow: install-dev
 	$(PYTEST) -m slow --timeout 1800
+
+soak: install-dev
+	.venv/bin/python -m tests.end_to_end.soak $(ARGS)
 
 check: install-dev
 	.venv/bin/ruff check .

@@ -130,6 +130,7 @@ class Bed:
         self.folder, self.home = folder, folder / "home"
         self.site = folder / "site"  # on the path of every Python process there
         self.machines: dict[str, Machine] = {}
+        self.cuts: set[str] = set()  # machines whose network was cut since they were made: Ray gives them up
         self._cpus = cpus
         self._switch: subprocess.Popen[bytes] | None = None
 
@@ -175,6 +176,7 @@ class Bed:
     def cut(self, name: str) -> None:
         """Pull the machine's network cable."""
         self._on_switch("ip", "link", "set", self.machines[name].port, "down")
+        self.cuts.add(name)
 
     def mend(self, name: str) -> None:
         """Put it back."""
@@ -184,6 +186,7 @@ class Bed:
         """A new machine in the place of one that was killed."""
         cpus = self._cpus[list(self.machines).index(name)]
         self.machines[name].kill()
+        self.cuts.discard(name)
         shutil.rmtree(self.folder / f"ray-{name}")
         self.add(name)
         self.start_ray(name, cpus)

@@ -47,12 +47,18 @@ def _nothing_left() -> Iterator[None]:
 def data_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """The two sets: seconds."""
     world = World(tmp_path_factory.mktemp("world"))
+    make_sets(world)
+    return world
+
+
+def make_sets(world: World) -> None:
+    """The labelled set and the wide one."""
+    world.folder.mkdir(exist_ok=True)
     succeed("data", "synth", "data/labelled", "--count", "24", "--size", str(SIZE), cwd=world.folder)
     succeed(
         "data", "synth", "data/wide", "--domain", "wide", "--count", "32", "--size", str(SIZE), "--no-labels",
         "--shard-samples", "8", cwd=world.folder,
     )  # fmt: skip
-    return world
 
 
 @pytest.fixture(scope="session")

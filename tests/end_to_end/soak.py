@@ -1,0 +1,111 @@
+"""`make soak`: runs on several machines, one after another, with a random fault every minute, for half an hour.
+
+Every run must end SUCCEEDED with the bits and the losses of one that was left alone. Prints a line for each fault and
+each run, and a table at the end; exit status 1 when a run was not as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.bed import Bed, available, wait_for
+from tests.end_to_end.cli import TIMEOUT_S, steps_done, succeed, write_config
+from tests.end_to_end.conftest import World, make_sets
+from tests.end_to_end.nodes import WITH_RAY, fathom, losses, run_values, same_weights, told, with_ranks
+from tests.end_to_end.test_faults import FATAL, FAULTS, raise_in_a_rank
+
+STEPS = 1500
+ENDS = {"SUCCEEDED", "FAILED", "CANCELLED"}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--every", type=float, default=60.0, metavar="SECONDS", help="between two faults")
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+def soak(arguments: argparse.Namespace, folder: Path) -> bool:
+    """Whether all was well."""
+    world = World(folder / "world")
+    make_sets(world)
+    values = run_values(world, steps=STEPS, log_every=10)
+    write_config(folder / "teacher.yaml", values)
+    began = time.monotonic()
+    succeed("train", "teacher.yaml", cwd=folder)
+    alone_s = time.monotonic() - began
+    draw, ends = random.Random(arguments.seed), time.monotonic() + 60 * arguments.minutes
+    faults, runs, well = Counter[str](), list[float](), True
+    with Bed(folder / "bed", cpus=[1, 1, 1]) as machines:
+        while time.monotonic() < ends:
+            name = f"run{len(runs)}"
+            began = time.monotonic()
+            write_config(folder / "teacher.yaml", values | {"name": name})
+            assert fathom(machines, "submit", "train", "teacher.yaml", cwd=folder).status == 0
+            state = disturb(machines, folder, name, draw, arguments.every, faults)
+            runs.append(time.monotonic() - began)
+            same = state == "SUCCEEDED" and same_weights(folder / "runs" / name, folder / "runs" / "teacher")
+            same = same and losses(folder / "runs" / name) == losses(folder / "runs" / "teacher")
+            attempts = sum(line["event"] == "started" for line in told(folder / "runs" / name))
+            verdict = "as one left alone" if same else "NOT as one left alone"
+            print(f"{name}: {state}, {verdict}, {attempts} attempts, {runs[-1]:.0f} s", flush=True)
+            if not same:
+                well = False
+                print(fathom(machines, "jobs", "logs", name, cwd=folder).out, flush=True)
+    print(f"\nalone, on one machine: {alone_s:.0f} s; {len(runs)} runs: {', '.join(f'{s:.0f}' for s in runs)} s\n")
+    print("| fault | times |\n|---|---|")
+    for fault, count in sorted(faults.items()):
+        print(f"| {fault} | {count} |")
+    return well
+
+
+def disturb(
+    machines: Bed, folder: Path, name: str, draw: random.Random, every_s: float, faults: Counter[str]
+) -> str:
+    """A fault every `every_s` seconds until the job has ended; returns its state."""
+    run, broken = folder / "runs" / name, False
+    wait_for(lambda: steps_done(run) >= 1, "the first step", TIMEOUT_S)
+    while True:
+        ends = time.monotonic() + every_s
+        while time.monotonic() < ends:
+            done = fathom(machines, "jobs", "wait", name, "--timeout", "5", cwd=folder)
+            if done.status != 101:
+                return done.err.strip().rpartition(": ")[2].split()[0]
+        if broken:
+            mend(machines)
+            broken = False
+        if len(with_ranks(machines)) < 2 or with_ranks(machines) == ["head"]:
+            continue  # it is starting again
+        fault = draw.choice([fault for fault in FAULTS if fault is not raise_in_a_rank])
+        print(f"  {name}, step {steps_done(run)}: {fault.__name__}", flush=True)
+        faults[fault.__name__] += 1
+        fault(machines, folder)
+        broken = any(word in fault.__name__ for word in FATAL)
+
+
+def mend(machines: Bed) -> None:
+    """New machines in the place of those on which Ray no longer answers."""
+    for name in WITH_RAY[1:]:
+        machine = machines.machines[name]
+        if not machine.first or not machine.processes("raylet/raylet") or name in machines.cuts:
+            machines.replace(name)
+
+
+def main() -> int:
+    arguments = parse()
+    if reason := available():
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="fathom-soak-") as folder:
+        return 0 if soak(arguments, Path(folder)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
