@@ -6,7 +6,9 @@ check that breaks is itself a finding.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -299,8 +301,15 @@ def print_findings(findings: list[Finding]) -> None:
     print(", ".join(f"{count} {level}" for level, count in counts.items()))
 
 
-def doctor_command() -> int:
-    """The verb: prints every finding; 1 when something fails."""
-    findings = run_checks()
-    print_findings(findings)
+def report(findings: list[Finding], as_json: bool = False) -> int:
+    """Prints findings, for people or as a JSON list; returns 1 when something fails, else 0."""
+    if as_json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        print_findings(findings)
     return 1 if any(finding.level == "fail" for finding in findings) else 0
+
+
+def doctor_command(as_json: bool = False) -> int:
+    """The verb: prints every finding; 1 when something fails."""
+    return report(run_checks(), as_json)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.jobs import CONFIG_WORD, JobUsageError
+from launcher.parsing import parsed
 
 NOT_AS_JOBS = ("submit", "jobs", "monitor", "doctor", "plan", "recipes")
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
@@ -54,7 +55,7 @@ def request(arguments: Sequence[str], name: str | None) -> Request:
 
     Raises what the verb raises for a wrong command line or configuration; JobUsageError for a verb that is no job.
     """
-    words, params = _parsed(list(arguments))
+    words, params = parsed(arguments, NOT_AS_JOBS)
     verb = words[0]
     made_up = f"{'-'.join(words)}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if verb not in ("train", "evaluate"):
@@ -106,29 +107,6 @@ def environment(items: Sequence[str]) -> dict[str, str]:
             raise JobUsageError(f"--env {name}: not set here; give --env {name}=VALUE")
         found[name] = value if equals else os.environ[name]
     return found
-
-
-def _parsed(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The verb's words, and its parameters as its own parser reads them."""
-    import typer.main
-
-    from launcher.cli import build_app
-
-    command: Any = typer.main.get_command(build_app())
-    context = command.make_context("fathom", list(arguments), allow_extra_args=True, ignore_unknown_options=True)
-    words: list[str] = []
-    rest = arguments
-    while hasattr(command, "get_command"):
-        word = rest[0] if rest else ""
-        found = command.get_command(context, word)
-        if found is None or (not words and word in NOT_AS_JOBS):
-            known = [name for name in command.list_commands(context) if words or name not in NOT_AS_JOBS]
-            raise JobUsageError(f"VERB: {' '.join([*words, word])!r} is none that can be a job; {', '.join(known)}")
-        words, rest, command = [*words, word], rest[1:], found
-        if hasattr(command, "get_command"):
-            context = command.make_context(word, list(rest), parent=context, allow_extra_args=True)
-    context = command.make_context(words[-1], list(rest), parent=context)
-    return words, dict(context.params)
 
 
 def _resolved(verb: str, params: Mapping[str, Any]) -> Any:

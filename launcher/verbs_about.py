@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+PATIENCE_S = 60.0
 
 
 def register(app: typer.Typer) -> None:
@@ -16,16 +19,42 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="recipes")
 
 
-def doctor() -> int:
+def doctor(
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Join a Ray cluster and check every node, and nodes with one another.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="With --cluster: of its Ray; default: RAY_ADDRESS.")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --cluster: where runs are kept; default: runs, if it is here, else ."),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="With --cluster: seconds that a node has to answer a question.")
+    ] = PATIENCE_S,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list of findings.")] = False,
+) -> int:
     """Check what this machine has, what is missing, and what to do about it. Exits with 1 when something fails.
+
+    With --cluster, to be run on a machine of the cluster, the same of all its nodes: equal code and versions, devices,
+    a folder that all share, clocks, and whether every two nodes can reach and sum up with each other.
 
     \b
     Example:
       fathom doctor
+      fathom doctor --cluster --address 10.0.0.1:6379 --folder /shared/runs
     """
+    if cluster:
+        from launcher.doctor_survey import cluster_command
+
+        return cluster_command(address, folder, timeout, as_json)
+    for name, given in (("--address", address), ("--folder", folder)):
+        if given is not None:
+            raise typer.BadParameter("goes with --cluster", param_hint=name)
     from launcher.doctor import doctor_command
 
-    return doctor_command()
+    return doctor_command(as_json)
 
 
 def list_recipes() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launcher import options
 from launcher.options import PositionOption, PresetOption
+
+if TYPE_CHECKING:
+    from trainer.config_label import LabelConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -45,17 +48,13 @@ def run(
     """
     from cluster.progress import Progress
     from cluster.stop import StopFlag, exit_status
-    from trainer.config import absolute_paths, parse_config
-    from trainer.config_label import LabelConfig
+
+    config = config_of(
+        dataset=dataset, weights=weights, out=out, preset=preset, position_mode=position_mode, input_size=input_size,
+        flip=flip, precision=precision, batch=batch, workers=workers, threads=threads, gpu=gpu, address=address,
+    )  # fmt: skip
     from trainer.labelling import run_labelling
 
-    values = {
-        "dataset": dataset, "weights": weights, "preset": preset, "position_mode": options.position_mode(position_mode),
-        "out": out, "input_size": input_size, "flip": flip,
-        "precision": precision, "batch": batch,
-        "cluster": {"workers": workers, "threads": threads, "use_gpu": gpu, "address": address},
-    }  # fmt: skip
-    config = parse_config(LabelConfig, absolute_paths(values), source="label run")
     notice = "finishing the shards in hand; Ctrl-C again ends at once"
     with StopFlag(notice=notice) as stop, Progress("label", None, "shards") as bar:
         outcome = run_labelling(config, on_shard=lambda done, total, entry: bar.update(done, of=total), stop=stop)
@@ -68,6 +67,17 @@ def run(
         return exit_status(outcome.stopped)
     typer.echo(outcome.folder)
     return 0
+
+
+def config_of(**given: Any) -> LabelConfig:
+    """The configuration that the parameters of `label run` make. Raises ConfigError."""
+    from trainer.config import absolute_paths, parse_config
+    from trainer.config_label import LabelConfig
+
+    workers, threads, gpu, address = (given.pop(name) for name in ("workers", "threads", "gpu", "address"))
+    given["position_mode"] = options.position_mode(given["position_mode"])
+    given["cluster"] = {"workers": workers, "threads": threads, "use_gpu": gpu, "address": address}
+    return parse_config(LabelConfig, absolute_paths(given), source="label run")
 
 
 def status(

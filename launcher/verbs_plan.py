@@ -8,21 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.options import ConfigArgument, OverridesOption
-
 if TYPE_CHECKING:
     from trainer.plan import Plan
 
 
 def register(app: typer.Typer) -> None:
     """Adds the verb."""
-    app.command("plan")(plan)
+    # Options that are not plan's own are the verb's.
+    app.command("plan", context_settings={"ignore_unknown_options": True})(plan)
 
 
 def plan(
-    verb: Annotated[str, typer.Argument(metavar="VERB", help="train.")],
-    config: ConfigArgument,
-    overrides: OverridesOption = None,
+    verb: Annotated[list[str], typer.Argument(metavar="VERB ...", help="train or label run, with its arguments.")],
     rate: Annotated[
         float | None, typer.Option(min=1e-9, help="Images a second of all ranks together, measured elsewhere.")
     ] = None,
@@ -30,21 +27,33 @@ def plan(
 ) -> int:
     """What a command would take, before any of it is spent: ranks, batches, memory, disk, time; all that is wrong.
 
-    Nothing is started, and no weights are read. Exit status 2 when something is wrong.
+    Nothing is started. Exit status 2 when something is wrong.
 
     \b
     Example:
       fathom plan train student.yaml --set cluster.workers=32 --rate 2400
+      fathom plan label run data/photos --weights runs/teacher/weights --workers 8
     """
-    if verb != "train":
-        raise typer.BadParameter(f"{verb!r}; train", param_hint="VERB")
-    from trainer.config import read_config
-    from trainer.config_train import TrainConfig
+    from launcher.parsing import NotAVerb, parsed
 
-    settings = read_config(TrainConfig, config, overrides or [])
-    from trainer.plan import plan_train
+    words, given = parsed(verb)
+    if words == ["train"]:
+        from trainer.config import read_config
+        from trainer.config_train import TrainConfig
 
-    found = plan_train(settings, rate)
+        settings = read_config(TrainConfig, given["config"], given["overrides"] or [])
+        from trainer.plan import plan_train
+
+        found = plan_train(settings, rate)
+    elif words == ["label", "run"]:
+        from launcher.verbs_label import config_of
+
+        labels = config_of(**given)
+        from trainer.plan_label import plan_label
+
+        found = plan_label(labels, rate)
+    else:
+        raise NotAVerb(f"VERB: {' '.join(words)!r} is none that can be planned; train, label run")
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1, default=str))
     else:

@@ -94,7 +94,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, machines: Bed) -> None:
         (102, "no job 'nobody'", ("jobs", "status", "nobody")),
         (102, "no job 'nobody'", ("jobs", "wait", "nobody")),
         (2, "no such configuration file", ("submit", "train", "nothing.yaml")),
-        (2, "is none that can be a job", ("submit", "jobs", "list")),
+        (2, "is none that can be used here", ("submit", "jobs", "list")),
         (2, "looks like a secret", ("submit", "--env", "WANDB_API_KEY", "data", "layouts")),
     ):
         done = fathom(machines, *command, cwd=tmp_path)

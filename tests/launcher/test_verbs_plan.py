@@ -38,5 +38,9 @@ def test_the_same_as_json(fathom: Run, tmp_path: Path) -> None:
 
 def test_other_verbs_are_refused(fathom: Run, tmp_path: Path) -> None:
     write(tmp_path)
-    status, _, err = fathom("label", "run.yaml")
-    assert status == 2 and "'label'; train" in err
+    for words, said in (
+        (("label", "status", "x"), "'label status' is none that can be planned; train, label run"),
+        (("frobnicate", "run.yaml"), "'frobnicate' is none"),
+    ):
+        status, _, err = fathom(*words)
+        assert status == 2 and said in err, err

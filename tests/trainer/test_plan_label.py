@@ -1,0 +1,68 @@
+"""What labelling would take: from nothing, from the shards labelled so far; and what is wrong, all at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster import storage
+from dataio.dataset import Dataset
+from dataio.labels import LabelStore, plan_digest
+from tests.trainer.test_labelling import config_of, dataset, save_network, weights
+from trainer.labelling import Labeller, describe
+from trainer.plan_label import plan_label
+
+__all__ = ["dataset", "weights"]  # fixtures
+
+
+def test_before_the_first_shard(dataset: str, weights: str, tmp_path: Path) -> None:
+    plan = plan_label(config_of(dataset, weights, out=str(tmp_path), cluster={"workers": 2}))
+    assert plan.problems == ()
+    work = plan.sections["work"]
+    assert (work["actors"], work["shards"], work["images"], work["forward passes of an image"]) == (2, 2, 12, 2)
+    assert "not known" in plan.sections["disk"]["labels"] and "not known" in plan.sections["time"]["left"]
+    assert plan.sections["memory of an actor"]["weights"].endswith("MiB")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rate_makes_a_time(dataset: str, weights: str, tmp_path: Path) -> None:
+    config = config_of(dataset, weights, out=str(tmp_path), flip=False)
+    plan = plan_label(config, rate=0.01)  # 12 images: 20 minutes
+    assert plan.sections["time"] == {"images a second": "0.01 (--rate)", "left": "0 h 20 min"}
+    assert plan.sections["work"]["forward passes of an image"] == 1
+
+
+def test_what_is_labelled_tells_what_the_rest_takes(dataset: str, weights: str, tmp_path: Path) -> None:
+    config = config_of(dataset, weights, out=str(tmp_path))
+    opened = Dataset.open(dataset)
+    description = describe(config, opened)
+    store = LabelStore.create(storage.join(str(tmp_path), plan_digest(description)), description)
+    entry = Labeller(config.model_dump(mode="json"), store.path).process(opened.shards[0].stem)
+    plan = plan_label(config)
+    disk = plan.sections["disk"]
+    assert (disk["folder"], disk["shards done"], disk["images done"]) == (store.path, 1, 8)
+    assert disk["labels to come"] == f"{entry.bytes / 8 * 4 / 2**20:.1f} MiB"
+    assert plan.sections["time"]["images a second"].endswith("(1 shards labelled so far)")
+
+
+def test_everything_wrong_is_said_at_once(dataset: str, weights: str, tmp_path: Path) -> None:
+    plan = plan_label(config_of(str(tmp_path / "no-data"), str(tmp_path / "no-weights")))
+    assert len(plan.problems) == 2 and "no-data" in plan.problems[0] and "no-weights" in plan.problems[1]
+    metric = save_network(tmp_path / "metric", 1, "tiny-metric-indoor")
+    plan = plan_label(config_of(dataset, metric, cluster={"workers": 5}))
+    assert len(plan.problems) == 2 and "5, but the dataset has 2 shards" in plan.problems[0]
+    assert "predicts metres" in plan.problems[1]
+
+
+def test_a_disk_that_is_too_small_is_said(
+    dataset: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(dataset, weights, out=str(tmp_path))
+    opened = Dataset.open(dataset)
+    description = describe(config, opened)
+    store = LabelStore.create(storage.join(str(tmp_path), plan_digest(description)), description)
+    Labeller(config.model_dump(mode="json"), store.path).process(opened.shards[0].stem)
+    monkeypatch.setattr("trainer.plan_label.free_bytes", lambda folder: 10)
+    (problem,) = plan_label(config).problems
+    assert "free, and the labels to come take" in problem
