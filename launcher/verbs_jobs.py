@@ -188,6 +188,7 @@ def logs(
     job: IdArgument,
     address: AddressOption = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    as_json: JsonOption = False,
 ) -> int:
     """What a job has written. With -f a lost connection is made again.
 
@@ -200,10 +201,14 @@ def logs(
     where = jobs.resolve_address(address)
     client = jobs.connect(address)
     found = jobs.find(client, where, job)
+    if follow and as_json:
+        raise jobs.JobUsageError("--json: gives the whole log at once; leave out -f")
     if follow:
         _follow(where, found.id)
-        return 0
-    _show(jobs.log(client, where, found.id))
+    elif as_json:
+        typer.echo(json.dumps({"id": found.id, "log": jobs.log(client, where, found.id)}))
+    else:
+        _show(jobs.log(client, where, found.id))
     return 0
 
 
@@ -211,6 +216,7 @@ def wait(
     job: IdArgument,
     address: AddressOption = None,
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds; default: for ever.")] = None,
+    as_json: JsonOption = False,
 ) -> int:
     """Wait for a job's end, and exit with 0 succeeded, 100 failed, 101 not finished, 102 unknown, 103 cancelled.
 
@@ -223,7 +229,7 @@ def wait(
     where = jobs.resolve_address(address)
     client = jobs.connect(address)
     found = jobs.wait(client, where, jobs.find(client, where, job).id, timeout)
-    _tell(found)
+    _tell(found, as_json)
     return found.answer
 
 
@@ -233,6 +239,7 @@ def stop(
     grace: Annotated[
         float | None, typer.Option(min=0, help="Seconds to wait for its end; default: as long as it may take.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> int:
     """Stop a job: it finishes its step, writes a checkpoint and ends; `fathom jobs resume` goes on with it.
 
@@ -247,12 +254,10 @@ def stop(
     where = jobs.resolve_address(address)
     client = jobs.connect(address)
     found = jobs.find(client, where, job)
-    if found.over:
-        typer.echo(f"{found.id}: has ended ({found.status})", err=True)
-        return 0
-    patience = grace if grace is not None else float(found.metadata.get("grace", GRACE_S)) + 30
-    found = jobs.stop(client, where, found.id, patience)
-    _tell(found)
+    if not found.over:
+        patience = grace if grace is not None else float(found.metadata.get("grace", GRACE_S)) + 30
+        found = jobs.stop(client, where, found.id, patience)
+    _tell(found, as_json)
     return 0 if found.over else jobs.UNFINISHED
 
 
@@ -295,7 +300,7 @@ def resume(
     return _sent(place, job_id, asked, wait, as_json)
 
 
-def delete(job: IdArgument, address: AddressOption = None) -> int:
+def delete(job: IdArgument, address: AddressOption = None, as_json: JsonOption = False) -> int:
     """Forget a job that has ended, its log too. The run's folder stays.
 
     \b
@@ -310,7 +315,7 @@ def delete(job: IdArgument, address: AddressOption = None) -> int:
     if not found.over:
         raise jobs.JobUsageError(f"{found.id}: is {found.status}; `fathom jobs stop {found.id}` first")
     jobs.delete(client, where, found.id)
-    typer.echo(f"{found.id}: forgotten")
+    typer.echo(json.dumps({"id": found.id, "deleted": True}) if as_json else f"{found.id}: forgotten")
     return 0
 
 
@@ -334,11 +339,14 @@ def _show(text: str) -> None:
     sys.stdout.flush()
 
 
-def _tell(job: Job) -> None:
-    """One line on stderr: how it stands, and why."""
+def _tell(job: Job, as_json: bool = False) -> None:
+    """How it stands, and why: one line on stderr, or JSON on stdout."""
     from launcher import job_state
 
     state = job_state.standing(job)
+    if as_json:
+        typer.echo(json.dumps(_facts(job, state)))
+        return
     typer.echo(f"{job.id}: {state.state}{f' ({state.reason})' if state.reason else ''}", err=True)
 
 

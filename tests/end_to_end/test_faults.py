@@ -20,6 +20,7 @@ from tests.end_to_end.cli import REPOSITORY, TIMEOUT_S, steps_done, succeed, wri
 from tests.end_to_end.conftest import World
 from tests.end_to_end.nodes import (
     STEPS,
+    WITH_RAY,
     fathom,
     losses,
     now,
@@ -184,9 +185,35 @@ def test_a_fault_costs_time_and_nothing_else(
     assert lines[-1]["event"] == "finished" and lines[-1]["step"] == STEPS
     assert same_weights(run, undisturbed)
     assert losses(run) == losses(undisturbed)
+    write_row(name, expected, run, at)
+
+
+def test_a_lost_head_costs_the_cluster_and_not_the_run(
+    tmp_path: Path, machines: Bed, data_world: World, undisturbed: Path
+) -> None:
+    """Jobs, their logs and the driver are the head's; the run is on the shared disk. A new cluster goes on with it."""
+    write_config(tmp_path / "teacher.yaml", run_values(data_world, name="headless"))
+    run = tmp_path / "runs" / "headless"
+    assert fathom(machines, "submit", "train", "teacher.yaml", cwd=tmp_path).status == 0
+    wait_for(lambda: steps_done(run) >= 25, "step 25", TIMEOUT_S)
+    at = now()
+    machines.head.kill()
+    gone = fathom(machines, "jobs", "status", "headless", cwd=tmp_path)
+    assert gone.status == 1 and "no Ray job server answers" in gone.err
+    for name in WITH_RAY:
+        machines.replace(name)
+    assert fathom(machines, "jobs", "status", "headless", cwd=tmp_path).status == 102
+    done = fathom(machines, "submit", "--wait", "train", "teacher.yaml", "--resume", cwd=tmp_path)
+    assert done.status == 0, done.out
+    assert same_weights(run, undisturbed) and losses(run) == losses(undisturbed)
+    write_row("lose-the-head", "nothing; `fathom submit train ... --resume` on a new cluster", run, at)
+
+
+def write_row(name: str, says: str, run: Path, at: float) -> None:
+    """For the table of docs/reliability.md."""
     if "FATHOM_FAULTS" in os.environ:
         with open(os.environ["FATHOM_FAULTS"], "a") as file:
-            file.write(f"| {name} | {expected} | {seconds_to_progress(run, at):.0f} |\n")
+            file.write(f"| {name} | {says} | {seconds_to_progress(run, at):.0f} |\n")
 
 
 def test_a_killed_driver_is_started_again_by_hand(
