@@ -52,8 +52,8 @@ def main() -> None:
         subprocess.run([ray, "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
         head = subprocess.Popen(
             [ray, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(PORT),
-             "--num-cpus", "1", "--dashboard-port", str(DASHBOARD), "--temp-dir", f"{name}/r", "--object-store-memory", str(80 << 20),
-             "--disable-usage-stats"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+             "--num-cpus", "1", "--dashboard-port", str(DASHBOARD), "--temp-dir", f"{name}/r",
+             "--object-store-memory", str(80 << 20), "--disable-usage-stats"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
             fathom = [sys.executable, "-m", "launcher.cli"]
