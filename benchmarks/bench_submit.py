@@ -50,11 +50,12 @@ def main() -> None:
         env.pop("RAY_ADDRESS", None)
         ray = str(Path(sys.executable).parent / "ray")
         subprocess.run([ray, "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
-        head = subprocess.Popen(
-            [ray, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(PORT),
-             "--num-cpus", "1", "--dashboard-port", str(DASHBOARD), "--temp-dir", f"{name}/r",
-             "--object-store-memory", str(80 << 20), "--disable-usage-stats"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        started = [
+            ray, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(PORT), "--num-cpus", "1",
+            "--dashboard-port", str(DASHBOARD), "--temp-dir", f"{name}/r", "--object-store-memory", str(80 << 20),
+            "--disable-usage-stats",
+        ]  # fmt: skip
+        head = subprocess.Popen(started, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             fathom = [sys.executable, "-m", "launcher.cli"]
             ends = time.monotonic() + 60
