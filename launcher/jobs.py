@@ -131,7 +131,8 @@ def connect(address: str | None) -> Any:
     """Ray's JobSubmissionClient. Raises JobsError."""
     where = resolve_address(address)
     token = Path("~/.ray/auth_token").expanduser()
-    if "RAY_AUTH_MODE" not in os.environ and (token.is_file() or "RAY_AUTH_TOKEN" in os.environ):
+    given = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if "RAY_AUTH_MODE" not in os.environ and (given or token.is_file()):
         os.environ["RAY_AUTH_MODE"] = "token"  # the server's default as soon as it has a token
     os.environ["RAY_API_SERVER_ADDRESS"] = where  # Ray's client prefers it to what it is given
     with told(where):

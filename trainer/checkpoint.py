@@ -238,6 +238,13 @@ def scores_of(root: str, metric: str, steps: Iterable[int]) -> dict[int, float]:
     return found
 
 
+def among_the_best(root: str, metric: str, lower_is_better: bool, score: float, count: int) -> bool:
+    """Whether a score is better than the `count`-th best of the checkpoints that are there, or these are fewer."""
+    scores = scores_of(root, metric, [step_of(name) for name in list_checkpoints(root)]).values()
+    worst = sorted(scores, reverse=not lower_is_better)[count - 1 : count]
+    return not worst or (score < worst[0] if lower_is_better else score > worst[0])
+
+
 def list_checkpoints(root: str) -> list[str]:
     """Names of the checkpoint folders under `root`, oldest first; they may turn out not to be whole."""
     if not os.path.isdir(root):

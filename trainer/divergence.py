@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
+from trainer.config_train import RecoverySection
+
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 LEAST_SPREAD = 0.02  # of the median: a loss that hardly moves is no reason to call a small step a spike
 SHOWN = 20  # losses kept as evidence
@@ -78,6 +80,13 @@ class SpikeDetector:
         middle = median(self._before)
         spread = MAD_TO_SIGMA * median(abs(value - middle) for value in self._before)
         return middle + self.factor * max(spread, LEAST_SPREAD * abs(middle))
+
+    @classmethod
+    def of(cls, recovery: RecoverySection) -> SpikeDetector | None:
+        """As configured; None where spikes are ignored."""
+        if recovery.on_spike == "ignore":
+            return None
+        return cls(factor=recovery.spike_factor, steps=recovery.spike_steps, window=recovery.spike_window)
 
     @property
     def first(self) -> int:

@@ -26,17 +26,17 @@ from trainer.checkpoint import (
     Checkpoint,
     CheckpointError,
     TrainState,
+    among_the_best,
     fingerprint,
     list_checkpoints,
     load_checkpoint,
     load_weights,
-    scores_of,
-    step_of,
 )
 from trainer.config import parse_config
 from trainer.config_train import TrainConfig
 from trainer.divergence import SpikeDetector
 from trainer.ema import Ema
+from trainer.ends import CheckpointLost, OutOfMemory
 from trainer.engine import Engine
 from trainer.folder import RunFolder
 from trainer.invariants import Invariants
@@ -46,20 +46,6 @@ from trainer.saver import Keep, Saved, Saver, require_space
 from trainer.shadow import Shadow
 from trainer.tasks.base import Task, make_task
 from trainer.validation import Validator
-
-
-class OutOfMemory(RuntimeError):
-    """A step did not fit into a device's memory."""
-
-    exit_status = 1
-    hopeless = True  # tried again, it would end in the same way
-
-
-class CheckpointLost(RuntimeError):
-    """The checkpoint that a run ends with cannot be written: what was trained since the one before is lost."""
-
-    exit_status = 1
-    hopeless = True  # tried again, it would end in the same way
 
 
 def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,15 +150,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             step=checkpoint.state.step if checkpoint else 0,
             cursor=dict(checkpoint.state.cursor) if checkpoint else {},
             skipped_in_a_row=checkpoint.state.skipped_in_a_row if checkpoint else 0,
-            spikes=self._spikes(),
-        )
-
-    def _spikes(self) -> SpikeDetector | None:
-        recovery = self.config.recovery
-        if recovery.on_spike == "ignore":
-            return None
-        return SpikeDetector(
-            factor=recovery.spike_factor, steps=recovery.spike_steps, window=recovery.spike_window
+            spikes=SpikeDetector.of(config.recovery),
         )
 
     def _micro_batches(self, module: nn.Module, checkpoint: Checkpoint | None) -> int:
@@ -404,11 +382,8 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         """Rank 0 looks at what is on disk, and tells."""
         told: list[bool] = [False]
         if self.context.rank == 0:
-            steps = [step_of(name) for name in list_checkpoints(self.folder.checkpoints)]
-            scores = scores_of(self.folder.checkpoints, self.config.validation.metric, steps).values()
-            known = sorted(scores, reverse=not validator.lower_is_better)
-            worst = known[self.config.checkpoint.keep_best - 1 :][:1]
-            told = [not worst or (score < worst[0] if validator.lower_is_better else score > worst[0])]
+            best, metric = self.config.checkpoint.keep_best, self.config.validation.metric
+            told = [among_the_best(self.folder.checkpoints, metric, validator.lower_is_better, score, best)]
         if self.context.world_size > 1:
             dist.broadcast_object_list(told, src=0)
         return told[0]

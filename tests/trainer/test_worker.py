@@ -189,7 +189,8 @@ def test_what_cannot_be_validated_is_said_in_one_line(world: dict[str, Any], tmp
 def full_disk(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> Any:
     """Saves fail from step 2 on; at the end, too."""
     import trainer.saver as module
-    from trainer.worker import CheckpointLost, RankTrainer
+    from trainer.ends import CheckpointLost
+    from trainer.worker import RankTrainer
 
     def refuse(*args: Any) -> str:
         raise storage.StorageError("weights.safetensors: cannot be written: No space left on device")
@@ -421,7 +422,8 @@ def test_waiting_for_data_is_part_of_a_step(alone: dict[str, Any]) -> None:
 def started(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> list[str]:
     """What Ray calls on every rank: with a folder that it does not see, as it should be, on too small a device."""
     from trainer.loop import Loop
-    from trainer.worker import OutOfMemory, train_worker
+    from trainer.ends import OutOfMemory
+    from trainer.worker import train_worker
 
     def run_out(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
