@@ -5,7 +5,6 @@ The functions run on the node; `Station` is the actor that runs them there. clus
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -15,11 +14,9 @@ import secrets
 import shutil
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +76,6 @@ class FolderFacts:
     read_mib_per_s: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Meeting:
-    """Two nodes' all-reduce of `mib` MiB. The store is rank 0's; `key` is new every time. `gpu`: a uuid, for NCCL."""
-
-    backend: str
-    rank: int
-    host: str
-    port: int
-    key: str
-    mib: int
-    timeout_s: float
-    gpu: str = ""
-
-
 def node_facts(distributions: Sequence[str], rooms: Sequence[str]) -> NodeFacts:
     """All that can be told without a second node. `rooms`: the folders of the checkout whose code is compared."""
     gpus, problem = list_gpus()
@@ -148,16 +131,19 @@ def list_gpus() -> tuple[list[Gpu], str]:
 
 def network() -> Network:
     """The interface that gloo would take here: PyTorch's choice, made again."""
+    return choose_interface(socket.gethostname(), os.environ.get("GLOO_SOCKET_IFNAME", ""), own_interfaces())
+
+
+def own_interfaces() -> dict[str, tuple[str, ...]]:
+    """This machine's network interfaces and their IP addresses."""
     import psutil
 
-    interfaces = {
-        name: tuple(entry.address.partition("%")[0] for entry in entries if entry.family in _FAMILIES)
+    return {
+        name: tuple(
+            entry.address.partition("%")[0] for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)
+        )
         for name, entries in psutil.net_if_addrs().items()
     }
-    return choose_interface(socket.gethostname(), os.environ.get("GLOO_SOCKET_IFNAME", ""), interfaces)
-
-
-_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 def choose_interface(hostname: str, wanted: str, interfaces: Mapping[str, Sequence[str]]) -> Network:
@@ -197,13 +183,12 @@ def _can_bind(entry: tuple[Any, ...]) -> bool:
 def try_folder(folder: str, token: str, name: str, mib: int) -> FolderFacts:
     """Look for `token` in the folder's file `token`, then write `mib` MiB into the file `name` and read them back."""
     path = Path(folder)
-    parent = path.parent
-    ends = time.monotonic() + _VISIBLE_S
-    while not (path / "token").is_file() and time.monotonic() < ends:
-        time.sleep(0.1)
     try:
-        if not parent.is_dir():
+        if not path.parent.is_dir():
             return FolderFacts(problem="there is no such folder")
+        ends = time.monotonic() + _VISIBLE_S
+        while not (path / "token").is_file() and time.monotonic() < ends:
+            time.sleep(0.1)
         if not (path / "token").is_file():
             return FolderFacts(problem="a folder of this name, but not the same one")
         if (path / "token").read_text(encoding="utf-8") != token:
@@ -232,142 +217,8 @@ def _write_and_read(path: Path, data: bytes) -> tuple[float, float, bytes]:
     return max(written - begun, 1e-6), max(time.perf_counter() - opened, 1e-6), back
 
 
-class Listener:
-    """A TCP port that says a word to everyone who connects, until it is closed."""
-
-    def __init__(self) -> None:
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        self.word = secrets.token_hex(8)
-        self._server = socket.create_server(("", 0), family=family, dualstack_ipv6=both)
-        self.port = int(self._server.getsockname()[1])
-        threading.Thread(target=self._serve, name="fathom-listener", daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._server.accept()
-            except OSError:  # closed
-                return
-            with contextlib.suppress(OSError), connection:
-                connection.sendall(self.word.encode())
-
-    def close(self) -> None:
-        """Free the port."""
-        with contextlib.suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        self._server.close()
-
-
-def reach(address: str, port: int, word: str) -> str:
-    """Why a Listener cannot be reached from here; empty when it can."""
-    try:
-        with socket.create_connection((address, port), timeout=_CONNECT_S) as connection:
-            connection.settimeout(_CONNECT_S)
-            heard = connection.recv(64).decode(errors="replace")
-    except OSError as error:
-        return one_line(error)
-    return "" if heard == word else "something else answers there"
-
-
-def meet(meeting: Meeting, store: Any = None) -> float:
-    """An all-reduce with the other node, in a group of its own; returns seconds. `store`: rank 0's, which has it.
-
-    Raises RuntimeError (torch's DistError too) when they do not come together within `timeout_s`, or sum up wrongly.
-    """
-    import torch
-    import torch.distributed as dist
-
-    patience = timedelta(seconds=meeting.timeout_s)
-    if store is None:
-        store = dist.TCPStore(meeting.host, meeting.port, is_master=False, wait_for_workers=False, timeout=patience)
-    store = dist.PrefixStore(meeting.key, store)
-    store.set_timeout(patience)
-    if meeting.backend == "nccl":
-        device = _cuda_device(meeting.gpu)
-        torch.cuda.set_device(device)
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = patience
-        group: Any = dist.ProcessGroupNCCL(store, meeting.rank, 2, options)
-    else:
-        device = torch.device("cpu")
-        group = dist.ProcessGroupGloo(store, meeting.rank, 2, patience)
-    values = torch.full((meeting.mib * MIB // 4,), float(meeting.rank + 1), device=device)
-    group.allreduce([values[:1].clone()]).wait(patience)  # connects
-    _finish(device)
-    begun = time.perf_counter()
-    group.allreduce([values]).wait(patience)
-    _finish(device)
-    took = time.perf_counter() - begun
-    if not bool((values == 3.0).all()):
-        raise RuntimeError("the sum of both nodes' numbers is wrong")
-    group.shutdown()
-    return max(took, 1e-6)
-
-
-def _cuda_device(uuid: str) -> Any:
-    """torch's number of a GPU may differ from nvidia-smi's."""
-    import torch
-
-    for index in range(torch.cuda.device_count()):
-        if uuid and str(getattr(torch.cuda.get_device_properties(index), "uuid", "")) in uuid:
-            return torch.device("cuda", index)
-    return torch.device("cuda", 0)
-
-
-def _finish(device: Any) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def one_line(error: object) -> str:
     """An exception or a text as one line of at most 200 characters, without the source's place in front."""
     text = str(error) or type(error).__name__
     text = re.sub(r"\[[^\]]*\.(?:cc|cpp|h):\d+\]\s*", "", text.partition("Exception raised from")[0])
     return " ".join(text.split())[:200]
-
-
-class Station:
-    """The actor on a node. One call at a time; it is thrown away when one takes too long."""
-
-    def __init__(self) -> None:
-        self._listener: Listener | None = None
-        self._store: Any = None
-
-    def hello(self) -> int:
-        return os.getpid()
-
-    def clock(self) -> float:
-        """Seconds since the epoch, by this node."""
-        return time.time()
-
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
-
-    def open(self) -> tuple[int, str, int]:
-        """A Listener's port and word, and the port of a store for meetings as rank 0."""
-        import torch.distributed as dist
-
-        if self._listener is None:
-            self._listener = Listener()
-            self._store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-        return self._listener.port, self._listener.word, self._store.port
-
-    def meet(self, meeting: Meeting) -> float:
-        return meet(meeting, self._store if meeting.rank == 0 else None)
-
-    def put(self, mib: int) -> list[Any]:
-        """Bytes in this node's object store."""
-        import ray
-
-        return [ray.put(secrets.token_bytes(mib * MIB))]
-
-    def fetch(self, reference: list[Any], timeout_s: float) -> float:
-        """Seconds until another node's bytes are here. Raises Ray's GetTimeoutError."""
-        import ray
-
-        begun = time.perf_counter()
-        ray.get(reference[0], timeout=timeout_s)
-        return max(time.perf_counter() - begun, 1e-6)

@@ -59,21 +59,27 @@ def failed(found: dict[str, dict[str, str]]) -> set[str]:
 
 def alive(machines: Bed) -> list[str]:
     done = machines.head.run(sys.executable, "-c", ALIVE, machines.address, cwd=machines.folder)
+    return list(json.loads(done.stdout)) if done.returncode == 0 else []
+
+
+def inside(machine: Machine, command: str, cwd: Path) -> str:
+    done = machine.run("sh", "-c", command, cwd=cwd)
     assert done.returncode == 0, done.stderr
-    return list(json.loads(done.stdout))
+    return done.stdout
 
 
-def inside(machine: Machine, command: str, cwd: Path) -> None:
-    done = machine.run(*command.split(), cwd=cwd)
-    assert done.returncode == 0, done.stderr
-
-
-def copied(machines: Bed, name: str) -> Path:
-    """A checkout that only one machine has; where it lies as this machine sees it."""
-    target = machines.folder / f"ray-{name}" / "tmp" / "checkout"
-    for room in ROOMS:
-        shutil.copytree(REPOSITORY / room, target / room, ignore=shutil.ignore_patterns("__pycache__"))
-    return target
+@contextmanager
+def copied(machines: Bed, *names: str) -> Iterator[list[Path]]:
+    """Checkouts that only these machines have, each its own, at OWN / "checkout"; where they lie as seen from here."""
+    targets = [machines.folder / f"ray-{name}" / "tmp" / "checkout" for name in names]
+    try:
+        for target in targets:
+            for room in ROOMS:
+                shutil.copytree(REPOSITORY / room, target / room, ignore=shutil.ignore_patterns("__pycache__"))
+        yield targets
+    finally:
+        for target in targets:
+            shutil.rmtree(target, ignore_errors=True)
 
 
 def test_two_machines_that_are_well(tmp_path: Path, machines: Bed) -> None:
@@ -92,29 +98,26 @@ def test_two_machines_that_are_well(tmp_path: Path, machines: Bed) -> None:
 @contextmanager
 def firewall(machines: Bed, cwd: Path) -> Iterator[None]:
     """Nothing goes between ports that programs choose themselves from now on; Ray has its own already."""
-    ports = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    rule = f"ipproto tcp sport {HIGH_PORTS} dport {HIGH_PORTS} blackhole"
+    kernel = "/proc/sys/net/ipv4/ip_local_port_range"
+    rule = f"ip rule {{}} ipproto tcp sport {HIGH_PORTS} dport {HIGH_PORTS} blackhole"
     pair = (machines.head, machines.machines["node1"])
-    before = machines.head.run("cat", ports, cwd=cwd).stdout.split()
+    before = inside(pair[0], f"cat {kernel}", cwd).strip()
     try:
         for machine in pair:
-            inside(machine, f"sysctl -qw net.ipv4.ip_local_port_range={HIGH_PORTS.replace('-', ',')}", cwd)
-        inside(pair[1], f"ip rule add {rule}", cwd)
+            inside(machine, f"echo {HIGH_PORTS.replace('-', ' ')} > {kernel}", cwd)
+        inside(pair[1], rule.format("add"), cwd)
         yield
     finally:
-        inside(pair[1], f"ip rule del {rule}", cwd)
+        inside(pair[1], f"{rule.format('del')}; true", cwd)
         for machine in pair:
-            inside(machine, f"sysctl -qw net.ipv4.ip_local_port_range={','.join(before)}", cwd)
+            inside(machine, f"echo {before} > {kernel}", cwd)
 
 
 def test_shut_ports_other_code_and_a_folder_of_its_own(tmp_path: Path, machines: Bed) -> None:
-    other = [copied(machines, name) for name in ("head", "node1")][1]
-    with (other / "trainer" / "loop.py").open("a", encoding="utf-8") as file:
-        file.write("# another line\n")
-    with firewall(machines, tmp_path):
+    with copied(machines, "head", "node1") as (_, other), firewall(machines, tmp_path):
+        with (other / "trainer" / "loop.py").open("a", encoding="utf-8") as file:
+            file.write("# another line\n")
         found = findings(machines, "--folder", str(OWN), cwd=tmp_path, code=OWN / "checkout", status=1)
-    for name in ("head", "node1"):
-        shutil.rmtree(machines.folder / f"ray-{name}" / "tmp" / "checkout")
     assert failed(found) == {"code on node1", "folder on node1", "port head - node1"}
     assert found["code on node1"]["found"].endswith("files differ from head: trainer/loop.py")
     assert "not the same one" in found["folder on node1"]["found"]
@@ -125,7 +128,7 @@ def test_shut_ports_other_code_and_a_folder_of_its_own(tmp_path: Path, machines:
 
 def test_a_node_whose_interface_is_wrong_is_named_once(tmp_path: Path, machines: Bed) -> None:
     astray = machines.add("astray")
-    astray.env["GLOO_SOCKET_IFNAME"] = "lo"
+    astray.env["GLOO_SOCKET_IFNAME"] = "eth9"
     try:
         machines.start_ray("astray", 1)
         found = findings(machines, cwd=tmp_path, status=1)
@@ -133,8 +136,8 @@ def test_a_node_whose_interface_is_wrong_is_named_once(tmp_path: Path, machines:
     finally:
         machines.machines.pop("astray").kill()
     wait_for(lambda: alive(machines) == ["10.77.0.1", "10.77.0.2"], "end of the third node", PATIENCE_S)
-    assert failed(found) == {"network on astray", "gloo astray"}
-    assert "loopback" in found["network on astray"]["found"]
+    assert failed(found) == {"network on astray", "gloo astray"}, found
+    assert "GLOO_SOCKET_IFNAME=eth9, but no eth9" in found["network on astray"]["found"]
     assert "failed with all of 2 other nodes" in found["gloo astray"]["found"]
     for subject in failed(found):
         assert "on astray: ray stop, export GLOO_SOCKET_IFNAME=eth0, ray start" in found[subject]["remedy"]
@@ -170,9 +173,8 @@ def stopped(process: psutil.Process) -> Iterator[None]:
 
 
 def test_a_node_without_the_checkout_is_told_so(tmp_path: Path, machines: Bed) -> None:
-    copied(machines, "head")
-    found = findings(machines, "--timeout", "120", cwd=tmp_path, code=OWN / "checkout", status=1)
-    shutil.rmtree(machines.folder / "ray-head" / "tmp" / "checkout")
+    with copied(machines, "head"):
+        found = findings(machines, "--timeout", "120", cwd=tmp_path, code=OWN / "checkout", status=1)
     assert failed(found) == {"node node1"}
     assert "No module named 'cluster'" in found["node node1"]["found"]
     assert str(OWN / "checkout") in found["node node1"]["remedy"]

@@ -421,8 +421,8 @@ def test_waiting_for_data_is_part_of_a_step(alone: dict[str, Any]) -> None:
 
 def started(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> list[str]:
     """What Ray calls on every rank: with a folder that it does not see, as it should be, on too small a device."""
-    from trainer.loop import Loop
     from trainer.ends import OutOfMemory
+    from trainer.loop import Loop
     from trainer.worker import train_worker
 
     def run_out(*_: Any) -> None:
