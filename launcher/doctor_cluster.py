@@ -145,7 +145,8 @@ def judge_gpus(nodes: Sequence[Node], facts: Mapping[str, NodeFacts]) -> Iterato
             yield warn(
                 f"GPUs on {node.name}",
                 f"Ray gives out {node.gpus}, nvidia-smi lists {len(found.gpus)}",
-                f"ray stop there, and ray start with --num-gpus {len(found.gpus)}",
+                f"ray stop there, and ray start with --num-gpus {len(found.gpus)}"
+                + ("" if found.gpus else "; or, in a container, let it have the driver's tools (nvidia-smi)"),
             )
     drivers = _invert({name: found.gpus[0].driver for name, found in facts.items() if found.gpus})
     if len(drivers) > 1:
