@@ -2,8 +2,8 @@
 
 Every machine's processes live below one that stands for it: killing that one is the loss of the machine, and nothing of
 it survives, neither process nor interface nor mount. The bridge lies in a namespace of its own too, so this machine's
-network is left alone. Files are shared, as by a network file system, but /dev/shm and /tmp/ray, where temporary files
-go, are each machine's own.
+network is left alone. Files are shared, as by a network file system, but /dev/shm and the folder for temporary files
+are each machine's own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,9 +33,7 @@ set -e
 hostname {name}
 ip link set lo up
 mount -t tmpfs -o size=512m tmpfs /dev/shm
-mkdir -p /tmp/ray
-mount --bind {private} /tmp/ray
-mkdir /tmp/ray/tmp
+mount --bind {private} {temporary}
 touch {private}/.up
 while :; do sleep 3600 & wait $! || true; done
 """
@@ -129,6 +128,7 @@ class Bed:
     def __init__(self, folder: Path, cpus: Sequence[int]) -> None:
         self.folder, self.home = folder, folder / "home"
         self.site = folder / "site"  # on the path of every Python process there
+        self.temporary = Path()  # on the machines; Ray's sockets want a short path
         self.machines: dict[str, Machine] = {}
         self.cuts: set[str] = set()  # machines whose network was cut since they were made: Ray gives them up
         self._cpus = cpus
@@ -137,6 +137,7 @@ class Bed:
     def __enter__(self) -> Bed:
         self.home.mkdir(parents=True)
         self.site.mkdir()
+        self.temporary = Path(tempfile.mkdtemp(prefix="ft-bed-", dir="/tmp"))
         try:
             self._build()
         except BaseException:
@@ -152,8 +153,8 @@ class Bed:
         if self._switch is not None:
             self._switch.kill()
             self._switch.wait(timeout=_WAIT_S)
-        with contextlib.suppress(OSError):  # ours, unless this machine has a Ray of its own
-            Path("/tmp/ray").rmdir()
+        if self.temporary.name:
+            self.temporary.rmdir()
 
     @property
     def head(self) -> Machine:
@@ -196,7 +197,7 @@ class Bed:
         number = list(self.machines).index(name) + 1 if name in self.machines else len(self.machines) + 1
         private = self.folder / f"ray-{name}"
         private.mkdir()
-        script = _INIT.format(name=name, private=private)
+        script = _INIT.format(name=name, private=private, temporary=self.temporary)
         holder = subprocess.Popen(
             ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "bash", "-c",
              script], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -211,7 +212,7 @@ class Bed:
         self._inside(machine, "ip", "link", "set", "eth0", "up")
         tools = str(Path(sys.executable).parent)
         machine.env = {
-            "HOME": str(self.home), "TMPDIR": "/tmp/ray/tmp", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(self.home), "TMPDIR": str(self.temporary), "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "GLOO_SOCKET_IFNAME": "eth0",
             "PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1",
             "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser()),  # built operators

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.timeout(900)
 
 PATIENCE_S = 300.0
 ROOMS = ("launcher", "trainer", "model", "dataio", "kernels", "cluster")
-OWN = Path("/tmp/ray/tmp")  # every machine has another folder there
 HIGH_PORTS = "61000-65000"
 ALIVE = """
 import json, sys
@@ -70,7 +69,7 @@ def inside(machine: Machine, command: str, cwd: Path) -> str:
 
 @contextmanager
 def copied(machines: Bed, *names: str) -> Iterator[list[Path]]:
-    """Checkouts that only these machines have, each its own, at OWN / "checkout"; where they lie as seen from here."""
+    """Checkouts that only these machines have, each its own, at TEMPORARY / checkout; where they lie as seen from here."""
     targets = [machines.folder / f"ray-{name}" / "tmp" / "checkout" for name in names]
     try:
         for target in targets:
@@ -116,7 +115,7 @@ def firewall(machines: Bed, cwd: Path) -> Iterator[None]:
 def test_shut_ports_other_code_and_a_folder_of_its_own(tmp_path: Path, machines: Bed) -> None:
     with copied(machines, "head", "node1") as (_, other), firewall(machines, tmp_path):
         add_a_line(other / "trainer" / "loop.py")
-        found = findings(machines, "--folder", str(OWN), cwd=tmp_path, code=OWN / "checkout", status=1)
+        found = findings(machines, "--folder", str(machines.temporary), cwd=tmp_path, code=machines.temporary / "checkout", status=1)
     assert failed(found) == {"code on node1", "folder on node1", "port head - node1"}
     assert found["code on node1"]["found"].endswith("files differ from head: trainer/loop.py")
     assert "not the same one" in found["folder on node1"]["found"]
@@ -174,14 +173,14 @@ def stopped(process: psutil.Process) -> Iterator[None]:
 def test_a_node_without_the_checkout_is_told_so(tmp_path: Path, machines: Bed) -> None:
     with copied(machines, "head") as (here,):
         add_a_line(here / "trainer" / "loop.py")
-        found = findings(machines, "--timeout", "120", cwd=tmp_path, code=OWN / "checkout", status=1)
+        found = findings(machines, "--timeout", "120", cwd=tmp_path, code=machines.temporary / "checkout", status=1)
     if "code on node1" in found:  # this environment has an installed fathom, which the node falls back on
         assert failed(found) == {"code on node1"}
         assert "trainer/loop.py" in found["code on node1"]["found"]
     else:
         assert failed(found) == {"node node1"}
         assert "No module named 'cluster" in found["node node1"]["found"]
-        assert str(OWN / "checkout") in found["node node1"]["remedy"]
+        assert str(machines.temporary / "checkout") in found["node node1"]["remedy"]
 
 
 def add_a_line(path: Path) -> None:
