@@ -69,8 +69,8 @@ def inside(machine: Machine, command: str, cwd: Path) -> str:
 
 @contextmanager
 def copied(machines: Bed, *names: str) -> Iterator[list[Path]]:
-    """Checkouts that only these machines have, each its own, at TEMPORARY / checkout; where they lie as seen from here."""
-    targets = [machines.folder / f"ray-{name}" / "tmp" / "checkout" for name in names]
+    """Checkouts that only these machines have, each its own, in their temporary folders; where they lie seen from here."""
+    targets = [machines.folder / f"ray-{name}" / "checkout" for name in names]
     try:
         for target in targets:
             for room in ROOMS:
@@ -115,7 +115,8 @@ def firewall(machines: Bed, cwd: Path) -> Iterator[None]:
 def test_shut_ports_other_code_and_a_folder_of_its_own(tmp_path: Path, machines: Bed) -> None:
     with copied(machines, "head", "node1") as (_, other), firewall(machines, tmp_path):
         add_a_line(other / "trainer" / "loop.py")
-        found = findings(machines, "--folder", str(machines.temporary), cwd=tmp_path, code=machines.temporary / "checkout", status=1)
+        own = machines.temporary  # every machine has another folder there
+        found = findings(machines, "--folder", str(own), cwd=tmp_path, code=own / "checkout", status=1)
     assert failed(found) == {"code on node1", "folder on node1", "port head - node1"}
     assert found["code on node1"]["found"].endswith("files differ from head: trainer/loop.py")
     assert "not the same one" in found["folder on node1"]["found"]
