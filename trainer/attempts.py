@@ -306,7 +306,8 @@ def ending_of(error: Exception, step: int) -> Ending:
     kinds: dict[type[Exception], Kind] = {WorkerDied: "died", WorkerHung: "hung", MachineLost: "lost"}
     kind: Kind = next((kind for cause, kind in kinds.items() if isinstance(error, cause)), "failed")
     hopeless = getattr(error, "exit_status", 1) == 2 or getattr(error, "hopeless", False)
-    return Ending(kind=kind, step=step, reason=f"{error}".splitlines()[0], hopeless=hopeless)
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return Ending(kind=kind, step=step, reason=reason, hopeless=hopeless)
 
 
 def wait_for_room(policy: Policy, config: TrainConfig, stop: StopFlag) -> int:

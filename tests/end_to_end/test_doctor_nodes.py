@@ -69,7 +69,7 @@ def inside(machine: Machine, command: str, cwd: Path) -> str:
 
 @contextmanager
 def copied(machines: Bed, *names: str) -> Iterator[list[Path]]:
-    """Checkouts that only these machines have, each its own, in their temporary folders; where they lie seen from here."""
+    """Checkouts that only these machines have, in their temporary folders; where they lie as seen from here."""
     targets = [machines.folder / f"ray-{name}" / "checkout" for name in names]
     try:
         for target in targets:

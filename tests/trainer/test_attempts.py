@@ -110,6 +110,12 @@ def test_faults_are_survived_from_the_newest_checkpoint(tmp_path: Path, monkeypa
     assert script.said[0] == "rank 1 died; going on from step 10 with 2 workers in 0 s"
 
 
+def test_an_exception_without_a_word_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, run = play(tmp_path, monkeypatch, [ends(RuntimeError(), 10), done])
+    run()
+    assert script.said[0].startswith("RuntimeError; going on from step 10")
+
+
 def test_too_many_in_a_row_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, run = play(
         tmp_path, monkeypatch, [ends(WorkerDied(f"death {i}")) for i in range(9)], recovery={"max_failures": 2}
