@@ -162,6 +162,7 @@ def _init(**options: Any) -> None:
         with environment(_DRIVER_ENVIRONMENT):
             # Workers' output stays in Ray's log files: sent to the driver it would tear the progress bar.
             ray.init(log_to_driver=False, logging_level="ERROR", **options)
+        ray._private.worker._worker_logs_enabled = False  # Ray's own message for every dead worker and node
     finally:
         for number, handler in handlers.items():
             if main and handler is not None and signal.getsignal(number) is not handler:
@@ -207,7 +208,6 @@ def _embedded(cpus: int) -> Iterator[Session]:
                 _node_ip_address=_loopback(),
                 _temp_dir=folder,
             )
-        ray._private.worker._worker_logs_enabled = False  # Ray's own message for every dead worker
         try:
             yield Session(address=None, embedded=True, logs=_log_folder())
         finally:

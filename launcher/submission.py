@@ -15,7 +15,7 @@ from typing import Any
 from launcher.jobs import CONFIG_WORD, JobUsageError
 from launcher.parsing import parsed
 
-NOT_AS_JOBS = ("submit", "jobs", "monitor", "doctor", "plan", "recipes")
+NOT_AS_JOBS = ("submit", "jobs", "monitor", "plan", "recipes")
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
