@@ -93,13 +93,6 @@ def require_member(address: str, patience_s: float = _LOOK_S) -> None:
         )
 
 
-def hush() -> None:
-    """Ray's own lines about nodes that die would stand between those that this process prints. For good."""
-    import ray
-
-    ray._private.worker._worker_logs_enabled = False
-
-
 def list_nodes() -> tuple[list[Node], dict[str, str]]:
     """The cluster's nodes that are alive, its head first; and why others died whose place nobody has taken."""
     import ray

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.crew import CallFailed, Crew, Node, Trouble, hush, list_nodes
+from cluster.crew import CallFailed, Crew, Node, Trouble, list_nodes
 from cluster.probe import MIB, FolderFacts, NodeFacts, node_facts, one_line, try_folder
 from cluster.runtime import own_node
 from cluster.station import Door, Meeting, reach
@@ -86,7 +86,6 @@ def survey(
     `folder` is absolute; each node writes into it. `distributions`, `rooms`: whose versions and code are
     compared. `check` runs on every node, found by its module's name. A node has `timeout_s` for each question.
     """
-    hush()
     say = on_stage or (lambda stage: None)
     nodes, lost = list_nodes()
     found = Survey(nodes=nodes, lost=lost)
