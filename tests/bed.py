@@ -187,6 +187,8 @@ class Bed:
         """A new machine in the place of one that was killed."""
         cpus = self._cpus[list(self.machines).index(name)]
         self.machines[name].kill()
+        with contextlib.suppress(AssertionError):  # it goes with the machine, but only some time after it
+            self._on_switch("ip", "link", "delete", self.machines[name].port)
         self.cuts.discard(name)
         shutil.rmtree(self.folder / f"ray-{name}")
         self.add(name)
