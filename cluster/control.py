@@ -43,8 +43,17 @@ class Control:
         self._stragglers = Stragglers()
         self._progress: dict[str, Any] | None = None
         self._orders = Orders()
+        self._controller: Any = None
         self._ranks: dict[int, About] = {}
         self._left: set[int] = set()
+
+    def lead(self, controller: Any) -> None:
+        """Ray Train's controller, which starts and ends the ranks, says where it is."""
+        self._controller = controller
+
+    def controller(self) -> Any:
+        """The actor, or None before it has said so."""
+        return self._controller
 
     def join(self, rank: int, about: About) -> None:
         """A rank enters the function."""

@@ -36,6 +36,7 @@ _RANKS_A_POLL = 200  # calls a second that the control actor takes easily: large
 _JOIN_S = 600.0  # for all ranks to be placed and to have found each other
 _STACKS_S = 5.0
 _ABORT_WAIT_S = 20.0
+_NO_ROOM_S = 15.0  # machines may be on their way: whoever decides about the next attempt waits for them
 _SECONDARY_WAIT_S = 4.0
 
 
@@ -128,7 +129,7 @@ def run_group(
                 hung = _end_stuck(stuck, control, ranks, run, watch)
         except BaseException:
             kill(_ask(control.ranks.remote()) or {})
-            run.done.wait(_ABORT_WAIT_S)
+            _abort(run, control)
             raise
         finally:
             ranks = _ask(control.ranks.remote()) or ranks
@@ -165,13 +166,29 @@ def _trainer(
 ) -> tuple[Any, str]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class Announce(ControllerCallback):
+        """Runs in the controller. Its actor is in nobody's hands otherwise, and can be ended by nobody."""
+
+        def __init__(self, control: Any) -> None:
+            self._control = control
+
+        def after_controller_start(self, train_run_context: Any) -> None:
+            import ray
+
+            self._control.lead.remote(ray.get_runtime_context().current_actor)
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [*super()._create_default_callbacks(), Announce(config["control"])]
 
     gpu = config["gpu"]
     if gpu:
         env.pop("DS_ACCELERATOR", None)
     attempt = f"{name}-{secrets.token_hex(4)}"  # Ray Train continues an old folder of the same name
     where = os.path.abspath(storage_path)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _on_worker,
         train_loop_config=config,
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
@@ -225,6 +242,10 @@ class _Orders:
         elif self._grow is not None and self._grow(seen.room):
             self._give("RESIZED", None)
 
+    def room(self) -> int | None:
+        """How many workers the machines hold; None until somebody has answered."""
+        return self._around.seen.room if self._around.seen else None
+
     def _give(self, reason: str, deadline: float | None) -> None:
         self.reason = reason
         self._control.order.remote(Orders(reason=reason, deadline=deadline))
@@ -240,6 +261,7 @@ def _wait(
 ) -> Stuck | None:
     """Until the group has ended, or is stuck."""
     shown, joined_by, nodes, slow = None, time.monotonic() + _JOIN_S, frozenset[str](), set[int]()
+    room_since = time.monotonic()  # when there was last room for all
     while not run.done.wait(_LOOK_EVERY_S):
         orders.look(nodes)
         view: View | None = _ask(control.look.remote(), timeout_s=1.0)
@@ -254,6 +276,11 @@ def _wait(
             on_progress(shown)
         if watch and view.stuck:
             return view.stuck
+        room = orders.room()
+        if view.joined >= workers or room is None or room >= workers:
+            room_since = time.monotonic()
+        elif time.monotonic() - room_since > _NO_ROOM_S:  # Ray Train would wait for ever
+            raise MachineLost(f"the ranks cannot start: the machines that are there hold {room} of {workers} workers")
         if watch and view.joined < workers and time.monotonic() > joined_by:
             raise ClusterError(f"only {view.joined} of {workers} workers have started in {_JOIN_S:.0f} s")
     if on_progress is not None and run.error is None:
@@ -261,6 +288,15 @@ def _wait(
         if view is not None and view.progress is not None and view.progress != shown:
             on_progress(view.progress)
     return None
+
+
+def _abort(run: _Run, control: Any) -> None:
+    """Wait for Ray Train to see that its ranks are gone; where it goes on trying, end it."""
+    import ray
+
+    if not run.done.wait(_ABORT_WAIT_S / 2) and (controller := _ask(control.controller.remote())):
+        ray.kill(controller)
+    run.done.wait(_ABORT_WAIT_S / 2)
 
 
 def _tell_slow(control: Any, slow: Mapping[int, float], tell: Callable[[int, str, float], None]) -> None:
@@ -282,7 +318,7 @@ def _end_stuck(
     culprits = [ranks[rank] for rank in stuck.ranks if rank in ranks]
     where = ", ".join(f"process {about.pid} on {about.host}{state_of(about)}" for about in culprits[:4])
     lost = kill(ranks)
-    run.done.wait(_ABORT_WAIT_S)
+    _abort(run, control)
     lost |= {about.node for about in ranks.values()} - (nodes_alive() or {about.node for about in ranks.values()})
     if stuck.silent and any(about.node in lost for about in culprits):
         return MachineLost(f"{stuck} ({where}): its machine does not answer")

@@ -188,6 +188,30 @@ def test_a_fault_costs_time_and_nothing_else(
     write_row(name, expected, run, at)
 
 
+def test_without_a_spare_machine_it_waits_for_a_new_one(tmp_path: Path, machines: Bed, data_world: World) -> None:
+    """Three ranks on three machines. Ray notices the loss later than the watchdog, so an attempt starts in vain."""
+    values = run_values(data_world, name="alone", cluster={"workers": 3})
+    values["data"]["roles"]["labelled"]["lanes"] = 4
+    write_config(tmp_path / "teacher.yaml", values)
+    assert fathom(machines, "submit", "--wait", "train", "teacher.yaml", cwd=tmp_path).status == 0
+    write_config(tmp_path / "teacher.yaml", values | {"name": "waiting"})
+    run = tmp_path / "runs" / "waiting"
+    assert fathom(machines, "submit", "train", "teacher.yaml", cwd=tmp_path).status == 0
+    wait_for(lambda: steps_done(run) >= 25, "step 25", TIMEOUT_S)
+    at = now()
+    machines.machines["node2"].kill()
+    wait_for(lambda: any(line["event"] == "failed" for line in told(run)), "the loss", TIMEOUT_S)
+    time.sleep(40)
+    machines.replace("node2")
+    waited = fathom(machines, "jobs", "wait", "waiting", "--timeout", "400", cwd=tmp_path)
+    assert waited.status == 0, fathom(machines, "jobs", "logs", "waiting", cwd=tmp_path).out
+    failed = [line["error"] for line in told(run) if line["event"] == "failed"]
+    assert all(error.startswith("MachineLost") for error in failed), failed
+    assert all(line["workers"] == 3 for line in told(run) if line["event"] == "started")
+    assert same_weights(run, tmp_path / "runs" / "alone") and losses(run) == losses(tmp_path / "runs" / "alone")
+    write_row("lose-a-machine-without-a-spare", "MachineLost; waits for a new one, here 50 s", run, at)
+
+
 def test_a_lost_head_costs_the_cluster_and_not_the_run(
     tmp_path: Path, machines: Bed, data_world: World, undisturbed: Path
 ) -> None:
