@@ -66,7 +66,8 @@ def test_a_stopped_job_saves_and_is_resumed(
 ) -> None:
     write_config(tmp_path / "teacher.yaml", run_values(data_world) | {"name": "stopped", "checkpoint": {"every": 1000}})
     run = tmp_path / "runs" / "stopped"
-    assert fathom(machines, "submit", "train", "teacher.yaml", cwd=tmp_path).out == "stopped\n"
+    job = ("submit", "--grace", "10", "train", "teacher.yaml")  # then it would be killed
+    assert fathom(machines, *job, cwd=tmp_path).out == "stopped\n"
     wait_for(lambda: steps_done(run) >= 5, "step 5", TIMEOUT_S)
     again = fathom(machines, "submit", "train", "teacher.yaml", cwd=tmp_path)
     assert again.status == 2 and "has a job of this name" in again.err
