@@ -30,6 +30,21 @@ def kill(ranks: Mapping[int, About]) -> frozenset[str]:
     return frozenset(calls[call] for call in silent) | frozenset(calls[call] for call in ready if _failed(call))
 
 
+def release_room() -> None:
+    """Give back what this job holds reserved for ranks.
+
+    Ray removes a reservation once its creator and the whole job are dead: that of a controller which was killed would
+    stay, or be made when machines come back, and keep them from the next attempt.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    for name, entry in placement_group_table().items():
+        if name.endswith(job) and entry["state"] != "REMOVED":  # an id ends with that of its job
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
+
+
 def clean(pids: Sequence[int], segments: Sequence[str]) -> None:
     """Kill processes of this machine, and remove shared memory of theirs."""
     for pid in pids:

@@ -20,7 +20,7 @@ from typing import Any
 
 from cluster import storage
 from cluster.control import About, Control, View
-from cluster.ending import clean, kill, nodes_alive, state_of
+from cluster.ending import clean, kill, nodes_alive, release_room, state_of
 from cluster.failures import SECONDARY, MachineLost, WorkerHung, explain, portable
 from cluster.runtime import ClusterAddressError, ClusterError, driver_environment, own_node, ray_session
 from cluster.stop import StopFlag
@@ -296,6 +296,7 @@ def _abort(run: _Run, control: Any) -> None:
 
     if not run.done.wait(_ABORT_WAIT_S / 2) and (controller := _ask(control.controller.remote())):
         ray.kill(controller)
+        release_room()
     run.done.wait(_ABORT_WAIT_S / 2)
 
 
