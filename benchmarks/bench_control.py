@@ -1,15 +1,15 @@
-"""What watching a large run costs: the watchdog and the journal, driven with simulated ranks.
+"""What directing a large run costs: watchdog, journal and the plan of samples, driven with simulated ranks and shards.
 
-    .venv/bin/python benchmarks/bench_control.py --ranks 1000
+    .venv/bin/python benchmarks/bench_control.py --ranks 1000 --shards 100000
 
 Every rank says where it is as often as a real one would (a word every ranks / 200 seconds, at least two a second), and
-the driver looks five times a second. No cluster runs: the figure is the processor time of our own code, without Ray's.
+the driver looks five times a second. A rank of the plan serves its own lane of a step a second. No cluster runs: the
+figures are the processor time of our own code, without Ray's.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import sys
 import tempfile
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import command_line
 from cluster.watchdog import Beat, Watchdog
+from dataio.plan import RolePlan
 from trainer.folder import state_of
 from trainer.journal import Journal
 
@@ -56,25 +57,52 @@ def journalling(entries: int) -> tuple[float, str]:
         return written, f"an entry; all {entries} are read in {time.process_time() - began:.2f} s"
 
 
+def planning(ranks: int, shards: int, steps: int) -> tuple[float, str]:
+    """Processor seconds for what one rank asks its plan at a step, the first shuffle of all shards not counted."""
+    sizes = [600 - shard % 7 for shard in range(shards)]
+    batch = 8 * ranks
+    began = time.process_time()
+    plan = RolePlan("unlabelled", sizes, batch=batch, lanes=ranks, window=16384, seed=1)
+    lane, consumed, shown = ranks // 2, 0, 0
+    plan.slots(consumed, lane)
+    first = time.process_time() - began
+    began = time.process_time()
+    for _ in range(steps):
+        shown += sum(slot is not None for slot in plan.slots(consumed, lane))
+        consumed = plan.advance(consumed)
+    if shown != 8 * steps:
+        raise AssertionError(f"{shown} samples of {8 * steps}")
+    spent = (time.process_time() - began) / steps
+    return spent, f"{plan.samples} samples in {shards} shards; the first step of a pass takes {first:.2f} s"
+
+
+def peak_mib() -> float:
+    """The process's memory at its largest."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = command_line(__doc__)
     parser.add_argument("--ranks", type=int, default=1000)
     parser.add_argument("--seconds", type=int, default=60, help="of the simulated run")
+    parser.add_argument("--shards", type=int, default=100_000)
+    parser.add_argument("--steps", type=int, default=500, help="of the plan of samples")
     parser.add_argument("--entries", type=int, default=10_000, help="of the journal")
     return parser.parse_args()
 
 
 def main() -> None:
     """Print the table."""
-    arguments = parse()
+    arguments, imported = parse(), peak_mib()
     print("| what | processor time | of |\n| --- | --- | --- |")
     share, how = watching(arguments.ranks, arguments.seconds)
     print(f"| watching {arguments.ranks} ranks | {100 * share:.2f} % of a core | {how} |")
     seconds, how = journalling(arguments.entries)
     print(f"| the journal | {1e6 * seconds:.0f} us | {how} |")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"| memory of all that | {peak:.0f} MiB | process {os.getpid()} at its largest |")
+    seconds, how = planning(arguments.ranks, arguments.shards, arguments.steps)
+    print(f"| a rank's plan | {100 * seconds:.2f} % of a core at a step a second | {how} |")
+    print(f"| memory of all that | {peak_mib() - imported:.0f} MiB | beside {imported:.0f} MiB of imports |")
 
 
 if __name__ == "__main__":
