@@ -20,7 +20,7 @@ from tests.end_to_end.conftest import World, make_sets
 from tests.end_to_end.nodes import WITH_RAY, fathom, losses, run_values, same_weights, told, with_ranks
 from tests.end_to_end.test_faults import FATAL, FAULTS, raise_in_a_rank
 
-STEPS = 1500
+STEPS = 500
 ENDS = {"SUCCEEDED", "FAILED", "CANCELLED"}
 
 
