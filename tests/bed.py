@@ -65,8 +65,11 @@ class Machine:
 
     @property
     def first(self) -> int:
-        """The process that stands for the machine, by its number here."""
-        children = psutil.Process(self.holder.pid).children()
+        """The process that stands for the machine, by its number here; 0 when it is gone."""
+        try:
+            children = psutil.Process(self.holder.pid).children()
+        except psutil.NoSuchProcess:
+            return 0
         return children[0].pid if children else 0
 
     def start(self, *words: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
@@ -91,7 +94,9 @@ class Machine:
 
     def processes(self, word: str = "") -> list[psutil.Process]:
         """Those that run on it, with `word` in their command line."""
-        found = []
+        found: list[psutil.Process] = []
+        if not self.first:
+            return found
         for process in [*psutil.Process(self.first).children(recursive=True), *_orphans(self.first)]:
             with contextlib.suppress(psutil.Error):
                 if word in " ".join(process.cmdline()) and process not in found:
@@ -101,7 +106,8 @@ class Machine:
     def kill(self) -> None:
         """The machine is gone, with all that ran on it."""
         with contextlib.suppress(psutil.Error, ProcessLookupError):
-            os.kill(self.first, signal.SIGKILL)
+            if first := self.first:
+                os.kill(first, signal.SIGKILL)
         self.holder.wait(timeout=_WAIT_S)
 
 
@@ -122,16 +128,17 @@ def _orphans(first: int) -> list[psutil.Process]:
 class Bed:
     """A context manager: machines `head`, `node1`, ... with Ray on all, and `outside`, without.
 
-    `cpus`: of each machine with Ray. The cluster wants its token (in `home`, the machines' HOME).
+    `cpus`: of each machine with Ray. The cluster wants its token (in `home`, the machines' HOME). `bare`: nobody has
+    started Ray.
     """
 
-    def __init__(self, folder: Path, cpus: Sequence[int]) -> None:
+    def __init__(self, folder: Path, cpus: Sequence[int], *, bare: bool = False) -> None:
         self.folder, self.home = folder, folder / "home"
         self.site = folder / "site"  # on the path of every Python process there
         self.temporary = Path()  # on the machines; Ray's sockets want a short path
         self.machines: dict[str, Machine] = {}
         self.cuts: set[str] = set()  # machines whose network was cut since they were made: Ray gives them up
-        self._cpus = cpus
+        self._cpus, self._bare = cpus, bare
         self._switch: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Bed:
@@ -244,6 +251,8 @@ class Bed:
         self._on_switch("ip", "link", "set", "bridge", "up")
         for name in ("head", *(f"node{number}" for number in range(1, len(self._cpus))), "outside"):
             self.add(name)
+        if self._bare:
+            return
         token = self.head.run("ray", "get-auth-token", "--generate", cwd=self.folder)
         assert token.returncode == 0, token.stderr
         for name, cpus in zip(self.machines, self._cpus, strict=False):
@@ -273,10 +282,10 @@ def wait_for(condition: object, what: str, timeout_s: float = _WAIT_S) -> object
 
 
 @contextlib.contextmanager
-def bed(folder: Path, cpus: Sequence[int]) -> Iterator[Bed]:
+def bed(folder: Path, cpus: Sequence[int], *, bare: bool = False) -> Iterator[Bed]:
     """A Bed, or a skipped test where there can be none."""
     reason = available()
     if reason:
         pytest.skip(reason)
-    with Bed(folder, cpus) as made:
+    with Bed(folder, cpus, bare=bare) as made:
         yield made

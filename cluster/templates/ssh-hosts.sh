@@ -70,14 +70,26 @@ begin() { # OPTIONS of `ray start`; prints the cluster's address
     cat "$SESSION/ray_current_cluster"
 }
 
+busy() { # whether a job or a rank is left. Ray itself waits for an actor that Ray Train leaves behind on the head, too.
+    local own=' ray::(IDLE|DashboardAgent|RuntimeEnvAgent|_AutoscalingCoordinatorActor)' raylet
+    raylet=$(pgrep -P "$pid" raylet) || return 0 # that we cannot tell is no reason to kill
+    pgrep -a -P "$raylet" | grep ' ray::' | grep -qvE "$own"
+}
+
 finish() { # SIGTERM drains the machine: ranks on it save and end. Never `ray stop`: it would end others' Ray, too.
-    local ends=$((SECONDS + STOP_S + 30)) said="did not run"
+    local ends=$((SECONDS + STOP_S + 30)) said="did not run" idle=0
     locate
     if alive; then
         said=stopped
         kill -TERM "$pid"
-        while alive && [ "$SECONDS" -lt "$ends" ]; do sleep 0.1; done
-        if alive; then said="killed after $((STOP_S + 30)) s"; kill -KILL "$pid"; fi # its children end with it
+        while alive && [ "$SECONDS" -lt "$ends" ] && [ "$idle" -lt 30 ]; do # 3 s
+            if busy; then idle=0; else idle=$((idle + 1)); fi
+            sleep 0.1
+        done
+        if alive; then # its children end with it
+            [ "$idle" -gt 0 ] || said="killed after $((STOP_S + 30)) s"
+            kill -KILL "$pid"
+        fi
     fi
     rm -rf "$HERE" "$SESSION"
     rmdir "${HERE%/*}" 2>/dev/null # the last machine of a shared home folder
@@ -117,7 +129,7 @@ on_machine() { # NUMBER FUNCTION WORDS...: what it says lies in $WORK/NUMBER.out
     shift
     {
         for name in VENV INTERFACE NAME START_S STOP_S RUNS_ALREADY TOKEN; do printf '%s=%q\n' "$name" "${!name-}"; done
-        declare -f locate alive begin finish show
+        declare -f locate alive busy begin finish show
         printf '%q ' "$@"
     } | "${SSH[@]}" "${HOSTS[number]}" bash -s >"$WORK/$number.out" 2>"$WORK/$number.err"
 }

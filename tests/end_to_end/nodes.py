@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,9 @@ def fathom(machines: Bed, *words: str, cwd: Path, env: Mapping[str, str] | None 
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def with_ranks(machines: Bed) -> list[str]:
+def with_ranks(machines: Bed, names: Sequence[str] = WITH_RAY) -> list[str]:
     """The machines on which ranks run."""
-    return [name for name in WITH_RAY if machines.machines[name].processes("RayTrainWorker")]
+    return [name for name in names if machines.machines[name].processes("RayTrainWorker")]
 
 
 def same_weights(run: Path, other: Path) -> bool:

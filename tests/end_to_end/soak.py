@@ -37,6 +37,7 @@ def soak(arguments: argparse.Namespace, folder: Path) -> bool:
     world = World(folder / "world")
     make_sets(world)
     values = run_values(world, steps=STEPS, log_every=10)
+    values["recovery"] = {**values["recovery"], "max_failures": 20}  # a busy machine may need longer than `--every`
     write_config(folder / "teacher.yaml", values)
     began = time.monotonic()
     succeed("train", "teacher.yaml", cwd=folder)
