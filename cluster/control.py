@@ -17,6 +17,7 @@ class About:
     """Where a rank's process is."""
 
     pid: int
+    born: float  # when the process began, by its machine's clock: a number may be another's later
     host: str
     node: str  # Ray's id
     actor: Any
@@ -26,11 +27,13 @@ class About:
 @dataclass(frozen=True, kw_only=True)
 class View:
     """What the driver sees at a look. `joined`: ranks that have entered the function so far, on `nodes`.
-    `slow`: stragglers, and how many times the median's their own work takes."""
+    `begun`: whether rank 0 is at its first step, or has been. `slow`: stragglers, and how many times the median's their
+    own work takes."""
 
     progress: dict[str, Any] | None
     joined: int
     nodes: frozenset[str]
+    begun: bool
     stuck: Stuck | None
     slow: Mapping[int, float]
 
@@ -46,6 +49,7 @@ class Control:
         self._controller: Any = None
         self._ranks: dict[int, About] = {}
         self._left: set[int] = set()
+        self._begun = False
 
     def lead(self, controller: Any) -> None:
         """Ray Train's controller, which starts and ends the ranks, says where it is."""
@@ -70,8 +74,9 @@ class Control:
             self._dog.hear(rank, word.beat, time.monotonic(), word.took_s)
             if word.own_s is not None:
                 self._stragglers.hear(rank, word.own_s)
-        if rank == 0 and word.progress is not None:
-            self._progress = word.progress
+        if rank == 0:
+            self._begun = self._begun or word.beat.count > 0
+            self._progress = word.progress or self._progress
         return replace(self._orders, slowdown=self._stragglers.slowdown(rank))
 
     def order(self, orders: Orders) -> None:
@@ -86,6 +91,7 @@ class Control:
             progress=self._progress,
             joined=len(self._ranks),
             nodes=nodes,
+            begun=self._begun,
             stuck=self._dog.stuck(now),
             slow=self._stragglers.named(now),
         )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 
 from cluster.control import About
 from cluster.runtime import own_node, remove_shared_memory
+from cluster.surroundings import reservations
 
 PATIENCE_S = 10.0  # with machines that may be gone
+_SAME_S = 0.5  # between two readings of when a process began
+
+Process = tuple[int, float]  # number, and when it began
 
 
 def kill(ranks: Mapping[int, About]) -> frozenset[str]:
@@ -23,43 +28,44 @@ def kill(ranks: Mapping[int, About]) -> frozenset[str]:
         by_node.setdefault(about.node, []).append(about)
     here = by_node.pop(own_node(), [])
     calls = {_send(node, group): node for node, group in by_node.items()}
-    clean(_pids(here), _segments(here))
+    clean(_processes(here), _segments(here))
     if not calls:
         return frozenset()
     ready, silent = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE_S)
+    for call in silent:  # not hours later, when the machine is back
+        with suppress(Exception):
+            ray.cancel(call, force=True)
     return frozenset(calls[call] for call in silent) | frozenset(calls[call] for call in ready if _failed(call))
 
 
-def release_room() -> None:
-    """Give back what this job holds reserved for ranks.
+def release_room(others: Collection[str] = ()) -> None:
+    """Give back what this job holds reserved, but for `others`, by id.
 
     Ray removes a reservation once its creator and the whole job are dead: that of a controller which was killed would
     stay, or be made when machines come back, and keep them from the next attempt.
     """
     import ray
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    job = ray.get_runtime_context().get_job_id()
-    for name, entry in placement_group_table().items():
-        if name.endswith(job) and entry["state"] != "REMOVED":  # an id ends with that of its job
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
+    for name in reservations().keys() - set(others):
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
-def clean(pids: Sequence[int], segments: Sequence[str]) -> None:
+def clean(processes: Sequence[Process], segments: Sequence[str]) -> None:
     """Kill processes of this machine, and remove shared memory of theirs."""
-    for pid in pids:
-        kill_process(pid)
+    for pid, born in processes:
+        kill_process(pid, born)
     for prefix in set(segments):
         remove_shared_memory(prefix)
 
 
-def kill_process(pid: int) -> None:
+def kill_process(pid: int, born: float) -> None:
     """SIGKILL to one of Ray's workers on this machine, and to no process that has its number by now."""
     import psutil
 
     try:
         process = psutil.Process(pid)
-        if "ray::" in " ".join(process.cmdline()):
+        if abs(process.create_time() - born) < _SAME_S and "ray::" in " ".join(process.cmdline()):
             process.kill()
             process.wait(timeout=PATIENCE_S / 2)
     except psutil.Error:
@@ -95,7 +101,7 @@ def _send(node: str, group: Sequence[About]) -> object:
 
     place = NodeAffinitySchedulingStrategy(node, soft=False)
     remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(clean)
-    return remote.remote(_pids(group), _segments(group))
+    return remote.remote(_processes(group), _segments(group))
 
 
 def _failed(call: object) -> bool:
@@ -108,8 +114,8 @@ def _failed(call: object) -> bool:
     return False
 
 
-def _pids(group: Sequence[About]) -> list[int]:
-    return [about.pid for about in group]
+def _processes(group: Sequence[About]) -> list[Process]:
+    return [(about.pid, about.born) for about in group]
 
 
 def _segments(group: Sequence[About]) -> list[str]:

@@ -68,17 +68,16 @@ def explain(
         return error
     failures: dict[int, BaseException] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     dead = {rank: failure for rank, failure in failures.items() if _is_death(failure)}
-    told = {
-        rank: failure for rank, failure in failures.items() if rank not in dead and not SECONDARY.search(str(failure))
-    }
+    told = {rank: failure for rank, failure in failures.items() if rank not in dead and not is_secondary(failure)}
     _write_log(log, error, failures, ranks, logs)
     if told:
         return told[min(told)]
     if dead:
-        rank = min(dead)
+        lost = [rank for rank in dead if alive and rank in ranks and ranks[rank].node not in alive]
+        rank = min(lost or dead)
         about = ranks.get(rank)
         where = f"process {about.pid} on {about.host}" if about else "before it had started"
-        if about and alive and about.node not in alive:
+        if lost:  # the others' processes went for want of it
             return MachineLost(f"rank {rank} was lost with its machine ({where}); details in {log}")
         return WorkerDied(f"rank {rank} died ({where}): killed, out of memory or crashed; details in {log}")
     if failures:
@@ -86,6 +85,11 @@ def explain(
     cause = getattr(error, "controller_failure", error)
     last = str(cause).strip().splitlines()[-1:] or [type(cause).__name__]
     return ClusterError(f"the worker group failed: {last[0]}; details in {log}")
+
+
+def is_secondary(error: BaseException) -> bool:
+    """Whether torch.distributed says that another rank is gone. What a store or a socket of ours says is news."""
+    return isinstance(error, RuntimeError) and bool(SECONDARY.search(str(error)))
 
 
 def _is_death(error: BaseException) -> bool:

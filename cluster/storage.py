@@ -8,6 +8,7 @@ temporary file and put in one piece, which object stores show whole or not at al
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -97,6 +98,8 @@ def atomic_write(path: str, data: bytes | str) -> None:
 def append_line(path: str, text: str, sync: bool = False) -> None:
     """Append one line in one write; `sync` waits for the disk. A line torn by an earlier crash is closed first.
 
+    Two machines may append to one file: without the lock, a network file system would let them write over each other.
+
     Local only: StorageError for a URL (object stores cannot append) and when the file cannot be written; ValueError
     when `text` holds a line break.
     """
@@ -109,6 +112,8 @@ def append_line(path: str, text: str, sync: bool = False) -> None:
         _make_folder(os.path.dirname(path) or ".")
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
+            with suppress(OSError):  # a file system without locks
+                fcntl.lockf(handle, fcntl.LOCK_EX)  # until the file is closed
             size = os.fstat(handle).st_size
             torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
             rest = memoryview((("\n" if torn else "") + text + "\n").encode())

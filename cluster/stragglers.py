@@ -1,7 +1,8 @@
 """Ranks that are slower than the others by themselves: a hot or shared GPU, a bad disk. Pure: told, and asked.
 
 Ranks run in step, so all take as long as the slowest; what tells them apart is the time that a rank spends on its own
-work, where nobody holds it up. Compared with the median rank's, which a few slow ones do not move.
+work for a sample, where nobody holds it up: some ranks have more samples than others, and are not to blame. Compared
+with the median rank's, which a few slow ones do not move; the faster one of two in the middle.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ def slowdowns(seconds: Mapping[int, float]) -> dict[int, float]:
     ordered = sorted(seconds.values())
     if not ordered:
         return {}
-    middle = len(ordered) // 2
-    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    median = ordered[(len(ordered) - 1) // 2]
     return {rank: value / median if median > 0 else 1.0 for rank, value in seconds.items()}
 
 
@@ -35,7 +35,7 @@ class Stragglers:
     _ratios: dict[int, float] = field(default_factory=dict)  # of the last look: 1000 ranks ask for theirs
 
     def hear(self, rank: int, own_s: float) -> None:
-        """A rank's own work in a step took it so long, on average since its last word."""
+        """A rank's own work for a sample took it so long, on average since its last word."""
         before = self._average.get(rank)
         self._average[rank] = own_s if before is None else before + _WEIGHT * (own_s - before)
 

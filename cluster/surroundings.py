@@ -6,6 +6,7 @@ A thread asks, the driver reads: the control store may not answer for a while, a
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ _EVERY_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """`room`: workers that the machines hold which stay. `leaving`: nodes (Ray's ids) that are about to go, and when,
-    in seconds since the epoch (None: nobody knows)."""
+    """`room`: workers that the machines which stay have room for now, this job's own included. `most`: if nobody else
+    used them. `leaving`: nodes (Ray's ids) that are about to go, and when, in seconds since the epoch (None: nobody
+    knows)."""
 
     room: int = 0
+    most: int = 0
     leaving: Mapping[str, float | None] = field(default_factory=dict)
 
 
@@ -55,14 +58,40 @@ def look_around(threads: int, use_gpu: bool) -> Seen:
     import ray
 
     leaving = leaving_nodes()
-    stay = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
-    return Seen(room=sum(workers_on(node, threads, use_gpu) for node in stay), leaving=leaving)
+    whole = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    stay = {name: resources for name, resources in whole.items() if name not in leaving}
+    free: Mapping[str, Mapping[str, float]] = ray._private.state.available_resources_per_node()
+    own = Counter[tuple[str, str]]()
+    for group in reservations().values():
+        for node, bundle in group:
+            own.update({(node, kind): amount for kind, amount in bundle.items()})
+    room = {
+        node: {kind: free.get(node, {}).get(kind, 0.0) + own[node, kind] for kind in ("CPU", "GPU")} for node in stay
+    }
+    return Seen(
+        room=sum(workers_on(resources, threads, use_gpu) for resources in room.values()),
+        most=sum(workers_on(resources, threads, use_gpu) for resources in stay.values()),
+        leaving=leaving,
+    )
 
 
 def workers_on(resources: Mapping[str, float], threads: int, use_gpu: bool) -> int:
-    """How many workers of so many processors (and a GPU) one machine holds, if nobody else uses it."""
+    """How many workers of so many processors (and a GPU) one machine's resources are enough for."""
     by_cpu = int(resources.get("CPU", 0) // threads)
     return min(by_cpu, int(resources.get("GPU", 0))) if use_gpu else by_cpu
+
+
+def reservations() -> dict[str, list[tuple[str, Mapping[str, float]]]]:
+    """What this job has reserved or asked for, by id: node and resources of each part, none before it is given."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    job = ray.get_runtime_context().get_job_id()
+    return {
+        name: [(node, entry["bundles"][index]) for index, node in entry["bundles_to_node_id"].items() if node]
+        for name, entry in placement_group_table().items()
+        if name.endswith(job) and entry["state"] != "REMOVED"  # an id ends with that of its job
+    }
 
 
 def leaving_nodes() -> dict[str, float | None]:

@@ -5,21 +5,23 @@ can go wrong. A rank falls silent: its process is frozen, or its machine cannot 
 move: it waits, as a rule for others in a collective. Ranks run in step, so the ones furthest behind are those that the
 others wait for, and only their time counts.
 
-How long a phase may take is learned from how long it took, so that one rule serves a tiny network and a giant; before
-anything is known there is a generous limit. Times are the observer's own, so clocks of machines may differ.
+How long a phase may take is learned from how long it took, so that one rule serves a tiny network and a giant. The
+first time that a rank enters a phase there is a generous limit: it compiles, loads, fills caches. Some phases keep it:
+they come once, or wait for disks. Times are the observer's own, so clocks of machines may differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 SILENCE_S = 30.0  # between two words of a rank
 FACTOR = 10.0  # times the longest seen so far
 SHORTEST_S = 60.0  # whatever was seen: a collector, a cold disk, a neighbour may hold anything up for a while
-UNKNOWN_S: Mapping[str, float] = {"start": 900.0, "checkpoint": 1800.0, "validation": 3600.0, "export": 1800.0}
-OTHER_UNKNOWN_S = 600.0
-FORGET = 0.98  # of the longest, at each new one: what was slow once is not slow for ever
+FIRST_S: Mapping[str, float] = {"validation": 3600.0}  # the first time
+OTHER_FIRST_S = 600.0
+ALWAYS_S: Mapping[str, float] = {"start": 900.0, "saving": 1800.0, "export": 1800.0}  # whatever was seen, and longer
+HALF_LIFE_S = 1800.0  # of the longest time seen: what was slow once is not slow for ever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ class _Rank:
     beat: Beat
     moved: float  # when the beat was a new one
     heard: float
+    been: set[str] = field(default_factory=set)  # phases that it has gone through
 
 
 @dataclass(kw_only=True)
@@ -62,7 +65,8 @@ class Watchdog:
     silence_s: float = SILENCE_S
     factor: float = FACTOR
     shortest_s: float = SHORTEST_S
-    longest_s: dict[str, float] = field(default_factory=dict)  # by phase; worth keeping from one attempt to the next
+    longest_s: MutableMapping[str, float] = field(default_factory=dict)  # by phase; an attempt's are worth the next's
+    _at: dict[str, float] = field(default_factory=dict)  # when `longest_s` was so
     _ranks: dict[int, _Rank] = field(default_factory=dict)
     _asked: float | None = None
 
@@ -72,12 +76,10 @@ class Watchdog:
         `took_s`: the longest that it was in each phase since its last word, by its own clock.
         """
         for phase, seconds in (took_s or {}).items():
-            self._learn(phase, seconds)
-        known = self._ranks.get(rank)
-        if known is None:
-            self._ranks[rank] = _Rank(beat, now, now)
-            return
+            self._learn(phase, seconds, now)
+        known = self._ranks.setdefault(rank, _Rank(beat, now, now))
         known.heard = now
+        known.been.update(took_s or ())
         if beat.count != known.beat.count:
             known.beat, known.moved = beat, now
 
@@ -85,30 +87,31 @@ class Watchdog:
         """The rank has ended its work: it may be as silent as it likes."""
         self._ranks.pop(rank, None)
 
-    def limit_s(self, phase: str) -> float:
-        """How long a rank may be in a phase."""
-        seen = self.longest_s.get(phase)
-        if seen is None:
-            return UNKNOWN_S.get(phase, OTHER_UNKNOWN_S)
-        return max(self.shortest_s, self.factor * seen)
+    def limit_s(self, phase: str, *, first: bool = False) -> float:
+        """How long a rank may be in a phase; `first`: which it has not gone through yet."""
+        least = FIRST_S.get(phase, OTHER_FIRST_S) if first else self.shortest_s
+        return max(ALWAYS_S.get(phase, 0.0), least, self.factor * self.longest_s.get(phase, 0.0))
 
     def stuck(self, now: float) -> Stuck | None:
         """Whether the group is stuck. To be asked every second or so: a longer pause between two questions means that
         the observer itself stood still, and what it did not hear meanwhile counts against nobody."""
         if self._asked is not None and now - self._asked > self.silence_s / 2:
-            self._pardon(now - self._asked)
+            self._pardon(now, now - self._asked)
         self._asked = now
         silent = [rank for rank, known in self._ranks.items() if now - known.heard > self.silence_s]
         if silent:
             longest = min(silent, key=lambda rank: self._ranks[rank].heard)
             return self._found(silent, longest, True, now - self._ranks[longest].heard, self.silence_s)
         behind = self._behind()
-        late = [rank for rank in behind if now - self._ranks[rank].moved > self.limit_s(self._ranks[rank].beat.phase)]
+        late = [rank for rank in behind if now - self._ranks[rank].moved > self._limit_of(rank)]
         if not late:
             return None
         first = min(late, key=lambda rank: self._ranks[rank].moved)
-        limit_s = self.limit_s(self._ranks[first].beat.phase)
-        return self._found(behind, first, False, now - self._ranks[first].moved, limit_s)
+        return self._found(behind, first, False, now - self._ranks[first].moved, self._limit_of(first))
+
+    def _limit_of(self, rank: int) -> float:
+        known = self._ranks[rank]
+        return self.limit_s(known.beat.phase, first=known.beat.phase not in known.been)
 
     def _behind(self) -> list[int]:
         """Those that have gone through fewest phases."""
@@ -126,11 +129,12 @@ class Watchdog:
             limit_s=limit_s,
         )
 
-    def _learn(self, phase: str, seconds: float) -> None:
-        seen = self.longest_s.get(phase)
-        self.longest_s[phase] = seconds if seen is None else max(seconds, FORGET * seen)
+    def _learn(self, phase: str, seconds: float, now: float) -> None:
+        age_s = now - self._at.setdefault(phase, now)
+        self.longest_s[phase] = max(seconds, self.longest_s.get(phase, 0.0) * 0.5 ** (age_s / HALF_LIFE_S))
+        self._at[phase] = now
 
-    def _pardon(self, pause_s: float) -> None:
-        for known in self._ranks.values():
-            known.heard += pause_s
-            known.moved += pause_s
+    def _pardon(self, now: float, pause_s: float) -> None:
+        for known in self._ranks.values():  # what came during the pause counts as it is
+            known.heard = min(now, known.heard + pause_s)
+            known.moved = min(now, known.moved + pause_s)

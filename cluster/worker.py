@@ -22,7 +22,7 @@ _LONGEST_WAIT_S = 5.0  # between two attempts to reach the driver
 @dataclass(frozen=True, kw_only=True)
 class Word:
     """What a rank says: its last report, if it is a new one, where it is, the longest that it was in each phase and the
-    mean of its own work in a step since its last word, seconds."""
+    mean of its own work for a sample since its last word, seconds."""
 
     progress: dict[str, Any] | None
     beat: Beat
@@ -59,7 +59,7 @@ class WorkerContext:
     _beat: Beat = field(default=_START, repr=False)
     _entered: float = field(default_factory=time.monotonic, repr=False)
     _took_s: dict[str, float] = field(default_factory=dict, repr=False)
-    _own_s: tuple[float, int] = field(default=(0.0, 0), repr=False)  # sum, steps
+    _own_s: tuple[float, int] = field(default=(0.0, 0), repr=False)  # sum, samples
     _orders: Orders = field(default=Orders(), repr=False)
 
     def report(self, progress: dict[str, Any]) -> None:
@@ -72,10 +72,10 @@ class WorkerContext:
         self._took_s[last] = max(self._took_s.get(last, 0.0), now - self._entered)
         self._beat, self._entered = Beat(step=step, phase=phase, count=self._beat.count + 1), now
 
-    def own_work(self, seconds: float) -> None:
-        """Say how long a step's own work took: what no other rank can hold up."""
-        total, steps = self._own_s
-        self._own_s = total + seconds, steps + 1
+    def own_work(self, seconds: float, samples: int) -> None:
+        """Say how long the own work on so many samples took: what no other rank can hold up."""
+        total, before = self._own_s
+        self._own_s = total + seconds, before + samples
 
     @property
     def slowdown(self) -> float | None:
@@ -121,12 +121,12 @@ class Link:
             last = self._closed.wait(wait_s)
             progress = self._context._progress
             took_s, self._context._took_s = self._context._took_s, {}
-            (total, steps), self._context._own_s = self._context._own_s, (0.0, 0)
+            (total, samples), self._context._own_s = self._context._own_s, (0.0, 0)
             word = Word(
                 progress=progress if progress is not sent else None,
                 beat=self._context._beat,
                 took_s=took_s,
-                own_s=total / steps if steps else None,
+                own_s=total / samples if samples else None,
             )
             try:
                 orders = self._exchange(word)

@@ -2,9 +2,9 @@
 
     python -m launcher.supervisor [--restarts N] -- VERB ARGUMENTS
 
-A driver that is killed (out of memory, `kill -9`, its raylet gone) cannot start itself again. Only verbs that go on
-where they stopped are started again. Signals are passed on to the verb, and it is waited for: whoever stops the job
-decides how long. Standard library only, since this must start where nothing else does.
+A driver that is killed (out of memory, `kill -9`) cannot start itself again. Only verbs that go on where they stopped
+are started again. Signals are passed on to the verb, and it is waited for: whoever stops the job decides how long.
+Standard library only, since this must start where nothing else does.
 """
 
 from __future__ import annotations

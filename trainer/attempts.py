@@ -1,13 +1,12 @@
 """A run's attempts: the ranks are started, and started again from the newest whole checkpoint when they end too early.
 
-What follows the end of an attempt is decided by `cluster.attempts`; here it is done, and written into the journal.
+What follows the end of an attempt is decided by `cluster.attempts`; here it is done, and written into the journal. A
+driver that was killed finds there what its successor has to know (trainer/history.py).
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -18,34 +17,23 @@ from typing import TYPE_CHECKING, Any
 from cluster import storage
 from cluster.attempts import Ending, GiveUp, Kind, Policy, decide, fitting, worth_growing
 from cluster.stop import StopFlag
-from cluster.worker import WorkerContext
-from trainer.checkpoint import CheckpointError, clean, find_checkpoint, list_checkpoints, step_of
+from trainer.checkpoint import CheckpointError, clean, find_checkpoint, list_checkpoints, remove, step_of
 from trainer.config import dump_config
 from trainer.config_train import TrainConfig
 from trainer.divergence import TrainingDiverged
+from trainer.ends import CheckpointLost, OutOfMemory
 from trainer.folder import RunFolder
+from trainer.history import history_of
 from trainer.journal import Journal
+from trainer.ranks import TrainOutcome, leaves_here, look, run_ranks
 
 if TYPE_CHECKING:
-    from cluster.group import Watch
+    from cluster.surroundings import Seen
 
 _LOOK_EVERY_S = 1.0
+_SETTLE_S = 5.0  # for Ray to count as free what an attempt that has ended used
 
 Report = Callable[[Mapping[str, Any]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOutcome:
-    """How a run ended: `stopped` is the reason of an early stop (SIGINT, SIGTERM) or None when it is complete."""
-
-    folder: str
-    step: int
-    stopped: str | None = None
-
-    @property
-    def weights(self) -> str:
-        """Folder of the exported network."""
-        return RunFolder(self.folder).weights
 
 
 def run_attempts(
@@ -63,7 +51,7 @@ def run_attempts(
     from cluster.runtime import ray_session
 
     with ray_session(config.cluster.address, cpus=config.cluster.workers * config.cluster.threads) as session:
-        attempts = Attempts(config, checkpoint, facts, on_progress, stop, say)
+        attempts = Attempts(config, checkpoint, facts, on_progress, stop, say, alone=session.embedded)
         if not session.embedded:  # machines may join still
             attempts.wait_for_machines()
         while True:
@@ -73,7 +61,8 @@ def run_attempts(
 
 
 class Attempts:
-    """The row of one run's attempts: what is next, what has been, and how the last one ended."""
+    """The row of one run's attempts: what is next, what has been, and how the last one ended. `alone`: on a Ray of its
+    own, to which no machine comes and of which none goes."""
 
     def __init__(
         self,
@@ -83,67 +72,131 @@ class Attempts:
         on_progress: Report | None,
         stop: StopFlag,
         say: Callable[[str], None],
+        *,
+        alone: bool = True,
     ) -> None:
         self.config, self.facts, self.on_progress, self.stop, self.say = config, facts, on_progress, stop, say
-        self.run, self.journal = RunFolder(config.folder), Journal(config.folder)
+        self.run, self.journal, self.alone = RunFolder(config.folder), Journal(config.folder), alone
         self.policy = policy_of(config)
-        self.checkpoint, self.workers, self.attempt = checkpoint, config.cluster.workers, 0
-        self.endings: list[Ending] = []
-        self.rollbacks = 0
+        self.checkpoint, self.workers = checkpoint, config.cluster.workers
+        past = history_of(self.journal.read())
+        self.attempt, self.endings, self.rollbacks = past.attempt, [*past.endings], [*past.rollbacks]
+        self.began = False  # ranks of this driver have been at work: what they need is there
         self.learned: dict[str, float] = {}
 
     def wait_for_machines(self) -> None:
         """Until the cluster has room. Raises ClusterAddressError when that takes too long."""
         from cluster.runtime import ClusterAddressError
 
-        policy = self.policy
-        if fitting(policy, room(self.config)) is None:
-            need = f"room for {policy.min_workers} workers"
-            self.say(f"waiting up to {policy.capacity_wait_s:.0f} s for {need}")
-            self.journal.write("pending", reason=f"waits for {need}")
-        capacity = wait_for_room(policy, self.config, self.stop)
-        workers = fitting(policy, capacity)
+        seen = self.wait_for_room()
+        workers = fitting(self.policy, seen.room)
         if workers is None and self.stop.reason is None:
+            cluster = self.config.cluster
+            gpu = " and a GPU" if cluster.use_gpu else ""
+            others = f" ({seen.most} if nobody else used it)" if seen.most > seen.room else ""
             raise ClusterAddressError(
-                f"the cluster has room for {capacity} workers of {self.config.cluster.threads} CPUs"
-                f"{' and a GPU' if self.config.cluster.use_gpu else ''}, {policy.min_workers} are needed: use fewer "
-                "workers (cluster.workers, recovery.min_workers) or threads, or a larger cluster"
+                f"the cluster has room for {seen.room} workers of {cluster.threads} CPUs{gpu}{others}, "
+                f"{self.policy.min_workers} are needed: use fewer workers (cluster.workers, recovery.min_workers) or "
+                "threads, wait longer (recovery.capacity_wait_s), or use a larger cluster"
             )
         self.workers = workers or self.workers
+
+    def wait_for_room(self) -> Seen:
+        """How many workers there is room for, once there is enough or the wait for that is over."""
+        policy = self.policy
+        began = time.monotonic()
+        told = False
+        while True:
+            seen = look(self.config)
+            waited_s = time.monotonic() - began
+            fits = fitting(policy, seen.room)
+            if fits is not None and (fits == fitting(policy, seen.most) or waited_s >= _SETTLE_S):
+                return seen
+            if fits is None and not told and waited_s >= min(_SETTLE_S, policy.capacity_wait_s / 2):
+                told = True
+                need = f"room for {policy.min_workers} workers"
+                self.say(f"waiting up to {policy.capacity_wait_s:.0f} s for {need}; there is room for {seen.room}")
+                self.note("pending", attempt=self.attempt, reason=f"waits for {need}")
+            if waited_s >= policy.capacity_wait_s or self.stop.wait(_LOOK_EVERY_S):
+                return seen
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Into the journal. A full disk is no reason to end: the journal says less then, the checkpoints say enough."""
+        with suppress(storage.StorageError):
+            self.journal.write(event, **facts)
 
     def once(self) -> TrainOutcome | None:
         """One attempt. Returns how the run ended, or None when another one follows; raises when none is worth it."""
         if self.stop.reason is not None:
-            return self.ended(TrainOutcome(folder=self.run.path, step=self.step(), stopped=self.stop.reason))
+            return self.ended(self.stopped_by(self.stop.reason))
+        if leaves_here():
+            return self.ended(self.stopped_by("PREEMPTED"))  # whoever started it starts it again elsewhere
         self.attempt += 1
-        self.journal.write(
-            "started", attempt=self.attempt, resume=self.checkpoint, workers=self.workers, **self.facts
-        )
+        self.note("started", attempt=self.attempt, resume=self.checkpoint, workers=self.workers, **self.facts)
         try:
             outcome = self.ranks()
+        except Exception as error:  # noqa: BLE001  what it means is for `decide` to say
+            return self.failed(error)
         except BaseException as error:
-            with suppress(storage.StorageError):  # a full disk must not hide what happened
-                self.journal.write("failed", attempt=self.attempt, error=f"{type(error).__name__}: {error}"[:2000])
-            if not isinstance(error, Exception) or isinstance(error, CheckpointError):
-                raise
-            if isinstance(error, TrainingDiverged) and self.stop.reason is None and self.rolled_back(error):
-                return None
-            return self.after(ending_of(error, self.look_back()), error)
-        if outcome.stopped == "RESIZED" and self.stop.reason is None:
+            self.note("failed", attempt=self.attempt, error=type(error).__name__)
+            raise
+        if outcome.stopped and (asked := self.asked()):  # whatever the ranks were told first
+            return self.ended(replace(outcome, stopped=asked))
+        if outcome.stopped == "RESIZED":
             self.look_back()
-            self.workers = fitting(self.policy, room(self.config)) or self.workers
-            self.journal.write("resizing", attempt=self.attempt, step=outcome.step, workers=self.workers)
+            self.workers = fitting(self.policy, self.wait_for_room().room) or self.workers
+            self.note("resizing", attempt=self.attempt, step=outcome.step, workers=self.workers)
             self.say(f"there is room again; going on from step {outcome.step} with {self.workers} workers")
             return None
-        if outcome.stopped == "PREEMPTED" and self.stop.reason is None:
-            self.journal.write("preempted", attempt=self.attempt, step=outcome.step)
+        if outcome.stopped == "PREEMPTED":
+            step = self.look_back()
             reason = "a machine is about to go away"
-            return self.after(Ending(kind="preempted", step=self.look_back(), reason=reason), None)
+            self.note("preempted", attempt=self.attempt, step=step, reason=reason)
+            return self.after(Ending(kind="preempted", step=step, reason=reason), None)
         return self.ended(outcome)
+
+    def asked(self) -> str | None:
+        """Why the run is to stop, if it is."""
+        return self.stop.reason
+
+    def failed(self, error: Exception) -> TrainOutcome | None:
+        """What follows an attempt that raised: None, another one; raises when none is worth it."""
+        told = f"{type(error).__name__}: {error}"[:2000]
+        try:
+            if isinstance(error, CheckpointError):
+                raise error
+            ending = self.ending_of(error)
+        except CheckpointError:  # the ranks refuse it, or none that is left is whole
+            self.note("failed", attempt=self.attempt, error=told)
+            raise
+        self.note("failed", attempt=self.attempt, error=told, kind=ending.kind, step=ending.step)
+        if isinstance(error, TrainingDiverged) and self.stop.reason is None and self.rolled_back(error):
+            return None
+        return self.after(ending, error)
+
+    def ending_of(self, error: Exception) -> Ending:
+        """What an attempt's exception means: whose fault it is, and whether trying again is of any use."""
+        from cluster.failures import MachineLost, WorkerDied, WorkerHung
+        from cluster.runtime import ClusterAddressError
+
+        kinds: dict[type[Exception], Kind] = {
+            WorkerDied: "died", WorkerHung: "hung", MachineLost: "lost", storage.Unreachable: "lost",
+        }  # fmt: skip
+        kind: Kind = next((kind for cause, kind in kinds.items() if isinstance(error, cause)), "failed")
+        hopeless = getattr(error, "exit_status", 1) == 2 or getattr(error, "hopeless", False)
+        if isinstance(error, ClusterAddressError) and not self.alone:  # a machine went while this was being started
+            kind, hopeless = "lost", False
+        elif isinstance(error, storage.StorageError) and self.began:  # it was there
+            hopeless = False
+        elif isinstance(error, OutOfMemory) and self.workers < self.config.cluster.workers:
+            # each of few workers has more to hold: wait for more of them
+            kind, hopeless = "lost", False
+            self.policy = replace(self.policy, min_workers=self.workers + 1)
+        return Ending(kind=kind, step=self.look_back(), reason=first_line(error), hopeless=hopeless)
 
     def ranks(self) -> TrainOutcome:
         """Start the worker group and wait for its end."""
-        from cluster.group import Watch
+        from cluster.direction import Watch
 
         recovery = self.config.recovery
         watch = Watch(
@@ -153,31 +206,42 @@ class Attempts:
             shortest_s=recovery.hang_shortest_s,
             learned=self.learned,
             on_slow=self.slow,
+            on_event=self.saw,
         )
-        told = telling(self.journal, self.attempt, self.on_progress, self.stop)
         fewer = self.workers < self.policy.workers
         grow = Growth(self.workers, self.policy, recovery.grow_patience_s) if fewer else None
-        return run_ranks(self.config, self.workers, self.checkpoint, watch, grow, told, self.stop)
+        return run_ranks(self.config, self.workers, self.checkpoint, watch, grow, self.on_progress, self.stop)
+
+    def saw(self, event: str, facts: Mapping[str, Any]) -> None:
+        """The ranks are at work, or were told to stop."""
+        self.began = True
+        self.note(event, attempt=self.attempt, **facts)
 
     def slow(self, rank: int, host: str, ratio: float) -> None:
         """A straggler, named once an attempt: its machine is worth a look."""
-        with suppress(storage.StorageError):  # a full disk is no reason to end
-            self.journal.write("straggler", attempt=self.attempt, rank=rank, host=host, slowdown=round(ratio, 2))
+        self.note("straggler", attempt=self.attempt, rank=rank, host=host, slowdown=round(ratio, 2))
         self.say(f"rank {rank} on {host} needs {ratio:.1f} times as long as the median rank; all wait for it")
 
     def after(self, ending: Ending, error: Exception | None) -> TrainOutcome | None:
         """Decide what follows an end that nobody wanted. `error`: what it raised, if anything."""
         self.endings.append(ending)
-        if self.stop.reason is not None:  # it was to end anyway
-            return self.ended(TrainOutcome(folder=self.run.path, step=ending.step, stopped=self.stop.reason))
-        decision = decide(self.endings, self.policy, wait_for_room(self.policy, self.config, self.stop))
+        if error is not None and (ending.hopeless or isinstance(error, CheckpointLost)):
+            raise error
+        room = 0 if self.asked() or leaves_here() else self.wait_for_room().room
+        if asked := self.asked():  # it was to end anyway
+            if error is not None:
+                self.say(f"{ending.reason}; ending at step {ending.step}, the newest checkpoint's")
+            return self.ended(self.stopped_by(asked))
+        if leaves_here():
+            return self.ended(self.stopped_by("PREEMPTED"))
+        decision = decide(self.endings, self.policy, room)
         if isinstance(decision, GiveUp):
             if error is None:  # saved in time: somebody goes on with it elsewhere
-                return self.ended(TrainOutcome(folder=self.run.path, step=ending.step, stopped="PREEMPTED"))
+                return self.ended(self.stopped_by("PREEMPTED"))
             if decision.because != ending.reason:
                 error.add_note(decision.because)
             raise error
-        self.journal.write(
+        self.note(
             "recovering", attempt=self.attempt, because=decision.because, workers=decision.workers, step=ending.step
         )
         self.say(
@@ -193,8 +257,11 @@ class Attempts:
         recovery = self.config.recovery
         if (recovery.on_spike if error.what == "spike" else recovery.on_non_finite) != "roll_back":
             return False
-        if self.rollbacks >= recovery.max_rollbacks:
-            error.add_note(f"went back {self.rollbacks} times; recovery.max_rollbacks is {recovery.max_rollbacks}")
+        if self.rollbacks and error.first_step > self.rollbacks[-1]:  # it had got past the last one
+            self.rollbacks.clear()
+        if len(self.rollbacks) >= recovery.max_rollbacks:
+            times = f"{len(self.rollbacks)} times without getting past step {max(self.rollbacks, default=0)}"
+            error.add_note(f"went back {times}; recovery.max_rollbacks is {recovery.max_rollbacks}")
             return False
         clean(self.run.checkpoints)
         late = [name for name in list_checkpoints(self.run.checkpoints) if step_of(name) >= error.first_step]
@@ -203,9 +270,9 @@ class Attempts:
         if not early and (every is None or error.first_step > every):
             error.add_note(f"no checkpoint from before step {error.first_step} is left; raise checkpoint.keep")
             return False
-        for name in late:
-            shutil.rmtree(storage.join(self.run.checkpoints, name))
-        self.rollbacks += 1
+        remove(self.run.checkpoints, late)
+        self.rollbacks.append(error.step)
+        self.endings.clear()  # their steps are not there any more
         step = self.look_back()
         self.config = passing_over(self.config, [error.skip])
         storage.atomic_write(self.run.config, dump_config(self.config))
@@ -231,9 +298,12 @@ class Attempts:
 
     def ended(self, outcome: TrainOutcome) -> TrainOutcome:
         """Write the run's end down."""
-        event = "stopped" if outcome.stopped else "finished"
-        self.journal.write(event, step=outcome.step, reason=outcome.stopped)
+        self.journal.write("stopped" if outcome.stopped else "finished", step=outcome.step, reason=outcome.stopped)
         return outcome
+
+    def stopped_by(self, reason: str) -> TrainOutcome:
+        """An end at the newest checkpoint."""
+        return TrainOutcome(folder=self.run.path, step=self.step(), stopped=reason)
 
 
 @dataclass
@@ -272,51 +342,9 @@ def policy_of(config: TrainConfig) -> Policy:
     )
 
 
-def room(config: TrainConfig) -> int:
-    """How many of its workers the machines hold now."""
-    from cluster.surroundings import look_around
-
-    return look_around(config.cluster.threads, config.cluster.use_gpu).room
-
-
-def telling(journal: Journal, attempt: int, on_progress: Report | None, stop: StopFlag) -> Report:
-    """`on_progress`, and the journal's entries for the first step and for a stop that is under way."""
-    told = set[str]()
-
-    def tell(event: str, **facts: Any) -> None:
-        if event not in told:
-            told.add(event)
-            with suppress(storage.StorageError):  # a full disk is no reason to end
-                journal.write(event, attempt=attempt, **facts)
-
-    def report(progress: Mapping[str, Any]) -> None:
-        tell("running")
-        if stop.reason is not None:
-            tell("stopping", reason=stop.reason)
-        if on_progress:
-            on_progress(progress)
-
-    return report
-
-
-def ending_of(error: Exception, step: int) -> Ending:
-    """What an attempt's exception means. `step`: of the newest whole checkpoint now."""
-    from cluster.failures import MachineLost, WorkerDied, WorkerHung
-
-    kinds: dict[type[Exception], Kind] = {WorkerDied: "died", WorkerHung: "hung", MachineLost: "lost"}
-    kind: Kind = next((kind for cause, kind in kinds.items() if isinstance(error, cause)), "failed")
-    hopeless = getattr(error, "exit_status", 1) == 2 or getattr(error, "hopeless", False)
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
-    return Ending(kind=kind, step=step, reason=reason, hopeless=hopeless)
-
-
-def wait_for_room(policy: Policy, config: TrainConfig, stop: StopFlag) -> int:
-    """How many workers fit into the cluster, once enough do or the wait for that is over."""
-    ends = time.monotonic() + policy.capacity_wait_s
-    while True:
-        capacity = room(config)
-        if fitting(policy, capacity) is not None or time.monotonic() > ends or stop.wait(_LOOK_EVERY_S):
-            return capacity
+def first_line(error: BaseException) -> str:
+    """For people."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def newest_checkpoint(run: RunFolder) -> str | None:
@@ -331,45 +359,3 @@ def newest_checkpoint(run: RunFolder) -> str | None:
             "to start from step 0"
         )
     return checkpoint
-
-
-def run_ranks(
-    config: TrainConfig,
-    workers: int,
-    checkpoint: str | None,
-    watch: Watch,
-    grow: Callable[[int], bool] | None,
-    on_progress: Callable[[Mapping[str, Any]], None] | None,
-    stop: StopFlag,
-) -> TrainOutcome:
-    """Start the worker group and wait for its end."""
-    from cluster.group import run_group
-
-    cluster = config.cluster
-    result = run_group(
-        on_rank,
-        {"config": config.model_dump(mode="json"), "checkpoint": checkpoint, "attempt": attempt_of(config)},
-        address=cluster.address,
-        workers=workers,
-        use_gpu=cluster.use_gpu,
-        threads_per_worker=cluster.threads,
-        name=config.name,
-        storage_path=config.folder,
-        watch=watch,
-        grow=grow,
-        on_progress=on_progress,
-        stop=stop,
-    )
-    return TrainOutcome(folder=config.folder, step=result.value["step"], stopped=result.value["stopped"])
-
-
-def attempt_of(config: TrainConfig) -> str:
-    """What the driver has just written into environment.json, to be found there by every rank."""
-    return str(json.loads(storage.read_bytes(RunFolder(config.folder).environment))["attempt"])
-
-
-def on_rank(context: WorkerContext, payload: Mapping[str, Any]) -> dict[str, Any]:
-    """What Ray calls on every rank. The driver itself imports none of the rank's libraries."""
-    from trainer.worker import train_worker
-
-    return train_worker(context, payload)

@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -62,6 +62,7 @@ class TrainState:
     measured: Mapping[str, Any] | None = None  # under what `micro_batch: auto` found them; None: they were configured
     workers: int = 1
     skipped_in_a_row: int = 0  # steps without an update just before
+    spikes: Mapping[str, Any] | None = None  # what the spike detector has seen
     format: int = FORMAT
 
 
@@ -205,6 +206,18 @@ def _await_files(folder: str, names: Iterable[str]) -> None:
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def remove(root: str, names: Sequence[str]) -> None:
+    """Remove checkpoints, the newest ones as a rule; `latest` names the newest of those that stay."""
+    for name in names:
+        shutil.rmtree(os.path.join(root, name))
+    left = list_checkpoints(root)
+    if left:
+        storage.atomic_write(os.path.join(root, "latest"), left[-1])
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(root, "latest"))
 
 
 def prune(

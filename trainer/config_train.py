@@ -121,7 +121,7 @@ class RecoverySection(Section):
     spike_steps: int = Field(default=10, ge=1, description="in a row above that: a spike")
     spike_window: int = Field(default=200, ge=4, description="losses before, to compare with")
     spike_lead_steps: int = Field(default=10, ge=0, description="passed over before the spike, too")
-    max_rollbacks: int = Field(default=3, ge=0, description="then the run ends")
+    max_rollbacks: int = Field(default=3, ge=0, description="in a row, without getting past; then the run ends")
 
 
 class CheckpointSection(Section):

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.config_train import RecoverySection
 
@@ -82,11 +82,20 @@ class SpikeDetector:
         return middle + self.factor * max(spread, LEAST_SPREAD * abs(middle))
 
     @classmethod
-    def of(cls, recovery: RecoverySection) -> SpikeDetector | None:
-        """As configured; None where spikes are ignored."""
+    def of(cls, recovery: RecoverySection, seen: Mapping[str, Any] | None = None) -> SpikeDetector | None:
+        """As configured; None where spikes are ignored. `seen`: the `record` of the one that a checkpoint was made
+        with, so that a resume within a spike does not take it for the course."""
         if recovery.on_spike == "ignore":
             return None
-        return cls(factor=recovery.spike_factor, steps=recovery.spike_steps, window=recovery.spike_window)
+        made = cls(factor=recovery.spike_factor, steps=recovery.spike_steps, window=recovery.spike_window)
+        if seen:
+            made._before.extend(seen["before"][-made.window :])
+            made.high.extend((int(step), float(loss)) for step, loss in seen["high"])
+        return made
+
+    def record(self) -> dict[str, Any]:
+        """What it has seen, for a checkpoint."""
+        return {"before": [*self._before], "high": [list(one) for one in self.high]}
 
     @property
     def first(self) -> int:

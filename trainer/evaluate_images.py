@@ -142,8 +142,9 @@ def measure_part(
     of: int = 1,
     device: str | torch.device = "cpu",
     threads: int = 1,
-) -> list[ImageResult]:
-    """This part's share of a dataset's images; all parts together hold every sample exactly once.
+    stopped: Callable[[], bool] | None = None,
+) -> list[ImageResult] | None:
+    """This part's share of a dataset's images; all parts together hold every sample exactly once. None: stopped.
 
     Args:
         dataset: labelled.
@@ -151,6 +152,7 @@ def measure_part(
             it a different number of times, so it must not communicate.
         part, of: rank and world size, or worker and number of workers.
         threads: of the decoder, CPU.
+        stopped: asked before every batch.
 
     Raises:
         DataError: a shard is missing, or the dataset has no depth. Bad samples have a `reason`.
@@ -160,6 +162,8 @@ def measure_part(
     pipeline = FramePipeline(what.batch, threads, str(device))
     found: list[ImageResult] = []
     for unit in cut_units(dataset, what.limit, what.batch)[part::of]:
+        if stopped is not None and stopped():
+            return None
         found += [seen.result for seen in examine(dataset, unit, predict, what, pipeline)]
     return found
 

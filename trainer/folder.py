@@ -83,6 +83,7 @@ STATES = {
     "started": "STARTING",
     "running": "RUNNING",
     "recovering": "RECOVERING",
+    "preempted": "RECOVERING",
     "resizing": "RESIZING",
     "stopping": "STOPPING",
     "finished": "SUCCEEDED",
@@ -94,7 +95,7 @@ FINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """How a run stands: one of STATES' values, why, and in which of its attempts (of the last driver; 0: none yet)."""
+    """How a run stands: one of STATES' values, why, and in which of its attempts (0: none yet)."""
 
     state: str
     reason: str | None = None

@@ -108,7 +108,8 @@ class Loop:
             hooks.before_step(batch)
             record = self.train_step(batch, self._flags(hooks))
             record.phases["data_wait"] = waited
-            self.context.own_work(waited + sum(record.phases.get(phase, 0.0) for phase in OWN_PHASES))
+            own_s = waited + sum(record.phases.get(phase, 0.0) for phase in OWN_PHASES)
+            self.context.own_work(own_s, len(batch))
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.result.skipped else 0
             hooks.after_step(record, batch)
             if self.skipped_in_a_row >= self.config.engine.max_skipped_steps:

@@ -64,6 +64,7 @@ def train(
         config = with_earlier_skips(config) if resume else config
         before = settings_of(folder)
         checkpoint = prepare_folder(config, resume)
+        prepared = settings_of(folder).get(folder.config)
         forget_ranks(folder)
         if is_done(config, checkpoint):
             return TrainOutcome(folder=config.folder, step=folder.finished_step() or 0)
@@ -74,7 +75,8 @@ def train(
         try:
             return run_attempts(config, checkpoint, facts, on_progress, stop or StopFlag(), say or print_line)
         except CheckpointError:  # the ranks have refused to go on: as if nobody had asked
-            put_back(before)
+            if settings_of(folder).get(folder.config) == prepared:  # a roll-back's samples stay passed over
+                put_back(before)
             raise
         finally:
             forget_ranks(folder)

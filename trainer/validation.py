@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,9 +51,10 @@ class Validator:
         """Whether to validate after this step."""
         return step % self.config.validation.every == 0 or step == self.config.steps
 
-    def run(self, module: nn.Module) -> dict[str, float]:
+    def run(self, module: nn.Module, stopped: Callable[[], bool] | None = None) -> dict[str, float] | None:
         """`NAME/METRIC` of every dataset, and METRIC, the mean over datasets. The same on every rank; a collective.
 
+        None once any rank's `stopped`, asked before every batch, says so: a machine that goes away does not wait.
         Raises DataError when a dataset's files are gone.
         """
         assert isinstance(module, DepthAnything)
@@ -61,7 +62,9 @@ class Validator:
         self.skipped = 0
         means = []
         for path, dataset in zip(self.config.validation.datasets, self.datasets, strict=True):
-            results = self._all_results(module, dataset)
+            results = self._all_results(module, dataset, stopped)
+            if results is None:
+                return None
             self.skipped += sum(not result.values for result in results)
             means.append(mean_of(results))
             name = short_name(path, self.config.validation.datasets)
@@ -70,7 +73,9 @@ class Validator:
             values[metric] = sum(mean[metric] for mean in means) / len(means)
         return values
 
-    def _all_results(self, module: DepthAnything, dataset: Dataset) -> list[ImageResult]:
+    def _all_results(
+        self, module: DepthAnything, dataset: Dataset, stopped: Callable[[], bool] | None
+    ) -> list[ImageResult] | None:
         @torch.no_grad()
         def predict(image_BCHW: Tensor) -> Tensor:
             prediction = module(image_BCHW)
@@ -80,13 +85,14 @@ class Validator:
 
         own = measure_part(
             dataset, predict, self.what, part=self.rank, of=self.world_size, device=self.device,
-            threads=self.config.data.threads,
+            threads=self.config.data.threads, stopped=stopped,
         )  # fmt: skip
         if self.world_size == 1:
             return own
-        gathered: list[list[ImageResult]] = [[] for _ in range(self.world_size)]
+        gathered: list[list[ImageResult] | None] = [None] * self.world_size
         dist.all_gather_object(gathered, own)
-        return [result for results in gathered for result in results]
+        whole = [results for results in gathered if results is not None]
+        return [result for results in whole for result in results] if len(whole) == self.world_size else None
 
     def score(self, values: dict[str, float]) -> float | None:
         """What `checkpoint.keep_best` goes by; None when nothing could be measured, or a prediction was not finite."""

@@ -150,7 +150,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             step=checkpoint.state.step if checkpoint else 0,
             cursor=dict(checkpoint.state.cursor) if checkpoint else {},
             skipped_in_a_row=checkpoint.state.skipped_in_a_row if checkpoint else 0,
-            spikes=SpikeDetector.of(config.recovery),
+            spikes=SpikeDetector.of(config.recovery, checkpoint.state.spikes if checkpoint else None),
         )
 
     def _micro_batches(self, module: nn.Module, checkpoint: Checkpoint | None) -> int:
@@ -295,6 +295,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         return float(overdue and self.context.rank == 0), *self.saver.flags()  # rank 0's clock, so that all agree
 
     def agreed(self, due: bool, written: int, failed: int) -> None:
+        self.context.beat(self.loop.step, "saving")  # rank 0 may write the manifest, the others wait
         self.saver.settle(written, failed)
         if due and self.loop.step:
             self.checkpoint(last=False)
@@ -305,15 +306,21 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         if not prune:
             self._saved = None  # a validation's of this very step holds the count of skipped steps
         for _ in range(2 if last else 1):  # the run's last one is tried twice
-            self.context.beat(self.loop.step, "checkpoint")
             if self._saved != self.loop.step:
+                self._finish()
+                self.context.beat(self.loop.step, "checkpoint")
                 self._clock = time.monotonic()
                 self.saver.begin(self._state(), self._about(), prune=prune)
                 self._saved = self.loop.step
             if last:
-                self.saver.finish()
+                self._finish()
         if last and self._failure:
             raise CheckpointLost(f"the last checkpoint could not be written: {self._failure}")
+
+    def _finish(self) -> None:
+        """Wait for the files of the save under way: a phase of its own, which takes as long as the disks do."""
+        self.context.beat(self.loop.step, "saving")
+        self.saver.finish()
 
     def _state(self) -> TrainState:
         return TrainState(
@@ -326,6 +333,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             measured=self.measured,
             workers=self.context.world_size,
             skipped_in_a_row=self.loop.skipped_in_a_row,
+            spikes=self.loop.spikes.record() if self.loop.spikes else None,
         )
 
     def _about(self) -> About:
@@ -363,10 +371,13 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         network = self.shadow.current(self.engine, self.ema, everywhere=True)
         assert network is not None
         try:
-            values = validator.run(network)
+            values = validator.run(network, lambda: self.context.stop_requested() is not None)
         finally:
             self.shadow.put_away()
             self.engine.module.train()
+        if values is None:
+            self.recorder.note(f"the validation of step {self.loop.step} was left off: the run is to stop")
+            return
         self.recorder.event("validation", self.loop.step, values)
         if self.validator and self.validator.skipped and self.context.rank == 0:
             self.recorder.write("validation_skipped", step=self.loop.step, images=self.validator.skipped)

@@ -13,7 +13,7 @@ def word(step: int, own_s: float | None = None, **progress: int) -> Word:
 
 
 def about(node: str) -> About:
-    return About(pid=1, host=f"host-{node}", node=node, actor=None, shared_memory="")
+    return About(pid=1, born=0.0, host=f"host-{node}", node=node, actor=None, shared_memory="")
 
 
 def test_every_rank_gets_the_last_orders_and_the_driver_rank_0_s_words() -> None:
@@ -25,6 +25,7 @@ def test_every_rank_gets_the_last_orders_and_the_driver_rank_0_s_words() -> None
     control.order(Orders(reason="SIGTERM", deadline=5.0))
     assert [control.exchange(rank, word(2)).reason for rank in (0, 1)] == ["SIGTERM", "SIGTERM"]
     view = control.look()
+    assert view.begun
     assert (view.progress, view.joined, view.nodes, view.stuck, view.slow) == ({"done": 7}, 2, {"a", "b"}, None, {})
 
 

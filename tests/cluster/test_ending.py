@@ -66,7 +66,10 @@ def test_only_ray_s_own_processes_are_killed() -> None:
     rank = subprocess.Popen(["bash", "-c", "exec -a ray::RayTrainWorker sleep 60"])
     try:
         until(lambda: "ray::" in Path(f"/proc/{rank.pid}/cmdline").read_text(), "name")
-        clean([other.pid, rank.pid, 2**22 + 1], [])
+        born = {process.pid: psutil.Process(process.pid).create_time() for process in (other, rank)}
+        clean([(rank.pid, born[rank.pid] - 60)], [])  # another rank's, which began later
+        assert rank.poll() is None
+        clean([*born.items(), (2**22 + 1, 0.0)], [])
         until(lambda: not psutil.pid_exists(rank.pid), "end")  # waited for already: its status is gone
         assert other.poll() is None
     finally:

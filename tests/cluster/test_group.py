@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster.direction import Watch
 from cluster.failures import WorkerDied, WorkerError, WorkerHung
-from cluster.group import GroupResult, Watch, run_group
+from cluster.group import GroupResult, run_group
 from cluster.runtime import ClusterAddressError, Session, ray_session
 from cluster.stop import StopFlag
 from tests.cluster import work
@@ -101,12 +105,36 @@ def test_a_rank_that_sleeps_is_named_and_all_are_ended(tmp_path: Path) -> None:
 
 def test_a_stopped_process_is_found_by_its_silence_and_killed(tmp_path: Path) -> None:
     watch = watched(tmp_path, silence_s=4.0)
+    (tmp_path / "stacks").mkdir()
+    for rank in (0, 1):
+        (tmp_path / "stacks" / f"rank-{rank}.txt").write_text("of an earlier attempt of this number")
     with pytest.raises(WorkerHung) as caught:
         run(work.hang, {"rank": 1, "how": "stop", "folder": str(tmp_path)}, tmp_path, watch=watch)
     said = str(caught.value)
     assert said.startswith("rank 1 has not been heard of for ") and ", stopped); stacks in " in said
     assert [path.name for path in (tmp_path / "stacks").iterdir()] == ["rank-0.txt"]
+    assert "in all_reduce" in (tmp_path / "stacks" / "rank-0.txt").read_text()
     assert not psutil.pid_exists(pid_of(tmp_path, 1))
+
+
+def test_without_the_actor_between_driver_and_ranks_the_group_is_ended(tmp_path: Path) -> None:
+    """Nobody would watch it, nor could anybody stop it."""
+
+    def kill_the_actor() -> None:
+        ends = time.monotonic() + 120
+        while not (tmp_path / "pid-1").exists() and time.monotonic() < ends:
+            time.sleep(0.1)
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "ray::Control" in " ".join(process.cmdline()):
+                    process.kill()
+
+    thread = threading.Thread(target=kill_the_actor)
+    thread.start()
+    with pytest.raises(WorkerDied, match="the actor between the driver and the ranks has died"):
+        run(work.hang, {"rank": 1, "how": "sleep", "folder": str(tmp_path)}, tmp_path, watch=watched(tmp_path))
+    thread.join()
+    assert not [rank for rank in (0, 1) if psutil.pid_exists(pid_of(tmp_path, rank))]
 
 
 def test_a_group_that_moves_is_left_alone(tmp_path: Path) -> None:

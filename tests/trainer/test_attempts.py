@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,15 +11,19 @@ from typing import Any
 
 import pytest
 
+from cluster.direction import Watch
 from cluster.failures import MachineLost, WorkerDied, WorkerHung
 from cluster.runtime import ClusterAddressError, Session
 from cluster.stop import StopFlag
+from cluster.storage import FileMissing, StorageError, Unreachable
+from cluster.surroundings import Seen
 from tests.trainer.batches import train_config
 from trainer import attempts
 from trainer.attempts import Growth, TrainOutcome, policy_of, run_attempts
 from trainer.config import read_config
 from trainer.config_train import TrainConfig
 from trainer.divergence import TrainingDiverged
+from trainer.ends import CheckpointLost, OutOfMemory
 from trainer.journal import Journal
 
 Attempt = Callable[["Script", Any], str | None]  # what the ranks do; returns the reason of their stop
@@ -31,8 +36,12 @@ class Script:
     folder: Path
     attempts: list[Attempt]
     rooms: list[int] = field(default_factory=list)  # answers of the cluster, the last one for ever
+    most: int | None = None  # room there would be if nobody else used the machines
+    leaves: bool = False  # the driver's own machine
     asked: list[tuple[int, str | None]] = field(default_factory=list)  # workers, checkpoint
     skips: list[Any] = field(default_factory=list)
+    stacks: list[str] = field(default_factory=list)
+    begin: bool = False  # the ranks get to work
     stop: StopFlag = field(default_factory=StopFlag)
     said: list[str] = field(default_factory=list)
     embedded: bool = True
@@ -40,13 +49,19 @@ class Script:
     def save(self, step: int) -> None:
         (self.folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
 
-    def room(self, config: TrainConfig) -> int:
-        return self.rooms.pop(0) if len(self.rooms) > 1 else self.rooms[0]
+    def look(self, config: TrainConfig) -> Seen:
+        room = self.rooms.pop(0) if len(self.rooms) > 1 else self.rooms[0]
+        return Seen(room=room, most=self.most or room)
 
-    def ranks(self, config: TrainConfig, workers: int, checkpoint: str | None, *rest: Any) -> TrainOutcome:
+    def ranks(
+        self, config: TrainConfig, workers: int, checkpoint: str | None, watch: Watch, *rest: Any
+    ) -> TrainOutcome:
         self.asked.append((workers, Path(checkpoint).name if checkpoint else None))
         self.skips.append(config.data.skip_samples)
-        stopped = self.attempts.pop(0)(self, rest[1])
+        self.stacks.append(Path(watch.stacks).name)
+        if self.begin and watch.on_event:
+            watch.on_event("running", {})
+        stopped = self.attempts.pop(0)(self, rest[0])
         newest = sorted((self.folder / "checkpoints").glob("step_*"))
         return TrainOutcome(folder=str(self.folder), step=int(newest[-1].name[5:]) if newest else 0, stopped=stopped)
 
@@ -60,7 +75,7 @@ def play(
 ) -> tuple[Script, Callable[[], TrainOutcome]]:  # fmt: skip
     config = train_config("teacher", runs=str(tmp_path), name="run", cluster={"workers": 2}, **other)
     made = Script(tmp_path / "run", script, rooms or [2], embedded=embedded)
-    made.folder.mkdir()
+    made.folder.mkdir(parents=True)
 
     @contextmanager
     def session(*_: Any, **__: Any) -> Any:
@@ -72,7 +87,9 @@ def play(
 
     monkeypatch.setattr("cluster.runtime.ray_session", session)
     monkeypatch.setattr(attempts, "run_ranks", made.ranks)
-    monkeypatch.setattr(attempts, "room", made.room)
+    monkeypatch.setattr(attempts, "look", made.look)
+    monkeypatch.setattr(attempts, "leaves_here", lambda: made.leaves)
+    monkeypatch.setattr(attempts, "_SETTLE_S", 0.03)
     monkeypatch.setattr(attempts, "find_checkpoint", newest)
     monkeypatch.setattr("cluster.attempts.FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(attempts, "_LOOK_EVERY_S", 0.01)
@@ -165,7 +182,7 @@ def test_without_another_machine_it_ends_saved(tmp_path: Path, monkeypatch: pyte
     )
     outcome = run()
     assert (outcome.stopped, outcome.step) == ("PREEMPTED", 10)
-    assert script.events() == ["started", "preempted", "stopped"]
+    assert script.events() == ["started", "preempted", "pending", "stopped"]
 
 
 def test_room_for_more_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +218,7 @@ def test_growth_wants_room_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_machines_that_are_still_coming_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script, run = play(tmp_path, monkeypatch, [done], rooms=[0, 0, 1, 2], embedded=False)
+    script, run = play(tmp_path, monkeypatch, [done], rooms=[0] * 9 + [1, 2], embedded=False)
     run()
     assert script.events() == ["pending", "started", "finished"]
     assert script.asked == [(2, None)]
@@ -215,16 +232,175 @@ def test_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert script.asked == []
 
 
-def test_a_stop_while_waiting_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def last(script: Script, grow: Any) -> None:
+def asked_to_stop(reason: str, error: Exception) -> Attempt:
+    def attempt(script: Script, grow: Any) -> None:
         script.save(10)
-        script.stop.set("SIGTERM")
-        raise WorkerDied("rank 0 died")
+        script.stop.set(reason)
+        raise error
 
-    script, run = play(tmp_path, monkeypatch, [last])
+    return attempt
+
+
+def test_an_end_of_ranks_that_were_to_end_anyway_is_told_and_the_stop_obeyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, run = play(tmp_path, monkeypatch, [asked_to_stop("SIGTERM", WorkerDied("rank 0 died"))])
     outcome = run()
     assert (outcome.stopped, outcome.step) == ("SIGTERM", 10)
     assert script.events()[-1] == "stopped"
+    assert script.said == ["rank 0 died; ending at step 10, the newest checkpoint's"]
+
+
+@pytest.mark.parametrize("error", [CheckpointLost("a full disk"), OutOfMemory("rank 0"), FileMissing("x: is gone")])
+def test_what_the_user_has_to_know_is_not_lost_in_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Exit status 75 would say: saved, try again."""
+    _, run = play(tmp_path, monkeypatch, [asked_to_stop("SIGTERM", error)])
+    with pytest.raises(type(error)):
+        run()
+
+
+def test_a_stop_while_waiting_for_machines_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def waits(script: Script, grow: Any) -> None:
+        script.save(10)
+        threading.Timer(0.2, script.stop.set, ["SIGTERM"]).start()
+        raise MachineLost("gone")
+
+    script, run = play(tmp_path, monkeypatch, [waits], rooms=[1])
+    outcome = run()
+    assert (outcome.stopped, outcome.step) == ("SIGTERM", 10)
+    assert script.events() == ["started", "failed", "pending", "stopped"]
+
+
+def test_a_stop_while_waiting_to_try_again_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, run = play(tmp_path, monkeypatch, [ends(WorkerDied("rank 1 died"), 10)])
+    monkeypatch.setattr("cluster.attempts.FIRST_WAIT_S", 60.0)
+    threading.Timer(0.2, script.stop.set, ["SIGINT"]).start()
+    assert run().stopped == "SIGINT"
+    assert script.events() == ["started", "failed", "recovering", "stopped"]
+
+
+@pytest.mark.parametrize("told", ["RESIZED", "PREEMPTED"])
+def test_the_user_s_reason_counts_whatever_the_ranks_were_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    def both(script: Script, grow: Any) -> str | None:
+        script.stop.set("SIGINT")
+        return stops(told, 10)(script, grow)
+
+    script, run = play(tmp_path, monkeypatch, [both])
+    assert run().stopped == "SIGINT"
+    assert Journal(str(script.folder)).read()[-1]["reason"] == "SIGINT"
+
+
+def test_a_driver_whose_own_machine_goes_ends_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New ranks would be told to stop at once, again and again; another driver goes on elsewhere."""
+
+    def goes(script: Script, grow: Any) -> str | None:
+        script.leaves = True
+        return stops("PREEMPTED", 10)(script, grow)
+
+    script, run = play(tmp_path, monkeypatch, [goes])
+    outcome = run()
+    assert (outcome.stopped, outcome.step) == ("PREEMPTED", 10)
+    script.attempts, script.stop = [done], StopFlag()
+    assert run().stopped == "PREEMPTED"  # the supervisor's next driver, on the same machine still
+    assert script.attempts == [done]
+
+
+def test_a_machine_that_goes_while_ranks_are_started_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = ClusterAddressError("2 workers need 2 CPUs, the cluster has 1")
+    script, run = play(tmp_path, monkeypatch, [ends(late), done], rooms=[2, 1, 1, 2], embedded=False)
+    run()
+    assert script.asked == [(2, None), (2, None)]
+
+
+def test_more_workers_than_this_machine_has_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, run = play(tmp_path, monkeypatch, [ends(ClusterAddressError("2 workers need 2 CPUs, the cluster has 1"))])
+    with pytest.raises(ClusterAddressError):
+        run()
+
+
+def test_a_store_that_does_not_answer_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = Unreachable("s3://bucket/a.tar: no answer")
+    script, run = play(tmp_path, monkeypatch, [ends(away, 10), ends(StorageError("/x: stale file handle"), 20), done])
+    script.begin = True
+    assert run().step == 90
+
+
+@pytest.mark.parametrize("error", [Unreachable("s3://bukcet/a.tar: no such bucket"), StorageError("/x: is a folder")])
+def test_a_wrong_input_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: StorageError) -> None:
+    """Nothing had been done yet."""
+    script, run = play(tmp_path, monkeypatch, [ends(error)])
+    with pytest.raises(StorageError):
+        run()
+    assert script.said == []
+
+
+def test_what_does_not_fit_on_fewer_workers_waits_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, run = play(
+        tmp_path, monkeypatch, [ends(MachineLost("gone"), 10), ends(OutOfMemory("rank 0")), done],
+        rooms=[1, 1, 1, 2], recovery={"min_workers": 1},
+    )  # fmt: skip
+    run()
+    assert [workers for workers, _ in script.asked] == [2, 1, 2]
+
+
+def test_room_that_others_use_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs may be an attempt's that has just ended: it is looked at twice before fewer workers are taken."""
+    script, run = play(
+        tmp_path, monkeypatch, [ends(WorkerDied("rank 1 died"), 10), done], rooms=[1, 2], recovery={"min_workers": 1}
+    )
+    script.most = 2
+    run()
+    assert script.asked[1][0] == 2
+    script, run = play(
+        tmp_path / "other", monkeypatch, [ends(WorkerDied("rank 1 died"), 10), done], rooms=[1],
+        recovery={"min_workers": 1},
+    )  # fmt: skip
+    script.most = 2
+    run()
+    assert script.asked[1][0] == 1
+
+
+def test_a_full_disk_does_not_keep_ranks_from_being_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, run = play(tmp_path, monkeypatch, [ends(WorkerDied("rank 1 died"), 10), done])
+    write = Journal.write
+
+    def full(journal: Journal, event: str, **facts: Any) -> None:
+        if event != "finished":
+            raise StorageError("no space left")
+        write(journal, event, **facts)
+
+    monkeypatch.setattr(Journal, "write", full)
+    assert run().step == 90
+
+
+def test_a_second_driver_goes_on_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first was killed: budgets are not new, and stacks of its attempts stay."""
+
+    def killed(script: Script, grow: Any) -> None:
+        raise KeyboardInterrupt
+
+    attempts = [ends(WorkerDied("rank 1 died")), killed]
+    script, run = play(tmp_path, monkeypatch, attempts, recovery={"max_failures": 1})
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    lines = Path(script.folder, "journal.jsonl").read_text().splitlines()
+    Path(script.folder, "journal.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # as `kill -9` leaves it
+    script.attempts = [ends(WorkerDied("rank 0 died"))]
+    with pytest.raises(WorkerDied) as caught:
+        run()
+    assert "2 in a row" in caught.value.__notes__[0] and script.stacks == ["001", "002", "003"]
+    script.attempts = [ends(WorkerDied("rank 0 died")), done]
+    assert run().step == 90  # that one had given up: who starts another one has thought about it
 
 
 def astray(first: int, skip: tuple[int, int], what: Any = "spike") -> TrainingDiverged:
@@ -251,6 +427,18 @@ def test_a_spike_is_gone_back_from(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "spike", 20, ["step_00000030"], [192, 240], {"25": 9.0},
     )  # fmt: skip
     assert script.said[-1].startswith("step 25: so; going back to step 20, and passing over the samples 192:240 of")
+    assert (script.folder / "checkpoints" / "latest").read_text() == "step_00000020"
+
+
+def test_roll_backs_are_counted_until_the_run_has_got_past(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storm = [ends(astray(first, (0, 8)), step) for first, step in ((25, 20), (24, None), (90, 40), (85, None))]
+    recovery = {"on_spike": "roll_back", "max_rollbacks": 2}
+    _, run = play(tmp_path, monkeypatch, [*storm, done], recovery=recovery)
+    assert run().step == 90
+    _, run = play(tmp_path / "other", monkeypatch, [*storm[:2], ends(astray(29, (0, 8)))], recovery=recovery)
+    with pytest.raises(TrainingDiverged) as caught:
+        run()
+    assert "went back 2 times without getting past step 30" in caught.value.__notes__[0]
 
 
 def test_so_is_a_storm_and_each_only_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

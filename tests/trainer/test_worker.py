@@ -18,13 +18,13 @@ from model import DepthAnything
 from tests.dataio.fakes import labelled, shards_of, write_dataset
 from tests.trainer.disks import fill, small_disk
 from tests.trainer.ranks import run_ranks
-from trainer.attempts import attempt_of
 from trainer.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
 from trainer.config import ConfigError, parse_config
 from trainer.config_train import TrainConfig
 from trainer.divergence import TrainingDiverged
 from trainer.evaluate_images import mean_of, measure_part, measurement
 from trainer.journal import logged_lines
+from trainer.ranks import attempt_of
 from trainer.run import prepare_folder
 
 STEPS = 6
