@@ -79,12 +79,14 @@ def survey(
     rooms: Sequence[str],
     check: Callable[[], Any],
     timeout_s: float = 60.0,
+    every_pair: bool = False,
     on_stage: Callable[[str], None] | None = None,
 ) -> Survey:
     """Look over the cluster that this process has joined (`ray_session`); takes a bounded time whatever the nodes do.
 
     `folder` is absolute; each node writes into it. `distributions`, `rooms`: whose versions and code are
     compared. `check` runs on every node, found by its module's name. A node has `timeout_s` for each question.
+    Without `every_pair` each node of a large cluster is tried with MAX_ROUNDS others.
     """
     say = on_stage or (lambda stage: None)
     nodes, lost = list_nodes()
@@ -101,7 +103,7 @@ def survey(
         found.folders = _folders(crew, folder)
         say("the object store")
         found.transfers = _transfers(crew)
-        _meet_all(crew, found, say)
+        _meet_all(crew, found, say, None if every_pair else MAX_ROUNDS)
     return found
 
 
@@ -190,16 +192,16 @@ def _transfers(crew: Crew) -> list[Transfer]:
     ]
 
 
-def _meet_all(crew: Crew, found: Survey, say: Callable[[str], None]) -> None:
-    """Pairs of nodes, as many at a time as there are; in a large cluster not all."""
+def _meet_all(crew: Crew, found: Survey, say: Callable[[str], None], most: int | None) -> None:
+    """Pairs of nodes, as many at a time as there are; each node with `most` others, None: with all."""
     names = [node.name for node in found.nodes]
     gpus = {
         name: max(facts.gpus, key=lambda gpu: gpu.free_mib).uuid for name, facts in found.facts.items() if facts.gpus
     }
     schedule = rounds(len(names))
     found.rounds_possible = len(schedule)
-    found.rounds_tried = min(len(schedule), MAX_ROUNDS)
-    for number, played in enumerate(schedule[:MAX_ROUNDS], start=1):
+    found.rounds_tried = len(schedule[:most])
+    for number, played in enumerate(schedule[:most], start=1):
         say(f"pairs of nodes, round {number} of {found.rounds_tried}")
         doors = crew.answers("opening a port", {name: station.open.remote() for name, station in crew.stations.items()})
         ready = doors.keys() & crew.stations.keys()

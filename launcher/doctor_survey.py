@@ -28,7 +28,9 @@ class FolderError(ValueError):
     exit_status = 2
 
 
-def cluster_command(address: str | None, folder: Path | None, timeout_s: float, as_json: bool) -> int:
+def cluster_command(
+    address: str | None, folder: Path | None, timeout_s: float, every_pair: bool, as_json: bool
+) -> int:
     """Prints every finding; returns 1 when something fails, else 0. A node has `timeout_s` to answer a question.
 
     ClusterAddressError (exit status 2) for an address that is missing, wrong, or not answered; FolderError (2).
@@ -49,6 +51,7 @@ def cluster_command(address: str | None, folder: Path | None, timeout_s: float, 
                 rooms=ROOMS,
                 check=check_node,
                 timeout_s=timeout_s,
+                every_pair=every_pair,
                 on_stage=stages.show,
             )
     return doctor.report(judge(found, shared), as_json)

@@ -33,6 +33,9 @@ def doctor(
     timeout: Annotated[
         float, typer.Option(min=1, help="With --cluster: seconds that a node has to answer a question.")
     ] = PATIENCE_S,
+    every_pair: Annotated[
+        bool, typer.Option("--every-pair", help="With --cluster: of many nodes try each with all others, not with 16.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list of findings.")] = False,
 ) -> int:
     """Check what this machine has, what is missing, and what to do about it. Exits with 1 when something fails.
@@ -48,7 +51,7 @@ def doctor(
     if cluster:
         from launcher.doctor_survey import cluster_command
 
-        return cluster_command(address, folder, timeout, as_json)
+        return cluster_command(address, folder, timeout, every_pair, as_json)
     for name, given in (("--address", address), ("--folder", folder)):
         if given is not None:
             raise typer.BadParameter("goes with --cluster", param_hint=name)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end import cli
+from tests.bed import Bed, bed
+from tests.end_to_end import cli, nodes
 from tests.end_to_end.cli import SIZE, run_values, succeed, teacher_values, write_config
 
 
@@ -49,6 +50,22 @@ def data_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World(tmp_path_factory.mktemp("world"))
     make_sets(world)
     return world
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `nodes.run_values`, on one machine and left alone: what any other way to its end is compared with."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_config(folder / "teacher.yaml", nodes.run_values(data_world))
+    succeed("train", "teacher.yaml", cwd=folder)
+    return folder / "runs" / "teacher"
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
+    """Three machines with Ray, one processor each, and one without."""
+    with bed(tmp_path_factory.mktemp("bed") / "bed", cpus=[1, 1, 1]) as made:
+        yield made
 
 
 def make_sets(world: World) -> None:

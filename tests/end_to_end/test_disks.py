@@ -10,20 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.cli import Running, json_lines, steps_done, succeed, write_config
+from tests.end_to_end.cli import Running, json_lines, steps_done, write_config
 from tests.end_to_end.conftest import World
 from tests.end_to_end.nodes import STEPS, run_values, same_weights
 from tests.trainer.disks import fill, small_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_config(folder / "teacher.yaml", run_values(data_world))
-    succeed("train", "teacher.yaml", cwd=folder)
-    return folder / "runs" / "teacher"
 
 
 @contextmanager

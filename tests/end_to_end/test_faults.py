@@ -9,21 +9,20 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.bed import Bed, bed, wait_for
-from tests.end_to_end.cli import REPOSITORY, TIMEOUT_S, steps_done, succeed, write_config
+from tests.bed import Bed, wait_for
+from tests.end_to_end.cli import REPOSITORY, TIMEOUT_S, steps_done, write_config
 from tests.end_to_end.conftest import World
 from tests.end_to_end.nodes import (
     STEPS,
     WITH_RAY,
     fathom,
     losses,
-    now,
     run_values,
     same_weights,
     seconds_to_progress,
@@ -44,20 +43,6 @@ def watch(order={order!r}):
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(RuntimeError))
 threading.Thread(target=watch, daemon=True).start()
 """
-
-
-@pytest.fixture(scope="module")
-def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
-    with bed(tmp_path_factory.mktemp("bed") / "bed", cpus=[1, 1, 1]) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_config(folder / "teacher.yaml", run_values(data_world))
-    succeed("train", "teacher.yaml", cwd=folder)
-    return folder / "runs" / "teacher"
 
 
 def worker(machines: Bed) -> str:
@@ -161,7 +146,7 @@ def test_a_fault_costs_time_and_nothing_else(
         (machines.site / "sitecustomize.py").write_text(SABOTEUR.format(order=f"{machines.folder}/raise"))
     assert fathom(machines, "submit", "train", "teacher.yaml", cwd=tmp_path).status == 0
     wait_for(lambda: steps_done(run) >= 25, "step 25", TIMEOUT_S)
-    at = now()
+    at = time.time()
     try:
         fault(machines, tmp_path)
         waited = fathom(machines, "jobs", "wait", name, "--timeout", "400", cwd=tmp_path)
@@ -178,7 +163,8 @@ def test_a_fault_costs_time_and_nothing_else(
         assert [line["event"] for line in lines] == ["submitted", "started", "started", "finished"]
         assert "supervisor: killed by SIGKILL; going on in 1 s" in log
     elif fault is preempt_a_machine:
-        assert [line["event"] for line in lines][1:4] == ["started", "preempted", "recovering"]
+        assert [line["event"] for line in lines][1:5] == ["started", "stopping", "preempted", "recovering"]
+        assert lines[2]["reason"] == "PREEMPTED" and lines[2]["deadline"] > at + 10
     else:
         failed = [line["error"] for line in lines if line["event"] == "failed"]
         assert len(failed) == 1 and failed[0].startswith(expected), failed
@@ -198,7 +184,7 @@ def test_without_a_spare_machine_it_waits_for_a_new_one(tmp_path: Path, machines
     run = tmp_path / "runs" / "waiting"
     assert fathom(machines, "submit", "train", "teacher.yaml", cwd=tmp_path).status == 0
     wait_for(lambda: steps_done(run) >= 25, "step 25", TIMEOUT_S)
-    at = now()
+    at = time.time()
     machines.machines["node2"].kill()
     wait_for(lambda: any(line["event"] == "failed" for line in told(run)), "the loss", TIMEOUT_S)
     time.sleep(40)
@@ -212,6 +198,42 @@ def test_without_a_spare_machine_it_waits_for_a_new_one(tmp_path: Path, machines
     write_row("lose-a-machine-without-a-spare", "MachineLost; waits for a new one, here 50 s", run, at)
 
 
+def test_a_run_goes_on_with_fewer_machines_and_grows_again(
+    tmp_path: Path, machines: Bed, data_world: World
+) -> None:
+    """Three ranks, two, three: the same samples at every step, and the same curve but for the order of sums."""
+    recovery = {"min_workers": 2, "capacity_wait_s": 60.0, "grow_patience_s": 3.0}
+    values = run_values(data_world, steps=900, name="whole", cluster={"workers": 3}, checkpoint={"every": 50})
+    values["recovery"] = values["recovery"] | recovery
+    values["data"]["roles"]["labelled"]["lanes"] = 4
+    write_config(tmp_path / "teacher.yaml", values)
+    assert fathom(machines, "submit", "--wait", "train", "teacher.yaml", cwd=tmp_path).status == 0
+    write_config(tmp_path / "teacher.yaml", values | {"name": "resized"})
+    run, whole = tmp_path / "runs" / "resized", tmp_path / "runs" / "whole"
+    assert fathom(machines, "submit", "train", "teacher.yaml", cwd=tmp_path).status == 0
+    wait_for(lambda: steps_done(run) >= 60, "step 60", TIMEOUT_S)
+    machines.machines["node2"].kill()
+    wait_for(lambda: started(run)[-1] == 2 and steps_done(run) >= 110, "two ranks at work", TIMEOUT_S)
+    machines.replace("node2")
+    waited = fathom(machines, "jobs", "wait", "resized", "--timeout", "500", cwd=tmp_path)
+    assert waited.status == 0, fathom(machines, "jobs", "logs", "resized", cwd=tmp_path).out
+    assert started(run)[0] == 3 and started(run)[-1] == 3 and 2 in started(run)
+    lines = told(run)
+    assert [line["reason"] for line in lines if line["event"] == "stopping"] == ["RESIZED"]
+    found, expected = losses(run), losses(whole)
+    assert [step for step, _ in found] == [step for step, _ in expected] == list(range(1, 901))
+    fewer = next(int(line["resume"][-8:]) for line in lines if line["event"] == "started" and line["workers"] == 2)
+    assert found[:fewer] == expected[:fewer]  # bit for bit, while there were three
+    first = zip(found[fewer : fewer + 10], expected[fewer : fewer + 10], strict=True)
+    assert all(loss == pytest.approx(as_whole, rel=1e-3) for (_, loss), (_, as_whole) in first)
+    assert found[-1][1] == pytest.approx(expected[-1][1], rel=0.2)
+
+
+def started(run: Path) -> list[int]:
+    """On how many workers the attempts so far were."""
+    return [line["workers"] for line in told(run) if line["event"] == "started"]
+
+
 def test_a_lost_head_costs_the_cluster_and_not_the_run(
     tmp_path: Path, machines: Bed, data_world: World, undisturbed: Path
 ) -> None:
@@ -220,7 +242,7 @@ def test_a_lost_head_costs_the_cluster_and_not_the_run(
     run = tmp_path / "runs" / "headless"
     assert fathom(machines, "submit", "train", "teacher.yaml", cwd=tmp_path).status == 0
     wait_for(lambda: steps_done(run) >= 25, "step 25", TIMEOUT_S)
-    at = now()
+    at = time.time()
     machines.head.kill()
     gone = fathom(machines, "jobs", "status", "headless", cwd=tmp_path)
     assert gone.status == 1 and "no Ray job server answers" in gone.err

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.bed import Bed, bed, wait_for
-from tests.end_to_end.cli import TIMEOUT_S, events, json_lines, steps_done, succeed, write_config
+from tests.bed import Bed, wait_for
+from tests.end_to_end.cli import TIMEOUT_S, events, json_lines, steps_done, write_config
 from tests.end_to_end.conftest import World
 from tests.end_to_end.nodes import STEPS, fathom, losses, run_values, same_weights, told, with_ranks
 
 pytestmark = pytest.mark.timeout(1800)
-
-
-@pytest.fixture(scope="module")
-def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
-    with bed(tmp_path_factory.mktemp("bed") / "bed", cpus=[1, 1, 1]) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, on one machine and left alone."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_config(folder / "teacher.yaml", run_values(data_world))
-    succeed("train", "teacher.yaml", cwd=folder)
-    return folder / "runs" / "teacher"
 
 
 def test_a_submitted_run_trains_on_two_machines_and_loses_one(

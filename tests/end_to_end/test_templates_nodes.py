@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.bed import Bed, Machine, bed, wait_for
-from tests.end_to_end.cli import REPOSITORY, TIMEOUT_S, steps_done, succeed, write_config
+from tests.end_to_end.cli import REPOSITORY, TIMEOUT_S, steps_done, write_config
 from tests.end_to_end.conftest import World
 from tests.end_to_end.nodes import STEPS, losses, run_values, same_weights, told, with_ranks
 
@@ -141,15 +141,6 @@ def desk(tmp_path: Path, machines: Bed) -> Iterator[Desk]:
         yield made
 
 
-@pytest.fixture(scope="module")
-def undisturbed(data_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, on one machine and left alone."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_config(folder / "teacher.yaml", run_values(data_world))
-    succeed("train", "teacher.yaml", cwd=folder)
-    return folder / "runs" / "teacher"
-
-
 def start(
     machine: Machine, desk: Desk, script: str, *words: str | Path, cwd: Path, **env: str
 ) -> subprocess.Popen[str]:
@@ -191,7 +182,8 @@ def test_a_slurm_job_is_ended_by_its_time_limit_and_goes_on_when_it_is_queued_ag
     assert first.returncode == 75, out + err
     assert on == ["head", "node1"]
     assert desk.asked[-1] == ["scontrol", "requeue", "4711"]
-    assert rays(machines) == [] and list(state.iterdir()) == []
+    wait_for(lambda: rays(machines) == [], "end of Ray's helpers", 30.0)
+    assert list(state.iterdir()) == []
 
     again = start(
         machines.head, desk, "slurm.sbatch", "train", "teacher.yaml", cwd=work, SLURM_RESTART_COUNT="1", **env
@@ -202,7 +194,8 @@ def test_a_slurm_job_is_ended_by_its_time_limit_and_goes_on_when_it_is_queued_ag
     assert [line["event"] for line in lines] == ["started", "stopping", "stopped", "started", "finished"], lines
     assert 5 <= int(lines[3]["resume"][-8:]) < STEPS
     assert same_weights(run, undisturbed) and losses(run) == losses(undisturbed)
-    assert rays(machines) == [] and list(state.iterdir()) == []
+    wait_for(lambda: rays(machines) == [], "end of Ray's helpers", 30.0)
+    assert list(state.iterdir()) == []
 
 
 def test_machines_by_ssh_are_started_take_a_job_and_are_stopped(
@@ -228,6 +221,6 @@ def test_machines_by_ssh_are_started_take_a_job_and_are_stopped(
     assert same_weights(tmp_path / "runs" / "teacher", undisturbed)
     status, said = script("stop")
     assert status == 0 and said.count("stopped") == 2, said
-    assert rays(machines) == []
+    wait_for(lambda: rays(machines) == [], "end of Ray's helpers", 30.0)  # which see that their parent is gone
     status, said = script("status")
     assert status == 1 and said.count("does not run") == 2, said

@@ -288,8 +288,8 @@ def test_a_pair_much_slower_than_the_others_is_named() -> None:
 
 
 def test_what_was_left_out_is_told() -> None:
-    well, _ = judged(doctor_cluster.judge_rounds(16, 99))
-    assert "16 of 99 others" in well[0].found
+    found = only(doctor_cluster.judge_rounds(16, 99), "warn")
+    assert "16 of 99 others" in found.found and "--every-pair" in found.remedy
     assert list(doctor_cluster.judge_rounds(3, 3)) == []
 
 
@@ -334,7 +334,7 @@ def test_the_verb_prints_and_answers(
     monkeypatch.setattr(cluster.runtime, "ray_session", lambda address: nullcontext())
     monkeypatch.setattr(cluster.survey, "survey", look)
     for as_json in (False, True):
-        status = doctor_survey.cluster_command("10.0.0.1:6379", tmp_path, 5.0, as_json)
+        status = doctor_survey.cluster_command("10.0.0.1:6379", tmp_path, 5.0, False, as_json)
         assert status == (1 if trouble else 0)
         out = capsys.readouterr().out
         if as_json:

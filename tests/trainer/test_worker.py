@@ -59,6 +59,16 @@ def config_of(runs: Path, folders: dict[str, str], name: str, **overrides: Any) 
     return parse_config(TrainConfig, values | overrides)
 
 
+class Told(WorkerContext):
+    """Rank 1 hears that its machine goes away while it validates."""
+
+    told = False
+
+    def stop_requested(self) -> str | None:
+        self.told = self.told or (self.rank == 1 and self._beat.phase == "validation")
+        return "PREEMPTED" if self.told else None
+
+
 def train(rank: int, world_size: int, runs: Path, data: dict[str, str], names: list[str]) -> dict[str, bool]:
     from trainer.worker import RankTrainer
 
@@ -67,6 +77,8 @@ def train(rank: int, world_size: int, runs: Path, data: dict[str, str], names: l
         with RankTrainer(config_of(runs, data, name), WorkerContext(rank=rank, world_size=world_size), None) as trainer:
             assert trainer.run() is None
             trains[name] = trainer.exporter.metric("fathom_checkpoint_failures_total")._value.get() == 0
+    with RankTrainer(config_of(runs, data, "told"), Told(rank=rank, world_size=world_size), None) as trainer:
+        trains["told"] = trainer.run() == "PREEMPTED" and trainer.loop.step == 3  # told with the next step
     return trains
 
 
@@ -98,6 +110,13 @@ def measured(network: DepthAnything, path: str) -> dict[str, float]:
 
     what = measurement(network.preset, protocol="disparity", input_size=28, batch=2)
     return mean_of(measure_part(Dataset.open(path), predict, what))
+
+
+def test_a_validation_is_left_off_by_all_ranks_when_one_is_to_stop(world: dict[str, Any]) -> None:
+    """A notice of thirty seconds is for the checkpoint."""
+    assert all(result["told"] for result in world["results"])
+    assert lines(world, "told", event=True) == []
+    assert list_checkpoints(str(world["runs"] / "told" / "checkpoints")) == ["step_00000003"]
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -155,7 +174,7 @@ def test_stages_and_averages_do_not_change_what_is_learned(world: dict[str, Any]
     assert len(first) == STEPS
     for name in CELLS:
         assert [line["loss"] for line in lines(world, name, False)] == pytest.approx(first, rel=1e-3)
-    assert all(all(result.values()) and len(result) == len(CELLS) for result in world["results"])
+    assert all(all(result[name] for name in CELLS) for result in world["results"])
 
 
 def refused(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> list[str]:
