@@ -61,6 +61,8 @@ def told(run: Path) -> list[dict[str, Any]]:
 
 
 def seconds_to_progress(run: Path, since: float) -> float:
-    """From `since` (seconds since the epoch) to the first checkpoint after it that stands."""
-    saved = [line["time"] for line in json_lines(run / "journal.jsonl") if line["event"] == "checkpoint"]
-    return min((at - since for at in saved if at > since + 0.5), default=float("nan"))
+    """From `since` (seconds since the epoch) to the first checkpoint of the attempt that was started after it."""
+    lines = [line for line in json_lines(run / "journal.jsonl") if line["time"] > since]
+    started = min((line["time"] for line in lines if line["event"] == "started"), default=float("nan"))
+    saved = (line["time"] for line in lines if line["event"] == "checkpoint" and line["time"] > started)
+    return min((at - since for at in saved), default=float("nan"))

@@ -212,6 +212,7 @@ def test_a_run_goes_on_with_fewer_machines_and_grows_again(
     run, whole = tmp_path / "runs" / "resized", tmp_path / "runs" / "whole"
     assert fathom(machines, "submit", "train", "teacher.yaml", cwd=tmp_path).status == 0
     wait_for(lambda: steps_done(run) >= 60, "step 60", TIMEOUT_S)
+    at = time.time()
     machines.machines["node2"].kill()
     wait_for(lambda: started(run)[-1] == 2 and steps_done(run) >= 110, "two ranks at work", TIMEOUT_S)
     machines.replace("node2")
@@ -227,6 +228,7 @@ def test_a_run_goes_on_with_fewer_machines_and_grows_again(
     first = zip(found[fewer : fewer + 10], expected[fewer : fewer + 10], strict=True)
     assert all(loss == pytest.approx(as_whole, rel=1e-3) for (_, loss), (_, as_whole) in first)
     assert found[-1][1] == pytest.approx(expected[-1][1], rel=0.2)
+    write_row("lose-a-machine-go-on-with-fewer", "MachineLost; two of three ranks", run, at)
 
 
 def started(run: Path) -> list[int]:
