@@ -190,8 +190,9 @@ def test_a_slurm_job_is_ended_by_its_time_limit_and_goes_on_when_it_is_queued_ag
     )
     out, err = again.communicate(timeout=TIMEOUT_S)
     assert again.returncode == 0, out + err
-    lines = told(run)
+    lines = [line for line in told(run) if line["event"] != "configuration_changed"]  # the cluster's address
     assert [line["event"] for line in lines] == ["started", "stopping", "stopped", "started", "finished"], lines
+    assert [line["attempt"] for line in lines if line["event"] == "started"] == [1, 2]
     assert 5 <= int(lines[3]["resume"][-8:]) < STEPS
     assert same_weights(run, undisturbed) and losses(run) == losses(undisturbed)
     wait_for(lambda: rays(machines) == [], "end of Ray's helpers", 30.0)
