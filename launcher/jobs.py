@@ -145,11 +145,14 @@ def connect(address: str | None) -> Any:
 
 def entrypoint(arguments: Sequence[str], restarts: int, folder: str, python: str = "python") -> str:
     """The job's shell command: the supervisor with the verb, in the folder where it was typed if the cluster sees
-    that, in its shipped copy otherwise. The word CONFIG stands for the shipped configuration."""
+    that, in its shipped copy otherwise. CONFIG_WORD stands for the shipped configuration.
+
+    PYTHONSAFEPATH, because `python -m` would look into that folder first: one called `model` there would hide ours.
+    """
     words = [shlex.quote(word) if word != CONFIG_WORD else f'"$shipped/{CONFIG}"' for word in arguments]
     supervised = f"{shlex.quote(python)} -m launcher.supervisor --restarts {restarts} -- {' '.join(words)}"
     return (
-        f'shipped="$PWD"; export PYTHONPATH="$PWD${{PYTHONPATH:+:$PYTHONPATH}}"; '
+        f'shipped="$PWD"; export PYTHONSAFEPATH=1 PYTHONPATH="$PWD${{PYTHONPATH:+:$PYTHONPATH}}"; '
         f"cd {shlex.quote(folder)} 2>/dev/null || cd {HERE}; exec {supervised}"
     )
 

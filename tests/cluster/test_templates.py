@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -223,6 +224,17 @@ def test_the_entrypoint_begins_a_run_and_goes_on_with_one_that_has_begun(
     Path(RunFolder(asked.run_folder).config).touch()
     again = entrypoint_words(ray_job, stage, config.parent)
     assert again == [*words, "--resume"] and request(again, None).config == asked.config
+
+
+def test_a_folder_of_the_image_hides_nothing_of_ours(ray_job: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "launcher").mkdir()
+    (tmp_path / "launcher" / "__init__.py").write_text('raise ImportError("the image\'s")\n')
+    (tmp_path / "python").symlink_to(sys.executable)
+    command = ray_job["spec"]["entrypoint"].replace("-- train", "--restarts none -- train")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    env |= {"PATH": f"{tmp_path}:{env['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(["sh", "-c", command], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: python -m launcher.supervisor" in done.stderr
 
 
 def test_the_entrypoint_asks_for_as_many_workers_as_there_are_gpus(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher import ship
+from launcher.jobs import entrypoint
 from launcher.ship import ShipError, pack, parcel
 
 
@@ -67,22 +68,24 @@ def test_too_many_are_not_even_counted(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(parcel(tmp_path).files) == 5
 
 
-def test_the_code_runs_where_it_arrives_even_beside_a_folder_called_model(tmp_path: Path) -> None:
+def test_the_code_runs_where_it_arrives_even_beside_folders_of_the_same_names(tmp_path: Path) -> None:
     here, out = tmp_path / "here", tmp_path / "out"
-    files(here, model____init___dot_py=0, a_dot_yaml=1)
+    broken = 'raise ImportError("the folder of the user")\n'
+    files(here, a_dot_yaml=1)
+    for room in ("launcher", "model"):
+        (here / room).mkdir()
+        (here / room / "__init__.py").write_text(broken)
     out.mkdir()
     pack(out, parcel(here), "name: x\n")
     names = {path.name for path in out.iterdir()}
     assert names - {"COMMIT"} == {*ship.ROOMS, "here", "job.yaml"}
     assert (out / "here" / "a.yaml").is_file() and (out / "job.yaml").read_text() == "name: x\n"
     assert not list(out.rglob("__pycache__"))
-    done = subprocess.run(
-        [sys.executable, "-m", "launcher.cli", "recipes", "list"], cwd=out / "here", capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(out), "PYTHONDONTWRITEBYTECODE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0 and "teacher-v1-vitl" in done.stdout, done.stderr
-    place = subprocess.run(
-        [sys.executable, "-c", "import model.presets; print(model.presets.__file__)"], cwd=out / "here",
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(out), "PYTHONSAFEPATH": "1"},
-    )  # fmt: skip
-    assert place.stdout.strip() == str(out / "model" / "presets.py"), place.stderr
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    for folder in (str(here), str(tmp_path / "not on the cluster")):
+        command = entrypoint(["recipes", "list"], 0, folder, python=sys.executable)
+        done = subprocess.run(
+            ["/bin/sh", "-c", command], cwd=out, capture_output=True, text=True,
+            env={**env, "PYTHONDONTWRITEBYTECODE": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0 and "teacher-v1-vitl" in done.stdout, done.stderr

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launcher.supervisor import again, main, worth_another
+from launcher.supervisor import TIED, again, main, worth_another
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
@@ -34,6 +35,8 @@ if what == "wait":
         sys.exit(75 if number == signal.SIGTERM else 130)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stopped)
+    with open(f"{folder}/pid", "w") as file:
+        file.write(str(os.getpid()))
     open(f"{folder}/ready", "w").close()
     while True:
         time.sleep(0.05)
@@ -59,6 +62,22 @@ sys.exit(supervisor.Supervisor({list(arguments)!r}, {restarts}, verb).run())
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     _, errors = process.communicate(timeout=60)
     return process.returncode, errors
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def gone(pid: int) -> bool:
+    """Ended; where nobody collects orphans, a zombie is."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state == "Z"
 
 
 def starts(folder: Path) -> list[str]:
@@ -95,10 +114,7 @@ def test_a_signal_reaches_the_verb_once_and_its_end_is_waited_for(
     tmp_path: Path, number: signal.Signals, status: int, whole_group: bool
 ) -> None:
     process = started(tmp_path, "wait 0", "train", "teacher.yaml")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: (tmp_path / "ready").exists())
     if whole_group:
         os.killpg(process.pid, number)
     else:
@@ -106,6 +122,30 @@ def test_a_signal_reaches_the_verb_once_and_its_end_is_waited_for(
     assert ended(process)[0] == status
     assert (tmp_path / "signals").read_text().split() == [number.name]
     assert len(starts(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_a_killed_supervisor_leaves_no_driver(tmp_path: Path, whole_group: bool) -> None:
+    process = started(tmp_path, "wait 0", "train", "teacher.yaml")
+    until(lambda: (tmp_path / "ready").exists())
+    verb = int((tmp_path / "pid").read_text())
+    if whole_group:  # what Ray does when its own part dies
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    until(lambda: gone(verb))
+    assert (tmp_path / "signals").read_text().split() == ["SIGTERM"]  # so it could save
+    assert process.stderr is not None
+    process.stderr.close()
+
+
+def test_nothing_starts_for_a_supervisor_that_has_ended(tmp_path: Path) -> None:
+    """It is killed between the start of its child and the child's wish to hear of that."""
+    for parent, status in ((os.getpid(), 0), (os.getpid() + 1, 143)):
+        command = [sys.executable, "-I", "-S", "-c", TIED, str(parent), "touch", str(tmp_path / str(status))]
+        assert subprocess.run(command).returncode == status
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
 def test_what_goes_on_and_how() -> None:
