@@ -11,8 +11,8 @@ from pathlib import Path
 
 from launcher import doctor
 from launcher.doctor_cluster import MAY_DIFFER, MUST_AGREE, judge
+from launcher.ship import ROOMS
 
-ROOMS = ("launcher", "trainer", "model", "dataio", "kernels", "cluster")
 NODE_CHECKS = (
     doctor.check_kernels_name,
     doctor.check_devices,

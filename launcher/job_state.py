@@ -3,74 +3,169 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from launcher.jobs import Job
+from launcher.jobs import Job, JobsError
+from launcher.supervisor import again
 
 _LAST_WORD = re.compile(r"^error: (.+)$", re.MULTILINE)
-_OF_RAY = {"PENDING": "PENDING", "RUNNING": "RUNNING", "STOPPED": "CANCELLED", "SUCCEEDED": "SUCCEEDED"}
+_STOPPED = re.compile(r"^(stopped (?:at step (\d+) )?by [A-Z]+[^;\n]*)(.*)$", re.MULTILINE)  # what verbs say last
+_QUOTED = re.compile(r"Job entrypoint command failed with exit code -?\d+(?:, last available logs[^\n]*\n|\.[^\n]*)")
+_OF_RAY = {"PENDING": "SUBMITTED", "RUNNING": "RUNNING", "STOPPED": "CANCELLED", "SUCCEEDED": "SUCCEEDED"}
+# Of a job that runs: what its journal's last word means while the process is still there.
+_STILL_THERE = {"submitted": "STARTING", "finished": "RUNNING", "stopped": "STOPPING", "failed": "RECOVERING"}
+Lines = list[dict[str, Any]]  # of a journal
 _SLACK_S = 5.0  # between the clocks of the cluster's head and of the machine that holds the journal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """`state`: SUBMITTED, or one of trainer.folder.STATES."""
+    """`state`: SUBMITTED, or one of trainer.folder.STATES. `saved`: of a job that was stopped; None where unknown."""
 
     state: str
     reason: str | None = None
     attempt: int = 0
     step: int | None = None
+    saved: bool | None = None
 
 
-def standing(job: Job) -> Standing:
-    """A job that was preempted is PENDING: it goes on when somebody resumes it."""
-    written = _journal(job)
+def standing(job: Job, log: Callable[[], str] | None = None) -> Standing:
+    """A job that was preempted is PENDING: it goes on when somebody resumes it. One that Ray has yet to start is
+    SUBMITTED. `log` gives what it wrote, looked at only where the journal cannot be seen."""
+    lines = journal_lines(job)
+    written = _written(lines)
+    if job.status == "STOPPED":
+        return _cancelled(job, lines, written, log)
     if job.status == "FAILED" and job.exit_code == 75:
-        return Standing(
-            state="PENDING",
-            reason=f"preempted with a checkpoint; `fathom jobs resume {job.run}` goes on",
-            attempt=written.attempt,
-            step=written.step,
-        )
+        why = _ended_by(lines) or _said_by(job.message or "") or "preempted with a checkpoint"
+        return replace(written, state="PENDING", reason=f"{why}; `fathom jobs resume {job.run}` goes on")
     if job.status == "FAILED":
-        return Standing(state="FAILED", reason=_reason(job), attempt=written.attempt, step=written.step)
-    state = _OF_RAY.get(job.status, job.status)
+        return replace(written, state="FAILED", reason=_failure(job, lines))
     if job.status == "RUNNING" and written.state:
         return written
-    if job.status == "RUNNING" and job.verb[:1] == ("train",):
-        state = "STARTING"
-    if job.status == "PENDING" and job.started is None:
-        state = "SUBMITTED"
-    return Standing(state=state, attempt=written.attempt, step=written.step)
+    state = "STARTING" if job.status == "RUNNING" and job.verb[:1] == ("train",) else _OF_RAY.get(job.status)
+    return replace(written, state=state or job.status, reason=None)
 
 
-def _journal(job: Job) -> Standing:
-    """What the journal has of this job; an empty state where it says nothing, or is not to be seen from here."""
+def journal_lines(job: Job) -> Lines:
+    """What the run's journal has of this job: behind its own "submitted", not before it began, nor after it ended.
+
+    Empty where it says nothing, or is not to be seen from here.
+    """
     folder = job.metadata.get("run_folder")
     if not folder:
-        return Standing(state="")
-    from trainer.folder import FINAL, RunFolder, state_of
+        return []
+    from trainer.folder import RunFolder
     from trainer.journal import read_json_lines
 
     try:
-        lines = list(read_json_lines(RunFolder(folder).journal))
+        lines = read_json_lines(RunFolder(folder).journal)
     except (OSError, RuntimeError):
-        return Standing(state="")
+        return []
+    first = (job.started or 0.0) - _SLACK_S
+    last = (job.ended or float("inf")) + _SLACK_S
+    found, owner = [], None
+    for line in lines:
+        if line.get("event") == "submitted":
+            owner = line.get("job")
+        time = line.get("time")
+        if owner == job.id and isinstance(time, int | float) and first <= time <= last:
+            found.append(line)
+    return found
+
+
+def _written(lines: Lines) -> Standing:
+    """The journal's last word on a job that still runs; an empty state where it says nothing."""
+    from trainer.folder import STATES, state_of
+
     found = state_of(lines)
-    began = job.started or 0.0
-    if found is None or found.time is None or found.time < began - _SLACK_S:  # an earlier job's
+    if found is None:
         return Standing(state="")
+    event = [str(line["event"]) for line in lines if line.get("event") in STATES][-1]
     steps = [line["step"] for line in lines if isinstance(line.get("step"), int)]
-    over = found.state in FINAL  # its last word, and the process not yet gone
     return Standing(
-        state="" if over else found.state, reason=found.reason, attempt=found.attempt, step=steps[-1] if steps else None
+        state=_STILL_THERE.get(event, found.state),
+        reason=found.reason,
+        attempt=found.attempt,
+        step=steps[-1] if steps else None,
     )
 
 
-def _reason(job: Job) -> str | None:
-    """The last `error:` line of its log, which Ray quotes; else what Ray says."""
-    text = job.message or ""
-    lines = _LAST_WORD.findall(text)
-    if lines:
-        return str(lines[-1])
-    return text.strip().splitlines()[0][:300] if text.strip() else None
+def _cancelled(job: Job, lines: Lines, written: Standing, log: Callable[[], str] | None) -> Standing:
+    """Whether it saved: by the journal, else by its own last words; what neither knows, Ray does not either."""
+    reason, saved = _ended_by(lines), None
+    if reason:
+        saved = bool(written.step)
+    elif not lines and log is not None:
+        reason, saved = _last_words(job, log)
+    elif lines:
+        saved = False
+    if saved is False and reason is None:
+        reason = f"killed by Ray before it saved (it had {job.grace_s:g} s); what it saved earlier stands"
+    if not job.ours:
+        reason = f"not submitted by fathom: Ray kills it {job.grace_s:g} s after the signal, whether it saved or not"
+    return replace(written, state="CANCELLED", reason=reason, saved=saved)
+
+
+def _last_words(job: Job, log: Callable[[], str]) -> tuple[str | None, bool | None]:
+    try:
+        text = log()
+    except JobsError:
+        return None, None
+    found = _STOPPED.findall(text)
+    if found:
+        words, step, rest = found[-1]
+        return words.strip(), step != "0" and "nothing was written" not in rest
+    return None, False if job.ours and again(job.verb) is not None else None
+
+
+def _ended_by(lines: Lines) -> str | None:
+    """Why and where the journal says that it was stopped; None where that is not its last word."""
+    from trainer.folder import last_end
+
+    last = last_end(lines)
+    if last is None or last["event"] != "stopped":
+        return None
+    step = last.get("step")
+    where = f"at step {step}, saved" if step else "before there was any step to save"
+    return f"stopped by {last.get('reason')} {where}"
+
+
+def _said_by(text: str) -> str | None:
+    found = _STOPPED.findall(text)
+    return found[-1][0].strip() if found else None
+
+
+def _failure(job: Job, lines: Lines) -> str | None:
+    """The last `error:` line of its log, which Ray quotes; the journal's; else how it ended, and its last line."""
+    text = (job.message or "").strip()
+    said = _LAST_WORD.findall(text)
+    if said:
+        return str(said[-1])
+    from trainer.folder import last_end
+
+    last = last_end(lines)
+    if last is not None and last["event"] == "failed" and last.get("error"):
+        return str(last["error"]).splitlines()[0][:300]
+    quoted = _QUOTED.match(text)
+    if quoted:
+        text = text[quoted.end() :].strip()
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    # Of the job's log, and of a traceback, the last line says most; of what Ray says itself, the first.
+    word = found[-1 if quoted or "Traceback (most recent call last)" in text else 0][:300] if found else ""
+    return ": ".join(part for part in (_ending(job.exit_code), word) if part) or None
+
+
+def _ending(status: int | None) -> str:
+    if status is None:
+        return ""
+    number = -status if status < 0 else status - 128
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"exit status {status}"
+    hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+    return f"killed by {name}{hint}"

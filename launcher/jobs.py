@@ -6,28 +6,33 @@ Ray's exit codes do not tell a stopped job from one that succeeded, nor a lost c
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from launcher.ship import CONFIG, HERE
+from launcher.credentials import hidden
+from launcher.ship import CONFIG, HERE, RAY_LEAVES_OUT
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-GRACE_S = 600.0  # for a checkpoint, before Ray kills a job that was stopped; Ray's own is 3
-CONFIG_WORD = "CONFIG"
+GRACE_S = 600.0  # for a checkpoint, before Ray kills a job that was stopped
+RAY_GRACE_S = 3.0  # of a job that says nothing about it
+GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+CONFIG_WORD = "\0config"  # nobody can type it
 _LOOK_EVERY_S = 1.0
-_REDIAL_S = 2.0
 # They tell about every upload and every closed connection.
 _LOUD = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
+_OF_HTTP = ("requests", "urllib3", "aiohttp", "http")  # packages whose exceptions are about the connection
+_STATUS = re.compile(r"(?:Request failed with status code|Version check returned) (\d{3})[:.] ?(.*)", re.DOTALL)
 
 SUCCEEDED, FAILED, UNFINISHED, UNKNOWN, CANCELLED = 0, 100, 101, 102, 103  # exit status that answer for a job
 
@@ -42,6 +47,10 @@ class JobUsageError(JobsError):
     """What was asked for cannot be: the message names the option."""
 
     exit_status = 2
+
+
+class Refused(JobsError):
+    """The cluster wants another token: asking again changes nothing."""
 
 
 class NoSuchJob(JobsError):
@@ -59,9 +68,15 @@ class Job:
     entrypoint: str
     message: str | None
     exit_code: int | None  # the driver's own
-    started: float | None
+    started: float | None  # when it was submitted
     ended: float | None
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, str]  # ours; none of a job that others submitted
+    grace_s: float = RAY_GRACE_S  # between Ray's SIGTERM and its SIGKILL
+
+    @property
+    def ours(self) -> bool:
+        """Whether `fathom submit` submitted it."""
+        return bool(self.metadata)
 
     @property
     def answer(self) -> int:
@@ -85,7 +100,7 @@ class Job:
     @property
     def verb(self) -> tuple[str, ...]:
         """What it does, in words; of a job that was not submitted by us its shell command."""
-        return tuple(json.loads(self.metadata.get("typed", "null")) or (self.entrypoint,))
+        return words_of(self.metadata.get("typed")) or (self.entrypoint,)
 
     @property
     def over(self) -> bool:
@@ -94,53 +109,94 @@ class Job:
 
 
 def resolve_address(address: str | None) -> str:
-    """The job server's URL: as given, else of Ray's own variables, else this machine's."""
+    """The job server's URL: as given, else of Ray's own variables, else this machine's. Raises JobUsageError."""
     usual = os.environ.get("RAY_ADDRESS", "")  # may be a cluster's own address, which says nothing of its dashboard
-    given = address or os.environ.get("RAY_API_SERVER_ADDRESS")
-    found = given or (usual if usual.startswith("http") else DEFAULT_ADDRESS)
-    return found if "://" in found else f"http://{found}"
+    choices = (
+        ("--address", address),
+        ("RAY_API_SERVER_ADDRESS", os.environ.get("RAY_API_SERVER_ADDRESS")),
+        ("RAY_ADDRESS", usual if usual.startswith(("http://", "https://")) else None),
+    )
+    name, found = next(((name, text) for name, text in choices if text), ("", DEFAULT_ADDRESS))
+    url = found if "://" in found else f"http://{found}"
+    if not _is_url(url):
+        raise JobUsageError(
+            f"{name} {hidden(found)}: expected the URL of a cluster's dashboard, http://HOST:PORT or https://HOST"
+        )
+    return url.rstrip("/")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        return False
+    known = parts.scheme in ("http", "https") and port != 0
+    return known and bool(re.fullmatch(r"[^\s\\]+", parts.hostname or "")) and not parts.query and not parts.fragment
 
 
 @contextmanager
-def told(address: str) -> Iterator[None]:
-    """Ray's and the connection's exceptions as JobsError, in one line with the remedy."""
+def told(address: str, job_id: str | None = None) -> Iterator[None]:
+    """Ray's and the connection's exceptions as JobsError, in one line with the remedy. `job_id`: what it is about."""
     try:
         yield
     except JobsError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())
-        if type(error).__name__ == "AuthenticationError" or " 401" in text or " 403" in text:
-            raise JobsError(
-                f"{address}: refuses without the cluster's token: copy its ~/.ray/auth_token to this machine's, or set "
-                "RAY_AUTH_TOKEN, and RAY_AUTH_MODE=token"
-            ) from error
-        if isinstance(error, ConnectionError) or "Max retries" in text or "Failed to connect" in text:
-            raise JobsError(
-                f"{address}: no Ray job server answers: start a cluster (`ray start --head`), or give --address, the "
-                "URL of its dashboard"
-            ) from error
-        if "does not exist" in text or "status code 404" in text:
-            raise NoSuchJob(f"{address}: {text[:300]}; `fathom jobs list` names those that are there") from error
-        if isinstance(error, RuntimeError | ValueError | OSError):
-            raise JobsError(f"{address}: {text[:500]}") from error
-        raise
+        raise _translated(error, address, job_id) from error
 
 
-def connect(address: str | None) -> Any:
-    """Ray's JobSubmissionClient. Raises JobsError."""
+def _translated(error: Exception, address: str, job_id: str | None) -> JobsError:
+    """Ray gives a type for a wrong token, the connection's own for a lost one, else a text that begins with the HTTP
+    status, and goes on with a page or the server's traceback."""
+    status, text = _status_of(error)
+    if type(error).__name__ == "AuthenticationError" or status in (401, 403):
+        return Refused(
+            f"{address}: refuses without the cluster's token: copy its ~/.ray/auth_token to this machine's, or set "
+            "RAY_AUTH_TOKEN, and RAY_AUTH_MODE=token"
+        )
+    if status == 404 and job_id is not None:
+        return NoSuchJob(f"{address}: no job {job_id!r}; `fathom jobs list` names those that are there")
+    if status in (404, 405):
+        return JobsError(f"{address}: no Ray job server (HTTP {status}); --address is the URL of a cluster's dashboard")
+    if status is not None:
+        return JobsError(f"{address}: the job server says (HTTP {status}): {text}")
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in _OF_HTTP:
+        return JobsError(
+            f"{address}: no Ray job server answers: start a cluster (`ray start --head`), or give --address, the "
+            "URL of its dashboard"
+        )
+    if isinstance(error, LookupError | TypeError | ValueError | AttributeError):
+        return JobsError(
+            f"{address}: does not answer as a Ray job server does ({type(error).__name__}: {text}); --address is the "
+            "URL of a cluster's dashboard, of a Ray like this one"
+        )
+    return JobsError(f"{address}: {text or type(error).__name__}")
+
+
+def _status_of(error: Exception) -> tuple[int | None, str]:
+    """The HTTP status that an exception is about, if any, and its last line: of a traceback the one that says most."""
+    found = _STATUS.match(str(error))
+    status = int(found[1]) if found else getattr(getattr(error, "response", None), "status_code", None)
+    lines = [line.strip() for line in hidden(found[2] if found else str(error)).splitlines() if line.strip(" .")]
+    return status, (lines[-1] if status is not None and lines else " ".join(lines))[:500]
+
+
+def connect(address: str | None) -> tuple[Any, str]:
+    """Ray's JobSubmissionClient, and what to call it in messages: its URL, without a password. Raises JobsError."""
     where = resolve_address(address)
     token = Path("~/.ray/auth_token").expanduser()
     given = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if "RAY_AUTH_MODE" not in os.environ and (given or token.is_file()):
         os.environ["RAY_AUTH_MODE"] = "token"  # the server's default as soon as it has a token
     os.environ["RAY_API_SERVER_ADDRESS"] = where  # Ray's client prefers it to what it is given
-    with told(where):
+    os.environ.update([RAY_LEAVES_OUT])
+    with told(hidden(where)):
         from ray.job_submission import JobSubmissionClient
 
         for logger in _LOUD:
             logging.getLogger(f"ray.{logger}").setLevel(logging.WARNING)
-        return JobSubmissionClient(where)
+        return JobSubmissionClient(where), hidden(where)
 
 
 def entrypoint(arguments: Sequence[str], restarts: int, folder: str, python: str = "python") -> str:
@@ -177,7 +233,7 @@ def submit(
                 metadata=dict(metadata),
             )
         except RuntimeError as error:
-            if "already exists" not in str(error):
+            if f"Job with submission_id {job_id} already exists" not in str(error):
                 raise
             raise JobUsageError(
                 f"{job_id}: {address} has a job of this name; `fathom jobs resume {job_id}` goes on with it, "
@@ -186,7 +242,10 @@ def submit(
 
 
 def job_of(details: Any) -> Job:
-    """Ray's JobDetails as ours."""
+    """Ray's JobDetails as ours. Others' metadata may say anything: they are left out."""
+    given = dict(details.metadata or {})
+    ours = given if given.get("fathom") == "1" else {}
+    env = (getattr(details, "runtime_env", None) or {}).get("env_vars") or {}
     return Job(
         id=details.submission_id or details.job_id,
         status=getattr(details.status, "value", str(details.status)),
@@ -195,13 +254,28 @@ def job_of(details: Any) -> Job:
         exit_code=details.driver_exit_code,
         started=details.start_time / 1000 if details.start_time else None,
         ended=details.end_time / 1000 if details.end_time else None,
-        metadata=dict(details.metadata or {}),
+        metadata=ours,
+        grace_s=seconds_of(ours.get("grace"), GRACE_S) if ours else seconds_of(env.get(GRACE_VARIABLE), RAY_GRACE_S),
     )
+
+
+def words_of(text: str | None) -> tuple[str, ...]:
+    """A list of words out of metadata; empty where there is none, or it is damaged."""
+    try:
+        found = json.loads(text or "[]")
+    except ValueError:
+        return ()
+    return tuple(found) if isinstance(found, list) and all(isinstance(word, str) for word in found) else ()
+
+
+def seconds_of(text: str | None, default: float) -> float:
+    """A number out of metadata; `default` where there is none, or it is damaged."""
+    return float(text) if text is not None and re.fullmatch(r"\d{1,9}(\.\d*)?", text) else default
 
 
 def look(client: Any, address: str, job_id: str) -> Job:
     """A job as it is now. Raises NoSuchJob, JobsError."""
-    with told(address):
+    with told(address, job_id):
         return job_of(client.get_job_info(job_id))
 
 
@@ -232,13 +306,13 @@ def number_of(job_id: str, run: str) -> int:
 
 def log(client: Any, address: str, job_id: str) -> str:
     """All that it has written so far. Raises NoSuchJob, JobsError."""
-    with told(address):
+    with told(address, job_id):
         return str(client.get_job_logs(job_id))
 
 
 def delete(client: Any, address: str, job_id: str) -> None:
     """Forget a job that has ended. Raises NoSuchJob, JobsError."""
-    with told(address):
+    with told(address, job_id):
         client.delete_job(job_id)
 
 
@@ -252,7 +326,7 @@ def wait(client: Any, address: str, job_id: str, timeout_s: float | None = None)
             silent = False
             if job.over:
                 return job
-        except NoSuchJob:
+        except (NoSuchJob, Refused):
             raise
         except JobsError as error:
             if not silent:
@@ -265,44 +339,8 @@ def wait(client: Any, address: str, job_id: str, timeout_s: float | None = None)
         time.sleep(_LOOK_EVERY_S)
 
 
-def follow(client: Any, address: str, job_id: str, show: Callable[[str], None]) -> Job:
-    """Show the log as it grows, until the job has ended. A lost connection is made again, and nothing shown twice."""
-    shown = 0
-    while True:
-        try:
-            shown = asyncio.run(_tail(client, job_id, shown, show))
-        except Exception as error:  # noqa: BLE001  the server, the network, a restarted head: the job may be well
-            print(f"{address}: lost the log ({type(error).__name__}); connecting again", file=sys.stderr, flush=True)
-            time.sleep(_REDIAL_S)
-        try:
-            job = look(client, address, job_id)
-        except NoSuchJob:
-            raise
-        except JobsError:
-            time.sleep(_REDIAL_S)
-            continue
-        if job.over:
-            with told(address):
-                rest = str(client.get_job_logs(job_id))[shown:]  # written while nobody listened
-            if rest:
-                show(rest)
-            return job
-
-
-async def _tail(client: Any, job_id: str, shown: int, show: Callable[[str], None]) -> int:
-    """Show what comes behind the first `shown` characters; returns how many have been shown then."""
-    seen = 0
-    async for text in client.tail_job_logs(job_id):
-        new = text[max(0, shown - seen) :]
-        seen += len(text)
-        if new:
-            show(new)
-            shown = seen
-    return max(shown, seen)
-
-
 def stop(client: Any, address: str, job_id: str, grace_s: float) -> Job:
     """Ask the job to stop, and wait up to `grace_s` seconds for its end. Raises NoSuchJob, JobsError."""
-    with told(address):
+    with told(address, job_id):
         client.stop_job(job_id)
     return wait(client, address, job_id, grace_s)

@@ -5,7 +5,8 @@
     job.yaml                                                the configuration with overrides and absolute paths
     COMMIT                                                  of the code, where it is known
 
-The code lies above the folder, so that a folder of the user's called `model` hides nothing of ours.
+The code lies above the folder, so that a folder of the user's called `model` hides nothing of ours. Credentials never
+travel, and what is chosen here does: Ray would apply a `.gitignore` in the parcel once more.
 """
 
 from __future__ import annotations
@@ -13,25 +14,38 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathspec import GitIgnoreSpec
 
 ROOMS = ("launcher", "trainer", "dataio", "model", "kernels", "cluster")
 CHECKOUT = Path(__file__).resolve().parent.parent
 HERE, CONFIG, COMMIT = "here", "job.yaml", "COMMIT"
-MOST_MIB = 100.0
+MOST_MIB = 100.0  # of Ray's job server, whatever is asked for; the code included
 MOST_FILES = 20_000  # more are a dataset, or somebody's home
 IGNORE_FILES = (".gitignore", ".fathomignore")  # of the folder itself, later lines count more
 # Never wanted there: what a machine makes for itself, what a run writes, and what datasets and weights weigh.
 IGNORED = (
-    ".git/", ".venv/", "__pycache__/", "*.pyc", ".mypy_cache/", ".ruff_cache/", ".pytest_cache/", "node_modules/",
-    "runs/", "labels/", "quickstart/", "wandb/", "*.tar", "*.idx", "*.safetensors", "*.pth", "*.onnx", ".env",
+    ".git/", ".venv/", "venv/", "__pycache__/", "*.pyc", ".mypy_cache/", ".ruff_cache/", ".pytest_cache/",
+    "node_modules/", "runs/", "labels/", "quickstart/", "wandb/", "*.tar", "*.idx", "*.safetensors", "*.pth", "*.onnx",
 )  # fmt: skip
+# Whatever the folder's own files say. Credentials; and what Ray would read in the parcel as a second opinion on it.
+NEVER = (
+    ".env*", ".netrc", "_netrc", ".git-credentials", ".pgpass", ".pypirc", ".ssh/", ".aws/", ".azure/", ".gnupg/",
+    ".ray/", ".kube/", ".docker/", "*.pem", "id_rsa", "id_dsa", "id_ecdsa", "id_ecdsa_sk", "id_ed25519",
+    "id_ed25519_sk", ".gitignore", ".rayignore",
+)  # fmt: skip
+RAY_LEAVES_OUT = ("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")  # a variable: nothing but what is left out here
+IN_CODE = ("__pycache__", "*.pyc", ".*")  # not shipped of ours
 REMEDY = (
-    f"Name what is not needed there in {IGNORE_FILES[-1]} (patterns as in .gitignore), or ship the code alone with "
-    "--no-folder"
+    f"Name what is not needed there in {IGNORE_FILES[-1]} (patterns as in .gitignore), put large files where the "
+    "cluster sees them too, or ship the code alone with --no-folder"
 )
 
 
@@ -55,16 +69,27 @@ class Parcel:
 
 
 def parcel(folder: Path, most_mib: float = MOST_MIB) -> Parcel:
-    """The files of `folder` that nothing ignores. Raises ShipError when they are too large, naming the largest."""
-    found = Parcel(folder, dict(islice(_files(folder, _patterns(folder)), MOST_FILES + 1)))
+    """The files of `folder` that nothing ignores. Raises ShipError when they are too large, naming the largest.
+
+    `most_mib`: of all that travels, the code too; ShipError when that is more than Ray's job server takes.
+    """
+    if most_mib > MOST_MIB:
+        raise ShipError(
+            f"--max-size {most_mib:g}: Ray's job server takes {MOST_MIB:g} MiB at most, the code included; put large "
+            "files where the cluster sees them too, or ship the code alone with --no-folder"
+        )
+    _refuse(folder)
+    found = Parcel(folder, dict(islice(_files(folder), MOST_FILES + 1)))
     if len(found.files) > MOST_FILES:
         raise ShipError(f"{folder}: more than {MOST_FILES} files would be shipped. {REMEDY}")
-    if found.mib > most_mib:
+    code_mib = zipped(code()) / (1 << 20)
+    if zipped(found.files) / (1 << 20) + code_mib >= most_mib:
         largest = sorted(found.files.items(), key=lambda item: -item[1])[:3]
         names = ", ".join(f"{name} ({size / (1 << 20):.1f} MiB)" for name, size in largest)
         raise ShipError(
-            f"{folder}: {found.mib:.0f} MiB in {len(found.files)} files would be shipped, {most_mib:g} at most; the "
-            f"largest: {names}. {REMEDY}, or give --max-size"
+            f"{folder}: {found.mib:.0f} MiB in {len(found.files)} files, and {code_mib:.1f} MiB of code, would be "
+            f"shipped, {most_mib:g} at most; the largest: {names}. {REMEDY}"
+            + (", or give --max-size" if most_mib < MOST_MIB else "")
         )
     return found
 
@@ -74,16 +99,31 @@ def is_checkout(folder: Path) -> bool:
     return folder.resolve() == CHECKOUT
 
 
+def code() -> dict[str, int]:
+    """The files of the rooms, by their paths in the checkout, with their sizes in bytes."""
+    found = {}
+    for room in ROOMS:
+        for parent, folders, names in os.walk(CHECKOUT / room):
+            folders[:] = [name for name in folders if not _matches(name, IN_CODE)]
+            for name in (name for name in names if not _matches(name, IN_CODE)):
+                path = os.path.join(parent, name)
+                found[os.path.relpath(path, CHECKOUT)] = os.path.getsize(path)
+    return found
+
+
+def zipped(files: Mapping[str, int]) -> int:
+    """Bytes of Ray's zip of these files, which compresses nothing and holds every path twice; not less than it has."""
+    return sum(size + 2 * (len(os.fsencode(name)) + len(HERE) + 1) + 128 for name, size in files.items())
+
+
 def pack(into: Path, shipped: Parcel | None, config: str | None) -> None:
     """Lay everything out in the empty folder `into`. Links to files become files, those to folders stay behind."""
-    for room in ROOMS:
-        shutil.copytree(CHECKOUT / room, into / room, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+    for name in code():
+        _copy(CHECKOUT / name, into / name)
     (into / HERE).mkdir()
     for name in shipped.files if shipped else ():
         assert shipped is not None
-        target = into / HERE / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(shipped.folder / name, target)
+        _copy(shipped.folder / name, into / HERE / name)
     commit = subprocess.run(["git", "-C", str(CHECKOUT), "rev-parse", "HEAD"], capture_output=True, text=True)
     if commit.returncode == 0:
         (into / COMMIT).write_text(commit.stdout, encoding="utf-8")
@@ -91,7 +131,36 @@ def pack(into: Path, shipped: Parcel | None, config: str | None) -> None:
         (into / CONFIG).write_text(config, encoding="utf-8")
 
 
-def _patterns(folder: Path) -> list[str]:
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(source, target)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _refuse(folder: Path) -> None:
+    """The home folder, and what lies above it, or is credentials."""
+    real = folder.resolve()
+    if Path.home().resolve().is_relative_to(real):
+        raise ShipError(
+            f"{folder}: is your home folder, or above it, and is not shipped; type the command in a folder of its "
+            "own, or ship the code alone with --no-folder"
+        )
+    if _spec(NEVER).match_file(f"{real}/".lstrip("/")):
+        raise ShipError(
+            f"{folder}: is a folder of credentials, and is not shipped; type the command elsewhere, or give --no-folder"
+        )
+
+
+def _spec(lines: Iterable[str]) -> GitIgnoreSpec:
+    from pathspec import GitIgnoreSpec
+
+    return GitIgnoreSpec.from_lines(lines)
+
+
+def _ignored(folder: Path) -> list[str]:
     lines = list(IGNORED)
     for name in IGNORE_FILES:
         if (folder / name).is_file():
@@ -99,17 +168,20 @@ def _patterns(folder: Path) -> list[str]:
     return lines
 
 
-def _files(folder: Path, patterns: list[str]) -> Iterator[tuple[str, int]]:
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
     """Ignored folders are not looked into: a dataset beside the configuration may have millions of files."""
-    from pathspec import GitIgnoreSpec
-
-    spec = GitIgnoreSpec.from_lines(patterns)
+    ignored, never = _spec(_ignored(folder)), _spec(NEVER)
     for parent, folders, names in os.walk(folder):
         place = os.path.relpath(parent, folder)
         inside = "" if place == "." else f"{place}/"
-        folders[:] = sorted(name for name in folders if not spec.match_file(f"{inside}{name}/"))
+        folders[:] = sorted(
+            name for name in folders if not any(spec.match_file(f"{inside}{name}/") for spec in (ignored, never))
+        )
         for name in sorted(names):
             path = f"{inside}{name}"
             full = os.path.join(parent, name)
-            if os.path.isfile(full) and not spec.match_file(path):  # no pipes, no sockets, no dangling links
-                yield path, os.path.getsize(full)
+            if not os.path.isfile(full) or ignored.match_file(path) or never.match_file(path):
+                continue  # no pipes, no sockets, no dangling links
+            if os.path.islink(full) and never.match_file(os.path.realpath(full).lstrip("/")):
+                continue
+            yield path, os.path.getsize(full)

@@ -4,8 +4,8 @@
 
 A driver that is killed (out of memory, `kill -9`) cannot start itself again. Only verbs that go on where they stopped
 are started again. Signals are passed on to the verb, and it is waited for: whoever stops the job decides how long.
-Where this process itself is killed, the verb gets SIGTERM from the kernel: it saves and ends, and no driver is left of a
-job that Ray calls failed. Standard library only, since this must start where nothing else does.
+Where this process itself is killed, the verb gets SIGTERM from the kernel: it saves and ends, and no driver is left of
+a job that Ray calls failed. Standard library only, since this must start where nothing else does.
 """
 
 from __future__ import annotations

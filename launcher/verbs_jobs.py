@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launcher.jobs import GRACE_S, GRACE_VARIABLE
+from launcher.ship import MOST_MIB
+from launcher.supervisor import RESTARTS
+
 if TYPE_CHECKING:
     from launcher.job_state import Standing
     from launcher.jobs import Job
-    from launcher.submission import Request
+    from launcher.ship import Parcel
+    from launcher.submission import Request, Terms
 
 AddressOption = Annotated[
     str | None,
@@ -24,7 +29,9 @@ AddressOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON.")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A job's id: the run's name; NAME.2 for its second job.")]
-GRACE_S = 600.0
+MaxSizeOption = Annotated[
+    float, typer.Option("--max-size", min=0.1, help=f"MiB that are shipped at most; {MOST_MIB:g} is Ray's own limit.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -52,11 +59,13 @@ def submit(
     grace: Annotated[
         float, typer.Option(min=1, help="Seconds for a last checkpoint when the job is stopped, before it is killed.")
     ] = GRACE_S,
-    restarts: Annotated[int, typer.Option(min=0, help="How often a killed driver is started again, in a row.")] = 5,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="How often a killed driver is started again, in a row.")
+    ] = RESTARTS,
     folder: Annotated[
         bool, typer.Option("--folder/--no-folder", help="Ship this folder, less what .fathomignore names.")
     ] = True,
-    max_size: Annotated[float, typer.Option(min=0.1, help="MiB that are shipped at most.")] = 100.0,
+    max_size: MaxSizeOption = MOST_MIB,
     env: Annotated[
         list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="An environment variable; repeatable; no secrets.")
     ] = None,
@@ -73,62 +82,66 @@ def submit(
       fathom submit --address http://head:8265 train teacher.yaml --set cluster.workers=16
       fathom jobs logs -f teacher
     """
-    from launcher import submission
+    from launcher import jobs, submission
 
+    here = Path.cwd()
     asked = submission.request(verb, name)
-    variables = submission.environment(env or [])
-    where, job_id = _send(
-        address, asked, asked.name, asked.name, grace, restarts, folder, max_size, variables, python
+    terms = submission.Terms(
+        folder=str(here), grace_s=grace, restarts=restarts, python=python, env=submission.environment(env or [])
     )
-    return _sent(where, job_id, asked, wait, as_json)
+    submission.refuse_secrets(asked, terms)
+    shipped = _parcel(here, max_size) if folder else None
+    job_id = asked.name
+    client, where = jobs.connect(address)
+    _send(client, where, asked, terms, shipped, run=job_id, job_id=job_id)
+    return _sent(client, where, asked, job_id, wait, as_json)
+
+
+def _parcel(folder: Path, max_size: float) -> Parcel | None:
+    from launcher import ship
+
+    return None if ship.is_checkout(folder) else ship.parcel(folder, max_size)
 
 
 def _send(
-    address: str | None,
-    asked: Request,
-    run: str,
-    job_id: str,
-    grace: float,
-    restarts: int,
-    folder: bool,
-    max_size: float,
-    env: dict[str, str],
-    python: str,
-) -> tuple[str, str]:
+    client: Any, where: str, asked: Request, terms: Terms, shipped: Parcel | None, *, run: str, job_id: str
+) -> None:
     from launcher import jobs, ship
 
-    here = Path.cwd()
-    shipped = ship.parcel(here, max_size) if folder and not ship.is_checkout(here) else None
-    where = jobs.resolve_address(address)
-    client = jobs.connect(address)
-    metadata = asked.metadata(str(here), run) | {"python": python, "grace": f"{grace:g}", "restarts": str(restarts)}
+    metadata = asked.metadata(run) | terms.metadata()
     with tempfile.TemporaryDirectory(prefix="fathom-submit-") as parcel:
         ship.pack(Path(parcel), shipped, asked.config)
         jobs.submit(
             client,
             where,
-            jobs.entrypoint(asked.arguments, restarts, str(here), python),
+            jobs.entrypoint(asked.arguments, terms.restarts, terms.folder, terms.python),
             job_id=job_id,
             folder=parcel,
             metadata=metadata,
             env={
-                "RAY_JOB_STOP_WAIT_TIME_S": f"{grace:.0f}",
+                GRACE_VARIABLE: metadata["grace"],
                 "FATHOM_JOB": job_id,
                 "FATHOM_SUBMITTED": metadata["submitted"],
-                **env,
+                **terms.env,
             },
         )
-    return where, job_id
 
 
-def _sent(where: str, job_id: str, asked: Request, wait: bool, as_json: bool) -> int:
+def _sent(client: Any, where: str, asked: Request, job_id: str, wait: bool, as_json: bool) -> int:
+    """Print the id; wait for the end and answer for the job, if that is wanted: the log is aside then from JSON."""
+    from launcher import job_report
+
     if as_json:
         told = {"id": job_id, "address": where, "run_folder": asked.run_folder, "config_digest": asked.digest}
         typer.echo(json.dumps(told))
     else:
         typer.echo(job_id)
     sys.stdout.flush()
-    return _follow(where, job_id) if wait else 0
+    if not wait:
+        return 0
+    found = _follow(client, where, job_id, job_report.show_aside if as_json else job_report.show)
+    job_report.tell(found, _standing(client, where, found), as_json)
+    return found.answer
 
 
 def list_jobs(address: AddressOption = None, as_json: JsonOption = False) -> None:
@@ -138,22 +151,14 @@ def list_jobs(address: AddressOption = None, as_json: JsonOption = False) -> Non
     Example:
       fathom jobs list
     """
-    from launcher import job_state, jobs
+    from launcher import job_report, job_state, jobs
 
-    where = jobs.resolve_address(address)
-    found = jobs.all_jobs(jobs.connect(address), where)
-    standings = [(job, job_state.standing(job)) for job in found]
+    client, where = jobs.connect(address)
+    standings = [(job, job_state.standing(job)) for job in jobs.all_jobs(client, where)]
     if as_json:
-        typer.echo(json.dumps([_facts(job, state) for job, state in standings], indent=1))
-        return
-    rows = [("ID", "STATE", "ATTEMPT", "BEGAN", "TOOK", "VERB")]
-    rows += [
-        (job.id, state.state, str(state.attempt or ""), _clock(job.started), _took(job), " ".join(job.verb))
-        for job, state in standings
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        typer.echo(json.dumps([job_report.facts(job, state) for job, state in standings], indent=1))
+    else:
+        typer.echo("\n".join(job_report.table(standings)))
 
 
 def status(
@@ -170,15 +175,15 @@ def status(
     Example:
       fathom jobs status teacher --exit-code
     """
-    from launcher import job_state, jobs
+    from launcher import job_report, jobs
 
-    where = jobs.resolve_address(address)
-    found = jobs.find(jobs.connect(address), where, job)
-    state = job_state.standing(found)
+    client, where = jobs.connect(address)
+    found = jobs.find(client, where, job)
+    facts = job_report.facts(found, _standing(client, where, found))
     if as_json:
-        typer.echo(json.dumps(_facts(found, state), indent=1))
+        typer.echo(json.dumps(facts, indent=1))
     else:
-        for name, value in _facts(found, state).items():
+        for name, value in facts.items():
             if value not in (None, ""):
                 typer.echo(f"{name:<14} {value}")
     return found.answer if exit_code else 0
@@ -190,25 +195,25 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """What a job has written. With -f a lost connection is made again.
+    """What a job has written. With -f a lost connection is made again. JSON: an object with `line` for every line.
 
     \b
     Example:
       fathom jobs logs -f teacher
     """
-    from launcher import jobs
+    from launcher import job_log, job_report, jobs
 
-    where = jobs.resolve_address(address)
-    client = jobs.connect(address)
+    client, where = jobs.connect(address)
     found = jobs.find(client, where, job)
-    if follow and as_json:
-        raise jobs.JobUsageError("--json: gives the whole log at once; leave out -f")
+    lines = job_log.JsonLines(found.id)
+    show = lines if as_json else job_report.show
     if follow:
-        _follow(where, found.id)
-    elif as_json:
-        typer.echo(json.dumps({"id": found.id, "log": jobs.log(client, where, found.id)}))
+        found = _follow(client, where, found.id, show)
     else:
-        _show(jobs.log(client, where, found.id))
+        show(jobs.log(client, where, found.id))
+    lines.close()
+    if follow:
+        job_report.tell(found, _standing(client, where, found), as_json=False)
     return 0
 
 
@@ -224,12 +229,11 @@ def wait(
     Example:
       fathom jobs wait teacher --timeout 3600 && fathom jobs logs teacher
     """
-    from launcher import jobs
+    from launcher import job_report, jobs
 
-    where = jobs.resolve_address(address)
-    client = jobs.connect(address)
+    client, where = jobs.connect(address)
     found = jobs.wait(client, where, jobs.find(client, where, job).id, timeout)
-    _tell(found, as_json)
+    job_report.tell(found, _standing(client, where, found), as_json)
     return found.answer
 
 
@@ -243,21 +247,23 @@ def stop(
 ) -> int:
     """Stop a job: it finishes its step, writes a checkpoint and ends; `fathom jobs resume` goes on with it.
 
-    It is killed after the time that `submit --grace` gave it. Exit status 0 when it has ended, 101 when it still saves.
+    It is killed after the time that `submit --grace` gave it; one that others submitted after Ray's 3 s. Whether it
+    saved is said. Exit status 0 when it has ended, 101 when it still saves.
 
     \b
     Example:
       fathom jobs stop teacher --grace 120
     """
-    from launcher import jobs
+    from launcher import job_report, jobs
 
-    where = jobs.resolve_address(address)
-    client = jobs.connect(address)
+    client, where = jobs.connect(address)
     found = jobs.find(client, where, job)
     if not found.over:
-        patience = grace if grace is not None else float(found.metadata.get("grace", GRACE_S)) + 30
+        if not found.ours:
+            typer.echo(f"{found.id}: not submitted by fathom: Ray kills it in {found.grace_s:g} s", err=True)
+        patience = grace if grace is not None else found.grace_s + 30
         found = jobs.stop(client, where, found.id, patience)
-    _tell(found, as_json)
+    job_report.tell(found, _standing(client, where, found), as_json)
     return 0 if found.over else jobs.UNFINISHED
 
 
@@ -265,11 +271,16 @@ def resume(
     job: IdArgument,
     address: AddressOption = None,
     wait: Annotated[bool, typer.Option("--wait", help="Show the log, and exit as `jobs wait` does.")] = False,
-    folder: Annotated[bool, typer.Option("--folder/--no-folder", help="Ship this folder.")] = True,
-    max_size: Annotated[float, typer.Option(min=0.1, help="MiB that are shipped at most.")] = 100.0,
+    folder: Annotated[
+        bool, typer.Option("--folder/--no-folder", help="Ship the job's folder, where this machine has it.")
+    ] = True,
+    max_size: MaxSizeOption = MOST_MIB,
     as_json: JsonOption = False,
 ) -> int:
-    """Go on with a job that has ended: the same configuration, from the run's newest whole checkpoint, as a new job.
+    """Go on with a job that has ended, from the run's newest whole checkpoint, as a new job.
+
+    With the same configuration, variables (--env) and other options of `submit`, and in the same folder, wherever this
+    is typed. What is shipped of that folder is what this machine has of it now.
 
     \b
     Example:
@@ -277,27 +288,20 @@ def resume(
     """
     from launcher import jobs, submission
 
-    where = jobs.resolve_address(address)
-    client = jobs.connect(address)
+    client, where = jobs.connect(address)
     found = jobs.find(client, where, job)
     if not found.over:
         raise jobs.JobUsageError(f"{found.id}: is {found.status}; `fathom jobs stop {found.id}` first")
-    asked = submission.again(found.metadata)
-    run, before = found.run, found.metadata
+    asked, terms, run = submission.again(found.metadata), submission.Terms.of(found.metadata), found.run
+    submission.refuse_secrets(asked, terms)
+    place = Path(terms.folder)
+    if folder and not place.is_dir():
+        typer.echo(f"{place}: is not on this machine and is not shipped", err=True)
+    shipped = _parcel(place, max_size) if folder and place.is_dir() else None
     count = 1 + max(jobs.number_of(other.id, run) for other in jobs.all_jobs(client, where) if other.run == run)
-    place, job_id = _send(
-        address,
-        asked,
-        run,
-        f"{run}.{count}",
-        float(before.get("grace", GRACE_S)),
-        int(before.get("restarts", 5)),
-        folder,
-        max_size,
-        {},
-        before.get("python", "python"),
-    )
-    return _sent(place, job_id, asked, wait, as_json)
+    job_id = f"{run}.{count}"
+    _send(client, where, asked, terms, shipped, run=run, job_id=job_id)
+    return _sent(client, where, asked, job_id, wait, as_json)
 
 
 def delete(job: IdArgument, address: AddressOption = None, as_json: JsonOption = False) -> int:
@@ -309,8 +313,7 @@ def delete(job: IdArgument, address: AddressOption = None, as_json: JsonOption =
     """
     from launcher import jobs
 
-    where = jobs.resolve_address(address)
-    client = jobs.connect(address)
+    client, where = jobs.connect(address)
     found = jobs.find(client, where, job)
     if not found.over:
         raise jobs.JobUsageError(f"{found.id}: is {found.status}; `fathom jobs stop {found.id}` first")
@@ -319,63 +322,20 @@ def delete(job: IdArgument, address: AddressOption = None, as_json: JsonOption =
     return 0
 
 
-def _follow(where: str, job_id: str) -> int:
-    """Show the log until the end, and answer for the job. Ctrl-C leaves the job alone."""
-    from launcher import jobs
+def _follow(client: Any, where: str, job_id: str, show: Callable[[str], None]) -> Job:
+    """Show the log until the job has ended. Ctrl-C leaves the job alone."""
+    from launcher import job_log
 
     try:
-        found = jobs.follow(jobs.connect(where), where, job_id, _show)
+        return job_log.follow(client, where, job_id, show)
     except KeyboardInterrupt:
         typer.echo(
             f"the job goes on: `fathom jobs logs -f {job_id}` shows it, `fathom jobs stop {job_id}` stops it", err=True
         )
         raise
-    _tell(found)
-    return found.answer
 
 
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _standing(client: Any, where: str, job: Job) -> Standing:
+    from launcher import job_state, jobs
 
-
-def _tell(job: Job, as_json: bool = False) -> None:
-    """How it stands, and why: one line on stderr, or JSON on stdout."""
-    from launcher import job_state
-
-    state = job_state.standing(job)
-    if as_json:
-        typer.echo(json.dumps(_facts(job, state)))
-        return
-    typer.echo(f"{job.id}: {state.state}{f' ({state.reason})' if state.reason else ''}", err=True)
-
-
-def _facts(job: Job, state: Standing) -> dict[str, Any]:
-    return {
-        "id": job.id,
-        "run": job.run,
-        "state": state.state,
-        "reason": state.reason,
-        "attempt": state.attempt or None,
-        "step": state.step,
-        "status": job.status,
-        "exit_code": job.exit_code,
-        "answer": job.answer,
-        "verb": " ".join(job.verb),
-        "began": _clock(job.started),
-        "took": _took(job),
-        "folder": job.metadata.get("folder"),
-        "run_folder": job.metadata.get("run_folder"),
-        "config_digest": job.metadata.get("config_digest"),
-    }
-
-
-def _clock(seconds: float | None) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds)) if seconds else ""
-
-
-def _took(job: Job) -> str:
-    if not job.started:
-        return ""
-    seconds = int((job.ended or time.time()) - job.started)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    return job_state.standing(job, lambda: jobs.log(client, where, job.id))
