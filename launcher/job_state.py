@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from launcher.jobs import Job, JobsError
 from launcher.supervisor import again
 
 _LAST_WORD = re.compile(r"^error: (.+)$", re.MULTILINE)
-_STOPPED = re.compile(r"^(stopped (?:at step (\d+) )?by [A-Z]+[^;\n]*)(.*)$", re.MULTILINE)  # what verbs say last
+_STOPPED = re.compile(r"^(stopped (?:at step \d+ )?by [A-Z]+[^;\n]*)(.*)$", re.MULTILINE)  # what verbs say last
 _QUOTED = re.compile(r"Job entrypoint command failed with exit code -?\d+(?:, last available logs[^\n]*\n|\.[^\n]*)")
 _OF_RAY = {"PENDING": "SUBMITTED", "RUNNING": "RUNNING", "STOPPED": "CANCELLED", "SUCCEEDED": "SUCCEEDED"}
 # Of a job that runs: what its journal's last word means while the process is still there.
@@ -23,7 +23,8 @@ _SLACK_S = 5.0  # between the clocks of the cluster's head and of the machine th
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """`state`: SUBMITTED, or one of trainer.folder.STATES. `saved`: of a job that was stopped; None where unknown."""
+    """`state`: SUBMITTED, or one of trainer.folder.STATES. `saved`: whether a job that was stopped had time to, so that
+    nothing it had done is lost; None where nobody knows."""
 
     state: str
     reason: str | None = None
@@ -84,7 +85,7 @@ def _written(lines: Lines) -> Standing:
     found = state_of(lines)
     if found is None:
         return Standing(state="")
-    event = [str(line["event"]) for line in lines if line.get("event") in STATES][-1]
+    event = [event for line in lines if (event := str(line.get("event"))) in STATES][-1]
     steps = [line["step"] for line in lines if isinstance(line.get("step"), int)]
     return Standing(
         state=_STILL_THERE.get(event, found.state),
@@ -96,13 +97,18 @@ def _written(lines: Lines) -> Standing:
 
 def _cancelled(job: Job, lines: Lines, written: Standing, log: Callable[[], str] | None) -> Standing:
     """Whether it saved: by the journal, else by its own last words; what neither knows, Ray does not either."""
-    reason, saved = _ended_by(lines), None
-    if reason:
-        saved = bool(written.step)
-    elif not lines and log is not None:
-        reason, saved = _last_words(job, log)
+    from trainer.folder import last_end
+
+    last = last_end(lines)
+    saved: bool | None = None
+    reason = _ended_by(lines)
+    if last is not None:
+        saved = last["event"] != "failed"
+        reason = reason or (f"failed before it saved: {_error(last)}" if not saved else "finished all the same")
     elif lines:
         saved = False
+    elif log is not None:
+        reason, saved = _last_words(job, log)
     if saved is False and reason is None:
         reason = f"killed by Ray before it saved (it had {job.grace_s:g} s); what it saved earlier stands"
     if not job.ours:
@@ -117,8 +123,8 @@ def _last_words(job: Job, log: Callable[[], str]) -> tuple[str | None, bool | No
         return None, None
     found = _STOPPED.findall(text)
     if found:
-        words, step, rest = found[-1]
-        return words.strip(), step != "0" and "nothing was written" not in rest
+        words, rest = found[-1]
+        return words.strip(), "nothing was written" not in rest
     return None, False if job.ours and again(job.verb) is not None else None
 
 
@@ -130,7 +136,7 @@ def _ended_by(lines: Lines) -> str | None:
     if last is None or last["event"] != "stopped":
         return None
     step = last.get("step")
-    where = f"at step {step}, saved" if step else "before there was any step to save"
+    where = f"at step {step}, saved" if step else "before its first step"
     return f"stopped by {last.get('reason')} {where}"
 
 
@@ -148,8 +154,8 @@ def _failure(job: Job, lines: Lines) -> str | None:
     from trainer.folder import last_end
 
     last = last_end(lines)
-    if last is not None and last["event"] == "failed" and last.get("error"):
-        return str(last["error"]).splitlines()[0][:300]
+    if last is not None and last["event"] == "failed":
+        return _error(last)
     quoted = _QUOTED.match(text)
     if quoted:
         text = text[quoted.end() :].strip()
@@ -157,6 +163,10 @@ def _failure(job: Job, lines: Lines) -> str | None:
     # Of the job's log, and of a traceback, the last line says most; of what Ray says itself, the first.
     word = found[-1 if quoted or "Traceback (most recent call last)" in text else 0][:300] if found else ""
     return ": ".join(part for part in (_ending(job.exit_code), word) if part) or None
+
+
+def _error(failed: Mapping[str, Any]) -> str:
+    return (str(failed.get("error") or "").splitlines() or ["for no reason given"])[0][:300]
 
 
 def _ending(status: int | None) -> str:

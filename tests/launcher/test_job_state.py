@@ -99,13 +99,28 @@ def test_a_stopped_job_says_what_it_saved(journal: Callable[..., str]) -> None:
     assert (found.saved, found.reason) == (True, "stopped by SIGTERM at step 7, saved")
     folder = journal(submitted(), (20.0, "stopped", {"step": 0, "reason": "SIGTERM"}))
     found = standing(job("STOPPED", folder, ended=BEGAN + 21))
-    assert found.saved is False and "before there was any step to save" in (found.reason or "")
+    assert (found.saved, found.reason) == (True, "stopped by SIGTERM before its first step")
 
 
 def test_a_job_that_ray_killed_says_so(journal: Callable[..., str]) -> None:
     folder = journal(submitted(), STARTED, RUNNING, (20.0, "stopping", {"reason": "SIGTERM"}))
     found = standing(job("STOPPED", folder, ended=BEGAN + 620))
     assert found.saved is False and (found.reason or "").startswith("killed by Ray before it saved (it had 600 s)")
+
+
+@pytest.mark.parametrize(
+    ("event", "facts", "saved", "reason"),
+    [
+        ("failed", {"error": "WorkerDied: rank 3\nx"}, False, "failed before it saved: WorkerDied: rank 3"),
+        ("finished", {"step": 9}, True, "finished all the same"),
+    ],
+)
+def test_a_stopped_job_that_ended_otherwise(
+    journal: Callable[..., str], event: str, facts: dict[str, Any], saved: bool, reason: str
+) -> None:
+    folder = journal(submitted(), STARTED, RUNNING, (20.0, event, facts))
+    found = standing(job("STOPPED", folder, ended=BEGAN + 21))
+    assert (found.saved, found.reason) == (saved, reason)
 
 
 def test_where_the_journal_cannot_be_seen_the_log_tells() -> None:
