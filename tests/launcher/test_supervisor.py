@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,11 @@ def test_a_killed_supervisor_leaves_no_driver(tmp_path: Path, whole_group: bool)
     else:
         process.kill()
     assert process.wait(60) == -signal.SIGKILL
-    until(lambda: gone(verb))
+    try:
+        until(lambda: gone(verb))
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(verb, signal.SIGKILL)
     assert (tmp_path / "signals").read_text().split() == ["SIGTERM"]  # so it could save
     assert process.stderr is not None
     process.stderr.close()
