@@ -77,7 +77,10 @@ def _largest(
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     average = 4 * parameters // context.world_size if config.optim.ema_decay else 0
     section = config.engine.model_copy(update={"zero_stage": effective_stage(config.engine, context.world_size)})
-    room = int(SHARE_OF_FREE * free) - engine_bytes(parameters, section, context.world_size) - average
+    needs = engine_bytes(parameters, section, context.world_size) + average
+    if device.type == "cpu":  # main memory is the device's
+        needs += main_memory_bytes(parameters, section, context.world_size)
+    room = int(SHARE_OF_FREE * free) - needs
     peak_bytes(task, module, config, 1, device)  # libraries and kernels take their memory at the first call
     fits = largest_that_fits(lambda n: peak_bytes(task, module, config, n, device), room, rows)
     smallest = torch.tensor(fits, device=device)
@@ -126,15 +129,21 @@ def engine_bytes(parameters: int, engine: EngineSection, world_size: int) -> int
     """What the engine takes beside the weights and one set of gradients: two moments, the fp32 partition, its gradient.
 
     By ZeRO stage (arXiv 1910.02054, section 5): 0 keeps all of it on every rank, the others cut it, and gather
-    gradients in a bucket. Stages 2 and 3 cut gradients too, which the measured peak holds whole: there the estimate is
-    on the safe side.
+    gradients in a bucket, which is all that `cpu_offload` leaves on the device. Stages 2 and 3 cut gradients too, which
+    the measured peak holds whole: there the estimate is on the safe side.
     """
-    share = -(-parameters // world_size)
-    optimizer = 8 * (parameters if engine.zero_stage == 0 else share)
-    if engine.cpu_offload:
-        optimizer = 0
-    partition = 0 if engine.zero_stage == 0 else 8 * share + 4 * bucket_elements(parameters)
-    return optimizer + partition
+    if engine.zero_stage == 0:
+        return 8 * parameters
+    bucket = 4 * bucket_elements(parameters)
+    return bucket if engine.cpu_offload else 16 * -(-parameters // world_size) + bucket
+
+
+def main_memory_bytes(parameters: int, engine: EngineSection, world_size: int) -> int:
+    """What `cpu_offload` takes of a rank's main memory: moments, the fp32 partition, its gradient, and a buffer by
+    which weights (at stage 3 gradients) travel. Stage 2 adds up there the gradients of several forward passes, too."""
+    if not engine.cpu_offload:
+        return 0
+    return (24 if engine.zero_stage == 2 else 20) * -(-parameters // world_size)
 
 
 def peak_bytes(task: Task, module: nn.Module, config: TrainConfig, rows: int, device: torch.device) -> int | None:

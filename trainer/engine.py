@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from trainer.config_train import EngineSection, OptimSection
 from trainer.engine_ops import prepare_cpu_operator
 from trainer.engine_state import MOMENTS, FragmentState, Joiner, PartitionState, Span, State, WholeState
-from trainer.optim import Groups, apply_settings, bucket_elements, decay_groups, effective_stage, make_optimizer
+from trainer.optim import (
+    Groups,
+    apply_settings,
+    bucket_elements,
+    decay_groups,
+    effective_stage,
+    make_optimizer,
+    stage3_limits,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,9 +239,7 @@ class Engine:
         self._engine.destroy()
 
 
-def deepspeed_config(
-    optim: OptimSection, engine: EngineSection, micro_batches: int, parameters: int
-) -> dict[str, Any]:
+def deepspeed_config(optim: OptimSection, engine: EngineSection, micro_batches: int, parameters: int) -> dict[str, Any]:
     """DeepSpeed's dictionary, for so many trained parameters. The micro-batch size is nominal: our loss carries its own
     global denominators."""
     zero: dict[str, Any] = {
@@ -241,6 +247,8 @@ def deepspeed_config(
         "overlap_comm": False,
         "reduce_bucket_size": bucket_elements(parameters),
     }
+    if engine.zero_stage == 3:
+        zero |= stage3_limits()
     if engine.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     config: dict[str, Any] = {

@@ -10,6 +10,11 @@ from torch import nn
 
 from trainer.config_train import EngineSection, OptimSection
 
+# Elements of weights that stage 3 holds gathered at a time: three or four blocks of the largest encoder. By DeepSpeed's
+# own limits, 10^9, any smaller network stays gathered from the forward to the backward pass, and nothing is saved.
+GATHERED = 100_000_000
+SMALL = 100_000  # elements; parameters up to here stay whole on every rank: DeepSpeed's default
+
 Named = list[tuple[str, nn.Parameter]]
 Groups = Mapping[str, Named]
 
@@ -66,6 +71,22 @@ def apply_settings(entries: Iterable[dict[str, Any]], optim: OptimSection, rates
 def bucket_elements(parameters: int) -> int:
     """Size of ZeRO's gradient bucket: DeepSpeed's default, 2 GB of fp32, or the network where that is smaller."""
     return max(1, min(500_000_000, parameters))
+
+
+def stage3_limits() -> dict[str, int]:
+    """What DeepSpeed is told of how much of the weights may be gathered."""
+    return {
+        "stage3_max_live_parameters": GATHERED,
+        "stage3_max_reuse_distance": GATHERED,
+        "stage3_param_persistence_threshold": SMALL,
+    }
+
+
+def gathered_elements(sizes: Iterable[int]) -> int:
+    """How much that is at most, of parameters of these sizes: the small ones and as many of the others as may be."""
+    sizes = list(sizes)
+    small = sum(size for size in sizes if size <= SMALL)
+    return small + min(GATHERED, sum(sizes) - small)
 
 
 def effective_stage(engine: EngineSection, world_size: int) -> int:

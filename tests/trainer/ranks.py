@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import sys
@@ -73,6 +74,7 @@ def cut_small_parameters() -> None:
     real = module.deepspeed_config
     eager = ("param_persistence_threshold", "max_reuse_distance", "max_live_parameters", "prefetch_bucket_size")
 
+    @functools.wraps(real)
     def config(*args: Any) -> dict[str, Any]:
         made = real(*args)
         if made["zero_optimization"]["stage"] == 3:

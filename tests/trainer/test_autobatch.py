@@ -18,6 +18,7 @@ from trainer.autobatch import (
     free_memory,
     largest_that_fits,
     made_up_batch,
+    main_memory_bytes,
     micro_batch_count,
     peak_bytes,
     share_of,
@@ -79,7 +80,15 @@ def test_what_the_engine_needs_falls_with_every_stage() -> None:
     needs = [engine_bytes(10**9, EngineSection(zero_stage=stage), 4) for stage in (0, 1, 2, 3)]
     assert needs == [8 * 10**9, 6 * 10**9, 6 * 10**9, 6 * 10**9]
     assert engine_bytes(1000, EngineSection(zero_stage=2), 4) == 2000 + 2000 + 4000
-    assert engine_bytes(1000, EngineSection(zero_stage=2, cpu_offload=True), 4) == 2000 + 4000
+
+
+def test_offload_leaves_the_device_a_bucket() -> None:
+    """Master weights, their gradients and the moments are in main memory: 16 bytes each, and what travels."""
+    for stage in (1, 2, 3):
+        engine = EngineSection(zero_stage=stage, cpu_offload=True)
+        assert engine_bytes(1000, engine, 4) == 4000
+        assert main_memory_bytes(1000, engine, 4) == (6000 if stage == 2 else 5000)
+        assert main_memory_bytes(1000, EngineSection(zero_stage=stage), 4) == 0
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student", "pretext"])
@@ -155,6 +164,25 @@ def test_the_rank_with_least_memory_decides_for_all(tmp_path: Path) -> None:
     for message in run_ranks(chosen, 2, tmp_path / "c", [plenty, 1 << 20], 4):
         assert "engine.micro_batch: auto: not even one row of 28 pixels fits" in message
         assert "model.activation_checkpointing" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_offload_makes_room_on_a_device_of_its_own(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where main memory is the device's memory, nothing is won by it."""
+    engine = {"precision": "fp32", "micro_batch": "auto", "cpu_offload": True, "zero_stage": 2}
+    config = train_config("teacher", engine=engine)
+    task = task_of(config)
+    module = task.build()
+    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    rooms = []
+    monkeypatch.setattr(autobatch, "free_memory", lambda device: 1 << 30)
+    monkeypatch.setattr(autobatch, "peak_bytes", lambda *arguments: 1)
+    monkeypatch.setattr(autobatch, "largest_that_fits", lambda measure, room, rows: rooms.append(room) or 1)
+    real = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda value, device=None: real(value))
+    micro_batch_count(config, task, module, WorkerContext(), torch.device(device))
+    taken = int(autobatch.SHARE_OF_FREE * (1 << 30)) - rooms[0]
+    assert taken == 4 * parameters + (24 * parameters if device == "cpu" else 0)
 
 
 @pytest.mark.parametrize(("size", "expected"), [(None, 1), (3, 3), (8, 1), (1, 8), (100, 1)])
