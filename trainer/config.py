@@ -10,12 +10,12 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
 
 # Keys whose values are paths, wherever they stand; a task's own option that names a file belongs here too.
 PATHS = frozenset({"runs", "encoder_weights", "weights", "dataset", "out", "frozen_encoder", "cache"})
@@ -34,6 +34,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Finding(NamedTuple):
+    """What is wrong with several fields together: the line, and the fields that it is read from."""
+
+    says: str
+    reads: tuple[str, ...]
+
+
+def complain(findings: Iterable[Finding], info: ValidationInfo) -> None:
+    """For validators: an error, or, where the context is a list of all that is wrong (salvage.py), some more of it."""
+    found = list(findings)
+    if isinstance(info.context, list):
+        info.context.extend(found)
+    elif found:
+        raise ValueError("; ".join(finding.says for finding in found))
+
+
 C = TypeVar("C", bound=BaseModel)
 
 
@@ -45,7 +61,7 @@ def parse_config(cls: type[C], values: Mapping[str, Any], *, source: str = "conf
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        clauses = [prefix + _clause(cls, item) for item in error.errors(include_url=False)]
+        clauses = [prefix + clause(cls, item) for item in error.errors(include_url=False)]
         raise ConfigError(f"{source}: " + "; ".join(clauses)) from None
 
 
@@ -55,6 +71,14 @@ def read_config(cls: type[C], path: str | os.PathLike[str], overrides: Sequence[
     Raises:
         ConfigError: no such file, not YAML, not a mapping, an unknown key or a wrong value.
     """
+    values = read_values(path)
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(cls, absolute_paths(values), source=str(path))
+
+
+def read_values(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A YAML file's mapping, as it stands there. Raises ConfigError."""
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{path}: no such configuration file; `fathom recipes list` names complete ones to copy")
@@ -68,9 +92,7 @@ def read_config(cls: type[C], path: str | os.PathLike[str], overrides: Sequence[
         raise ConfigError(
             f"{path}: found {type(values).__name__}, expected a mapping of sections such as `task:`, `data:`"
         )
-    for override in overrides:
-        apply_override(values, override)
-    return parse_config(cls, absolute_paths(values), source=str(path))
+    return values
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -146,13 +168,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _clause(cls: type[BaseModel], item: Any) -> str:
+def clause(cls: type[BaseModel], item: Any) -> str:
+    """One of pydantic's errors: field, what was found, what is allowed."""
     location = [part for part in item["loc"] if part != "__root__"]
     where = ".".join(str(part) for part in location) or "configuration"
     if item["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
-        known = _keys_at(cls, location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        close = close_key(cls, location)
+        hint = f"did you mean {close!r}?" if close else f"known keys: {', '.join(_keys_at(cls, location[:-1]))}"
         return f"{where}: unknown key; {hint}"
     if item["type"] in {"missing", "missing_keyword_only_argument"}:
         return f"{where}: missing; it has no default"
@@ -161,6 +183,12 @@ def _clause(cls: type[BaseModel], item: Any) -> str:
         return message
     found = repr(item["input"])
     return f"{where}: found {found if len(found) < 200 else found[:200] + '...'}; {message[:1].lower()}{message[1:]}"
+
+
+def close_key(cls: type[BaseModel], location: Sequence[Any]) -> str | None:
+    """The key that an unknown one, at the end of the location, is close to."""
+    close = difflib.get_close_matches(str(location[-1]), _keys_at(cls, location[:-1]), n=1)
+    return close[0] if close else None
 
 
 def _keys_at(cls: type[BaseModel], location: Sequence[Any]) -> list[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from model.presets import PositionMode
 from trainer.benchmarks import PAIRS, get_benchmark
-from trainer.config import Section
+from trainer.config import Finding, Section, complain
 from trainer.config_cluster import ClusterSection
 from trainer.protocols import get_protocol
 
@@ -32,9 +32,10 @@ class DatasetEntry(Section):
         return _known(names)
 
     @model_validator(mode="after")
-    def _pairs(self) -> DatasetEntry:
+    def _pairs(self, info: ValidationInfo) -> DatasetEntry:
         if self.benchmark == PAIRS and self.protocols not in (None, ("pairs",)):
-            raise ValueError(f"protocols: {PAIRS} has pairs of points, found {self.protocols}; leave protocols out")
+            says = f"protocols: {PAIRS} has pairs of points, found {self.protocols}; leave protocols out"
+            complain([Finding(f"datasets: {self.path}: {says}" if isinstance(info.context, list) else says, ())], info)
         return self
 
 
@@ -80,9 +81,11 @@ class EvaluateConfig(Section):
 
     @field_validator("datasets")
     @classmethod
-    def _some(cls, entries: tuple[DatasetEntry, ...]) -> tuple[DatasetEntry, ...]:
+    def _some(cls, entries: tuple[DatasetEntry, ...], info: ValidationInfo) -> tuple[DatasetEntry, ...]:
         if not entries:  # as min_length, pydantic would add it to every mistake inside an entry
-            raise ValueError("name at least one dataset")
+            if not isinstance(info.context, list):
+                raise ValueError("name at least one dataset")
+            complain([Finding("datasets: found []; name at least one dataset", ("datasets",))], info)
         return entries
 
     @field_validator("protocols")

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from dataio.spec import DataSpec
 from model.presets import PositionMode
-from trainer.config import Section
+from trainer.config import Finding, Section, complain
 from trainer.config_cluster import ClusterSection
 from trainer.schedule import Decay
 
@@ -46,6 +46,12 @@ class ModelSection(Section):
     activation_checkpointing: bool = Field(
         default=False, description="recompute the encoder's blocks in the backward pass: less memory, more time"
     )
+
+    @property
+    def files(self) -> dict[str, str]:
+        """What is read, by configuration field."""
+        named = {"model.weights": self.weights, "model.encoder_weights": self.encoder_weights}
+        return {field: path for field, path in named.items() if path}
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -90,9 +96,10 @@ class EngineSection(Section):
     debug: bool = Field(default=False, description="check invariants before and after every step; slow")
 
     @model_validator(mode="after")
-    def _offload_needs_zero(self) -> EngineSection:
+    def _offload_needs_zero(self, info: ValidationInfo) -> EngineSection:
         if self.cpu_offload and not self.zero_stage:
-            raise ValueError("engine.cpu_offload: needs engine.zero_stage 1, 2 or 3, found 0")
+            says = "engine.cpu_offload: needs engine.zero_stage 1, 2 or 3, found 0"
+            complain([Finding(says, ("engine.cpu_offload", "engine.zero_stage"))], info)
         return self
 
 
@@ -185,24 +192,8 @@ class TrainConfig(Section):
     preview_every: int = Field(default=500, ge=1)
 
     @model_validator(mode="after")
-    def _check(self) -> TrainConfig:
-        problems = [*_role_problems(self), *_length_problems(self)]
-        for start, stop in self.data.skip_samples:
-            if not 0 <= start < stop:
-                problems.append(f"data.skip_samples: {start}:{stop} is no stretch of samples; from must be below to")
-        if not self.data.roles:
-            problems.append("data.roles: is empty; name at least one role and its datasets")
-        if self.checkpoint.every is None and self.checkpoint.every_minutes is None:
-            problems.append("checkpoint.every: null needs checkpoint.every_minutes")
-        if (self.recovery.min_workers or 0) > self.cluster.workers:
-            problems.append(
-                f"recovery.min_workers: {self.recovery.min_workers} are more than cluster.workers, "
-                f"{self.cluster.workers}"
-            )
-        if self.checkpoint.keep_best and not self.validation.datasets:
-            problems.append("checkpoint.keep_best: needs validation.datasets to tell which checkpoint is best")
-        if problems:
-            raise ValueError("; ".join(problems))
+    def _check(self, info: ValidationInfo) -> TrainConfig:
+        complain([*_role_findings(self), *length_findings(self), *_other_findings(self)], info)
         return self
 
     @property
@@ -214,37 +205,66 @@ class TrainConfig(Section):
         return os.path.join(self.runs, self.name)
 
 
-def _length_problems(config: TrainConfig) -> Iterator[str]:
+def length_findings(config: TrainConfig) -> Iterator[Finding]:
     """How long the run is; with `passes` that is known once the datasets are open."""
     if bool(config.steps) == bool(config.passes):
         found = "both are given" if config.steps else "neither is given"
-        yield f"steps: give steps or passes; {found}"
+        yield Finding(f"steps: give steps or passes; {found}", ("steps", "passes"))
     if config.passes and (len(config.passes) > 1 or not config.passes.keys() <= config.data.roles.keys()):
-        yield f"passes: found {config.passes}; name one of the roles {sorted(config.data.roles)}"
+        says = f"passes: found {config.passes}; name one of the roles {sorted(config.data.roles)}"
+        yield Finding(says, ("passes", "data.roles"))
     total = config.steps * config.global_batch
     if config.steps and config.data.roles and config.optim.warmup_samples >= total:
-        yield f"optim.warmup_samples: {config.optim.warmup_samples} must be less than the run's {total} samples"
+        batches = [f"data.roles.{role}.batch" for role in config.data.roles]
+        yield Finding(
+            f"optim.warmup_samples: {config.optim.warmup_samples} must be less than the run's {total} samples",
+            ("optim.warmup_samples", "steps", "passes", "data.roles", *batches),
+        )
 
 
-def _role_problems(config: TrainConfig) -> Iterator[str]:
+def _role_findings(config: TrainConfig) -> Iterator[Finding]:
     """What no single field of a role can tell."""
     from dataio.mix import quotas
     from dataio.plan import check_lanes
 
     for role, spec in config.data.roles.items():
         at = f"data.roles.{role}"
+        datasets, labels, weights, lanes = (f"{at}.{name}" for name in ("datasets", "labels", "weights", "lanes"))
         if not spec.datasets:
-            yield f"{at}.datasets: is empty; name at least one dataset folder"
+            yield Finding(f"{datasets}: is empty; name at least one dataset folder", (datasets,))
         if spec.labels and len(spec.labels) != len(spec.datasets):
-            yield f"{at}.labels: {len(spec.labels)} folders for {len(spec.datasets)} datasets; name one each"
+            says = f"{labels}: {len(spec.labels)} folders for {len(spec.datasets)} datasets; name one each"
+            yield Finding(says, (labels, datasets))
         if spec.weights and spec.datasets:
             try:
                 quotas(role, spec.weights, len(spec.datasets))
             except ValueError as error:
-                yield f"{at}.weights: {str(error).removeprefix(f'role {role!r}: ')}"
+                says = f"{weights}: {str(error).removeprefix(f'role {role!r}: ')}"
+                yield Finding(says, (weights, datasets))
         try:
             check_lanes(role, spec.batch, spec.lanes, per_lane=2 if spec.perturbation.cutmix_p > 0 else 1)
         except ValueError as error:
-            yield f"{at}.lanes: {str(error).removeprefix(f'role {role!r}: ')}"
+            says = f"{lanes}: {str(error).removeprefix(f'role {role!r}: ')}"
+            yield Finding(says, (lanes, f"{at}.batch", f"{at}.perturbation.cutmix_p"))
         if config.cluster.workers > spec.lanes:
-            yield f"{at}.lanes: {spec.lanes} cannot feed {config.cluster.workers} cluster.workers; raise the lanes"
+            says = f"{lanes}: {spec.lanes} cannot feed {config.cluster.workers} cluster.workers; raise the lanes"
+            yield Finding(says, (lanes, "cluster.workers"))
+
+
+def _other_findings(config: TrainConfig) -> Iterator[Finding]:
+    for start, stop in config.data.skip_samples:
+        if not 0 <= start < stop:
+            says = f"data.skip_samples: {start}:{stop} is no stretch of samples; from must be below to"
+            yield Finding(says, ("data.skip_samples",))
+    if not config.data.roles:
+        yield Finding("data.roles: is empty; name at least one role and its datasets", ("data.roles",))
+    if config.checkpoint.every is None and config.checkpoint.every_minutes is None:
+        says = "checkpoint.every: null needs checkpoint.every_minutes"
+        yield Finding(says, ("checkpoint.every", "checkpoint.every_minutes"))
+    workers = config.cluster.workers
+    if (config.recovery.min_workers or 0) > workers:
+        says = f"recovery.min_workers: {config.recovery.min_workers} are more than cluster.workers, {workers}"
+        yield Finding(says, ("recovery.min_workers", "cluster.workers"))
+    if config.checkpoint.keep_best and not config.validation.datasets:
+        says = "checkpoint.keep_best: needs validation.datasets to tell which checkpoint is best"
+        yield Finding(says, ("checkpoint.keep_best", "validation.datasets"))

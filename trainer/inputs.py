@@ -36,10 +36,12 @@ def check_inputs(config: TrainConfig) -> dict[str, int]:
 
 def look_at_inputs(config: TrainConfig) -> tuple[dict[str, int], list[Problem]]:
     """(samples of each role, as far as its datasets can be opened; everything that is wrong)."""
-    from trainer.tasks.base import make_task
+    from trainer.tasks.base import look_at_task
     from trainer.trackers import check_trackers
 
-    samples, problems = dict.fromkeys(config.data.roles, 0), list[Problem]()
+    samples = dict.fromkeys(config.data.roles, 0)
+    task, found = look_at_task(config)
+    problems: list[Problem] = [*found]
 
     def attempt(action: Callable[..., T], *arguments: Any) -> T | None:
         try:
@@ -48,7 +50,6 @@ def look_at_inputs(config: TrainConfig) -> tuple[dict[str, int], list[Problem]]:
             problems.append(error)
             return None
 
-    task = attempt(make_task, config)
     attempt(check_trackers, config)
     for role, spec in config.data.roles.items():
         for index, path in enumerate(spec.datasets):
@@ -57,9 +58,9 @@ def look_at_inputs(config: TrainConfig) -> tuple[dict[str, int], list[Problem]]:
                 continue
             samples[role] += dataset.info.samples
             attempt(check_cut, dataset, config.data.max_bad_fraction)
-            if spec.labels:
+            if index < len(spec.labels):
                 attempt(check_labels, role, spec.labels[index], dataset)
-            else:
+            elif not spec.labels:
                 attempt(check_role, role, dataset)
     if config.validation.datasets and task is not None:
         from trainer.validation import validation_of
@@ -67,7 +68,7 @@ def look_at_inputs(config: TrainConfig) -> tuple[dict[str, int], list[Problem]]:
         attempt(validation_of, config, getattr(task, "preset", None))
     for path in config.validation.datasets:
         attempt(check_depth, path)
-    for name, file in (task.files if task else {}).items():
+    for name, file in (task.files if task else config.model.files).items():
         attempt(check_file, name, file)
     return samples, problems
 
@@ -93,18 +94,24 @@ def check_file(name: str, file: str) -> None:
 
 
 def with_steps(config: TrainConfig, samples: Mapping[str, int]) -> TrainConfig:
-    """The configuration with `passes` put into steps: the whole passes, their partial batches included, and the part of
-    one that is left. Raises ConfigError when that is less than the warm-up, or when the role is mixed by weights."""
+    """The configuration with `passes` put into steps. Raises ConfigError when that is less than the warm-up, or when
+    the role is mixed by weights."""
     if not config.passes:
         return config
+    steps, source = steps_of(config, samples)
+    values = config.model_dump(mode="json") | {"steps": steps, "passes": {}}
+    return parse_config(TrainConfig, values, source=source)
+
+
+def steps_of(config: TrainConfig, samples: Mapping[str, int]) -> tuple[int, str]:
+    """The steps that the `passes` are, and a line that says so: the whole passes, their partial batches included, and
+    the part of one that is left. Raises ConfigError when the role is mixed by weights."""
     ((role, passes),) = config.passes.items()
     spec = config.data.roles[role]
     if spec.weights:
         raise ConfigError(f"passes.{role}: its datasets are mixed by weights, which has no pass; give steps")
-    each = pass_batches(samples[role], spec.batch, spec.lanes)
-    steps = max(1, round(passes * each))
-    values = config.model_dump(mode="json") | {"steps": steps, "passes": {}}
-    return parse_config(TrainConfig, values, source=f"passes: {passes:g} of {role} are {steps} steps")
+    steps = max(1, round(passes * pass_batches(samples[role], spec.batch, spec.lanes)))
+    return steps, f"passes: {passes:g} of {role} are {steps} steps"
 
 
 def order_facts(config: TrainConfig, samples: Mapping[str, int]) -> dict[str, Any]:

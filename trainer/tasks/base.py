@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -22,8 +22,10 @@ from dataio.spec import RoleNeeds
 from dataio.types import Batch
 from model import DepthAnything, get_preset
 from model.save import record_of
+from model.types import WeightsError
 from trainer.config import ConfigError, Section, parse_config
 from trainer.config_train import ModelSection, TrainConfig
+from trainer.salvage import salvage
 
 Forward = Callable[..., Any]  # the trainable network as the engine wraps it
 
@@ -49,8 +51,7 @@ class Task(abc.ABC):
     @property
     def files(self) -> dict[str, str]:
         """What this task reads beside its data, by configuration field: looked for before a worker starts."""
-        named = {"model.weights": self.model.weights, "model.encoder_weights": self.model.encoder_weights}
-        return {field: path for field, path in named.items() if path}
+        return self.model.files
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -161,21 +162,52 @@ def make_task(config: TrainConfig) -> Task:
 
     Raises ConfigError naming the field otherwise.
     """
+    cls = _class_of(config)
+    kind = config.task.kind
+    task = cls(parse_config(cls.Options, config.task.options, source=f"task {kind!r}", prefix="task."), config.model)
+    for problem in _role_problems(config, task):
+        raise problem
+    return task
+
+
+def look_at_task(config: TrainConfig) -> tuple[Task | None, list[ConfigError | WeightsError]]:
+    """(the task, with stand-ins for wrong options, or None; everything that is wrong with it)."""
+    try:
+        cls = _class_of(config)
+    except ConfigError as error:
+        return None, [error]
+    read = salvage(cls.Options, config.task.options, prefix="task.")
+    problems: list[ConfigError | WeightsError] = [ConfigError(line) for line in read.problems]
+    if read.config is None:
+        return None, problems
+    try:
+        task = cls(read.config, config.model)
+    except (ConfigError, WeightsError) as error:
+        return None, [*problems, error]
+    # which roles it needs hangs on its options
+    return task, problems if read.wrong else [*problems, *_role_problems(config, task)]
+
+
+def _class_of(config: TrainConfig) -> type[Task]:
     kind = config.task.kind
     if kind not in task_names():
         raise ConfigError(f"task.kind: found {kind!r}; known tasks: {', '.join(task_names())}")
     cls: type[Task] = importlib.import_module(f"trainer.tasks.{kind}").TrainingTask
-    options = parse_config(cls.Options, config.task.options, source=f"task {kind!r}", prefix="task.")
-    task = cls(options, config.model)
-    given, needed = set(config.data.roles), set(task.needs)
+    return cls
+
+
+def _role_problems(config: TrainConfig, task: Task) -> Iterator[ConfigError]:
+    kind, given, needed = config.task.kind, set(config.data.roles), set(task.needs)
     if given != needed:
-        raise ConfigError(f"data.roles: task {kind!r} needs {sorted(needed)}, found {sorted(given)}")
+        yield ConfigError(f"data.roles: task {kind!r} needs {sorted(needed)}, found {sorted(given)}")
     for role, need in task.needs.items():
-        if need.sidecar and not config.data.roles[role].labels:
-            raise ConfigError(f"data.roles.{role}.labels: missing; name the sidecar that `fathom label run` wrote")
-        if not need.sidecar and config.data.roles[role].labels:
-            raise ConfigError(f"data.roles.{role}.labels: task {kind!r} reads no sidecar for this role; remove it")
-    return task
+        if role not in given:
+            continue
+        labels = config.data.roles[role].labels
+        if need.sidecar and not labels:
+            yield ConfigError(f"data.roles.{role}.labels: missing; name the sidecar that `fathom label run` wrote")
+        if not need.sidecar and labels:
+            yield ConfigError(f"data.roles.{role}.labels: task {kind!r} reads no sidecar for this role; remove it")
 
 
 def weight_of(batch: Batch, role: str) -> Tensor:
