@@ -71,13 +71,20 @@ def run(
 
 def config_of(**given: Any) -> LabelConfig:
     """The configuration that the parameters of `label run` make. Raises ConfigError."""
-    from trainer.config import absolute_paths, parse_config
+    from trainer.config import parse_config
     from trainer.config_label import LabelConfig
 
+    options.position_mode(given["position_mode"])
+    return parse_config(LabelConfig, values_of(**given), source="label run")
+
+
+def values_of(**given: Any) -> dict[str, Any]:
+    """The same before it is looked at."""
+    from trainer.config import absolute_paths
+
     workers, threads, gpu, address = (given.pop(name) for name in ("workers", "threads", "gpu", "address"))
-    given["position_mode"] = options.position_mode(given["position_mode"])
     given["cluster"] = {"workers": workers, "threads": threads, "use_gpu": gpu, "address": address}
-    return parse_config(LabelConfig, absolute_paths(given), source="label run")
+    return absolute_paths(given)
 
 
 def status(

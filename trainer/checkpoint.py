@@ -127,6 +127,11 @@ class Moments(Mapping[str, Tensor]):
         return found
 
 
+def checkpoint_bytes(parameters: int, trained: int, *, averaged: bool) -> int:
+    """On disk: the weights, two moments of the trained ones and, where the run keeps one, the moving average."""
+    return 4 * (parameters * (1 + averaged) + 2 * trained)
+
+
 def part_name(rank: int, world_size: int) -> str:
     """The file of one rank's moments."""
     return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"

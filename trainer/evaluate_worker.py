@@ -13,6 +13,7 @@ from torch import Tensor
 from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset
 from dataio.spec import DataError
+from model.presets import Preset
 from trainer.benchmarks import PAIRS
 from trainer.config import ConfigError
 from trainer.config_evaluate import DatasetEntry, EvaluateConfig
@@ -78,25 +79,26 @@ def make_predictor(config: EvaluateConfig, *, device: str | None = None) -> Pred
 
 def measurements(config: EvaluateConfig, predictor: Predictor) -> list[Measurement]:
     """What is measured of each dataset. ConfigError: a protocol does not go with this network or benchmark."""
-    found = []
-    for number, entry in enumerate(config.datasets):
-        protocols = ("pairs",) if entry.benchmark == PAIRS else entry.protocols or config.protocols
-        try:
-            found.append(
-                measurement(
-                    predictor.network.preset,
-                    protocol=protocols,
-                    benchmark=entry.benchmark,
-                    max_depth=config.max_depth,
-                    input_size=config.input_size,
-                    batch=config.batch,
-                    limit=config.limit,
-                    constant=entry.benchmark != PAIRS,
-                )
-            )
-        except ConfigError as error:
-            raise ConfigError(f"datasets.{number}: {error}") from None
-    return found
+    return [measurement_of(config, number, predictor.network.preset) for number in range(len(config.datasets))]
+
+
+def measurement_of(config: EvaluateConfig, number: int, preset: Preset) -> Measurement:
+    """What is measured of the `number`-th dataset with a network of this preset. Raises ConfigError."""
+    entry = config.datasets[number]
+    protocols = ("pairs",) if entry.benchmark == PAIRS else entry.protocols or config.protocols
+    try:
+        return measurement(
+            preset,
+            protocol=protocols,
+            benchmark=entry.benchmark,
+            max_depth=config.max_depth,
+            input_size=config.input_size,
+            batch=config.batch,
+            limit=config.limit,
+            constant=entry.benchmark != PAIRS,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"datasets.{number}: {error}") from None
 
 
 def items_of(sets: list[Dataset | PairSet], limit: int | None) -> list[Item]:

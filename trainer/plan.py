@@ -1,146 +1,198 @@
-"""What a command would take, before any of it is spent: ranks, batches, memory, disk, time; and all that is wrong."""
+"""What a command would take, before any of it is spent: ranks, batches, memory, disk, time; and all that is wrong.
+
+Numbers are numbers, with their unit in the key (bytes, seconds, samples); launcher/verbs_plan.py shows them to people.
+"""
 
 from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster import storage
+from dataio.plan import pass_batches
+from model.types import WeightsError
 from trainer.config import ConfigError
-from trainer.config_train import TrainConfig
+from trainer.config_train import TrainConfig, length_findings
 from trainer.folder import RunFolder
-from trainer.inputs import look_at_inputs, order_facts, with_steps
+from trainer.inputs import look_at_inputs, steps_of
 from trainer.journal import logged_lines
+from trainer.salvage import without_consequences
 
 if TYPE_CHECKING:
     from trainer.footprint import Footprint
+
+NO_RATE = "the time is not known, since nothing was measured: give --rate, in images a second of all {} together"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Sections of a table: title -> name -> value; and what is wrong, a line each."""
 
-    sections: Mapping[str, Mapping[str, Any]]
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
-def plan_train(config: TrainConfig, rate: float | None = None) -> Plan:
-    """A training run. `rate`: images a second of all ranks together, measured; else that of the run so far, if any."""
+def plan_train(
+    config: TrainConfig, rate: float | None = None, *, problems: Sequence[str] = (), wrong: Sequence[str] = ()
+) -> Plan:
+    """A training run. `rate`: images a second of all ranks together, measured; else that of the run so far, if any.
+
+    `problems` were found when the configuration was read, and it has stand-ins for the fields `wrong` (salvage.py).
+    """
     from trainer.autobatch import share_of
-    from trainer.footprint import footprint
 
-    samples, found = look_at_inputs(config)
-    problems = [line for error in found for line in str(error).splitlines()]
-    try:
-        config = with_steps(config, samples) if all(samples.values()) else config
-    except ConfigError as error:
-        problems.append(str(error))
+    samples, errors = look_at_inputs(config)
+    lines = [line for error in errors for line in str(error).splitlines()]
+    config, more = _with_steps(config, samples)
     workers = config.cluster.workers
     share = share_of(config, workers)
-    rows = share if config.engine.micro_batch in (None, "auto") else min(int(config.engine.micro_batch), share)
+    auto = config.engine.micro_batch == "auto"
+    rows = share if auto or config.engine.micro_batch is None else min(int(config.engine.micro_batch), share)
+    done = steps_done(config)
     sections: dict[str, dict[str, Any]] = {
         "run": {
             "folder": config.folder,
             "ranks": workers,
-            "global batch": config.global_batch,
-            "rows of a rank": share,
-            "rows of a forward pass": "auto" if config.engine.micro_batch == "auto" else rows,
-            "forward passes of a step": "auto" if config.engine.micro_batch == "auto" else -(-share // rows),
-            "steps": config.steps or "as many as the passes are, once the datasets can be opened",
+            "global_batch_samples": config.global_batch,
+            "rows_of_a_rank": share,
+            "rows_of_a_forward_pass": None if auto else rows,
+            "forward_passes_of_a_step": None if auto or not rows else -(-share // rows),
+            "steps": config.steps or None,
+            "steps_done": done,
             "samples": config.steps * config.global_batch or None,
+            "roles": role_facts(config, samples),
         }
     }
-    notes: list[str] = []
-    if config.steps:
-        passes = order_facts(config, samples)["passes"]
-        for role, spec in config.data.roles.items():
-            sections["run"][f"{role}: a step, samples, passes"] = (
-                f"{spec.batch}, {samples[role] or '?'}, "
-                + (f"{config.steps / passes[role]['steps']:.2f}" if samples[role] and role in passes else "?")
-            )
-    try:
-        memory = footprint(config, workers)
-    except ConfigError as error:
-        if str(error) not in problems:
-            problems.append(str(error))
-    else:
-        sections["memory of a rank"] = memory_section(config, memory, rows)
-        sections["disk"] = disk_section(config, memory)
-        free = free_bytes(config.runs)
-        sections["disk"]["free"] = "?" if free is None else gib(free)
-        needed = checkpoint_bytes(config, memory) * checkpoints(config)
+    notes = _notes(config, wrong)
+    memory = _memory(config)
+    if memory is not None:
+        sections["memory_of_a_rank"] = memory_section(config, memory, rows)
+        sections["disk"] = disk = disk_section(config, memory)
+        free, needed = disk["free_bytes"], disk["to_come_bytes"]
         if free is not None and free < needed:
-            problems.append(
-                f"runs: {config.runs} has {gib(free)} free, and the checkpoints take {gib(needed)}; lower "
+            more.append(
+                f"runs: {config.runs} has {gib(free)} free, and the checkpoints to come take {gib(needed)}; lower "
                 "checkpoint.keep or choose another disk"
             )
         notes.append(
             "memory is counted from shapes, without the libraries' own (1 to 2 GiB on a GPU), the losses and holes"
         )
-    sections["time"] = time_section(config, rate)
-    return Plan(sections=sections, problems=tuple(problems), notes=tuple(notes))
+    sections["time"] = time_section(config, rate, done)
+    if sections["time"]["images_per_second"] is None:
+        notes.append(NO_RATE.format("ranks"))
+    found = [*problems, *without_consequences([*lines, *more], wrong)]
+    return Plan(sections=sections, problems=tuple(dict.fromkeys(found)), notes=tuple(notes))
 
 
-def memory_section(config: TrainConfig, memory: Footprint, rows: int) -> dict[str, Any]:
-    """Bytes of one rank, by what they are for."""
-    found = {
-        "parameters": f"{memory.parameters / 1e6:.1f} M",
-        "weights": gib(memory.weights),
-        "gradients": gib(memory.gradients),
-        "optimizer and its copies": gib(memory.optimizer),
-    }
-    for name, size in (("moving average", memory.average), ("frozen", memory.frozen)):
-        if size:
-            found[name] = gib(size)
-    if memory.transient:
-        found["low-precision weights"] = gib(memory.transient)
-    found["activations of a row"] = gib(memory.activations)
+def _with_steps(config: TrainConfig, samples: Mapping[str, int]) -> tuple[TrainConfig, list[str]]:
+    """`passes` put into steps as far as they and the data go, and what is wrong with that many."""
+    roles = {role for role in config.passes if role in config.data.roles}
+    known = [samples[role] > 0 and not config.data.roles[role].batch % config.data.roles[role].lanes for role in roles]
+    if config.steps or len(config.passes) != 1 or known != [True]:
+        return config, []
+    try:
+        steps, source = steps_of(config, samples)
+    except ConfigError as error:
+        return config, [str(error)]
+    config = config.model_copy(update={"steps": steps, "passes": {}})
+    return config, [f"{finding.says} ({source})" for finding in length_findings(config)]
+
+
+def _notes(config: TrainConfig, wrong: Sequence[str]) -> list[str]:
+    notes = []
+    if wrong:
+        notes.append(f"counted with the defaults, or without, where a value is wrong: {', '.join(wrong)}")
     if config.engine.micro_batch == "auto":
-        once = memory.total(0)
-        found |= {f"in all, {n} rows at once": gib(once + n * memory.activations) for n in (1, 8, rows) if n <= rows}
-    else:
-        found[f"in all, {rows} rows at once"] = gib(memory.total(rows))
+        notes.append("engine.micro_batch: auto: the ranks measure how many rows a forward pass takes when they start")
+    if not config.steps and config.passes:
+        notes.append("as many steps as the passes are, once the datasets can be opened")
+    return notes
+
+
+def _memory(config: TrainConfig) -> Footprint | None:
+    """None where the task cannot be made: `look_at_inputs` says why."""
+    from trainer.footprint import footprint
+    from trainer.tasks.base import look_at_task
+
+    task, _ = look_at_task(config)
+    try:
+        return footprint(config, config.cluster.workers, task) if task else None
+    except (ConfigError, WeightsError):
+        return None
+
+
+def role_facts(config: TrainConfig, samples: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Of each role: samples of a step and of a pass, and how many passes the steps are; None: not known."""
+    found = {}
+    for role, spec in config.data.roles.items():
+        passes = None
+        if config.steps and samples[role] and not spec.weights and not spec.batch % spec.lanes:
+            passes = config.steps / pass_batches(samples[role], spec.batch, spec.lanes)
+        found[role] = {"step_samples": spec.batch, "pass_samples": samples[role] or None, "passes": passes}
     return found
 
 
-def checkpoints(config: TrainConfig) -> int:
-    """How many are on disk at most: those kept and the one being written."""
-    return config.checkpoint.keep + config.checkpoint.keep_best + 1
-
-
-def checkpoint_bytes(config: TrainConfig, memory: Footprint) -> int:
-    """Weights, two moments and the moving average of one checkpoint."""
-    return 4 * memory.parameters * (3 + (config.optim.ema_decay is not None))
+def memory_section(config: TrainConfig, memory: Footprint, rows: int) -> dict[str, Any]:
+    """Of one rank, by what it is for; `in_all_bytes` by rows of a forward pass."""
+    found = {
+        "parameters": memory.parameters,
+        "weights_bytes": memory.weights,
+        "gathered_weights_bytes": memory.gathered,
+        "gradients_bytes": memory.gradients,
+        "optimizer_and_its_copies_bytes": memory.optimizer,
+        "moving_average_bytes": memory.average,
+        "frozen_bytes": memory.frozen,
+        "low_precision_weights_bytes": memory.transient,
+        "activations_of_a_row_bytes": memory.activations,
+    }
+    shown = sorted({n for n in (1, 8, rows) if n <= rows}) if config.engine.micro_batch == "auto" else [rows]
+    totals = {f"rows_{n}_in_all_bytes": memory.total(n) for n in shown}
+    host = {"main_memory_of_the_optimizer_bytes": memory.main_memory}
+    return {name: size for name, size in (found | totals | host).items() if size}
 
 
 def disk_section(config: TrainConfig, memory: Footprint) -> dict[str, Any]:
-    """What the run writes."""
-    each = checkpoint_bytes(config, memory)
+    """What the run writes; `to_come`: what must be free for it, as the run itself asks for at its start."""
+    from trainer.checkpoint import checkpoint_bytes, list_checkpoints
+
+    each = checkpoint_bytes(memory.parameters, memory.trained, averaged=config.optim.ema_decay is not None)
+    most = config.checkpoint.keep + config.checkpoint.keep_best + 1  # those kept and the one being written
+    there = len(list_checkpoints(RunFolder(config.folder).checkpoints))
     return {
-        "a checkpoint": gib(each),
-        "checkpoints at once": checkpoints(config),
-        "checkpoints in all": gib(each * checkpoints(config)),
-        "exported weights": gib(4 * memory.parameters),
+        "checkpoint_bytes": each,
+        "checkpoints_at_once": most,
+        "checkpoints_in_all_bytes": each * most,
+        "checkpoints_there": there,
+        "to_come_bytes": each * max(1, most - there),
+        "exported_weights_bytes": 4 * memory.parameters,
+        "free_bytes": free_bytes(config.runs),
     }
 
 
-def time_section(config: TrainConfig, rate: float | None) -> dict[str, Any]:
+def steps_done(config: TrainConfig) -> int:
+    """By the run's folder: the last that was logged, or the newest checkpoint's."""
+    from trainer.checkpoint import list_checkpoints, step_of
+
+    logged = [int(line["step"]) for line in logged_lines(config.folder) if "step" in line]
+    saved = [step_of(name) for name in list_checkpoints(RunFolder(config.folder).checkpoints)]
+    return max([0, *logged[-1:], *saved[-1:]])
+
+
+def time_section(config: TrainConfig, rate: float | None, done: int) -> dict[str, Any]:
     """How long the rest takes, by a measured rate."""
-    images, done = config.steps * config.global_batch, 0
     source = "--rate"
     if rate is None:
-        lines = [line for line in logged_lines(config.folder) if line.get("images_per_second")]
-        rate = statistics.median(line["images_per_second"] for line in lines[-20:]) if lines else None
-        done = int(lines[-1]["step"]) if lines else 0
-        source = f"{RunFolder(config.folder).metrics}, at step {done}"
-    if rate is None or not images:
-        return {"left": "not known: nothing was measured; give --rate, in images a second of all ranks together"}
-    seconds = (images - done * config.global_batch) / rate
-    return {"images a second": f"{rate:.4g} ({source})", "left": duration(seconds)}
+        rates = [line["images_per_second"] for line in logged_lines(config.folder) if line.get("images_per_second")]
+        rate = statistics.median(rates[-20:]) if rates else None
+        source = RunFolder(config.folder).metrics
+    if rate is None:
+        return {"images_per_second": None, "left_seconds": None}
+    left = max(0, config.steps - done) * config.global_batch / rate if config.steps else None
+    return {"images_per_second": rate, "measured_by": source, "left_seconds": left}
 
 
 def free_bytes(folder: str) -> int | None:

@@ -28,6 +28,7 @@ from trainer.checkpoint import (
     WEIGHTS,
     About,
     TrainState,
+    checkpoint_bytes,
     commit,
     fingerprint,
     part_name,
@@ -102,9 +103,7 @@ class Saver:
         }
         stall_s = time.perf_counter() - began
         writing = self._thread.submit(self._write, state.step, tensors, places)
-        self._pending = _Pending(
-            state=state, about=about, writing=writing, began=began, stall_s=stall_s, prune=prune
-        )
+        self._pending = _Pending(state=state, about=about, writing=writing, began=began, stall_s=stall_s, prune=prune)
 
     def flags(self) -> tuple[float, float]:
         """(written, failed) of a save under way on this rank, for the step's all-reduce."""
@@ -225,5 +224,5 @@ def require_space(root: str, engine: Engine, keep: Keep, existing: int, averaged
     weights = sum(engine.shape_of(name).numel() for name in dict(engine.module.named_parameters()))
     missing = keep.newest + keep.best + 1 - existing
     os.makedirs(root, exist_ok=True)
-    each = 4 * (weights * (1 + averaged) + 2 * trained)
+    each = checkpoint_bytes(weights, trained, averaged=averaged)
     storage.require_free(root, max(1, missing) * each, f"a run that keeps {keep.newest + keep.best} checkpoints")

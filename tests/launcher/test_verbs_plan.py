@@ -25,7 +25,7 @@ def test_a_recipe_is_laid_out_and_what_is_missing_is_named(fathom: Run, tmp_path
     datasets = [path for role in values["data"]["roles"].values() for path in role["datasets"]]
     for path in datasets:
         assert sum(line.startswith(f"error: {tmp_path / path}: no such folder") for line in err.splitlines()) == 1
-    assert "global batch" in out and "memory of a rank" in out and "Traceback" not in err
+    assert "global batch" in out and "memory of a rank" in out and "MiB" in out and "Traceback" not in err
 
 
 def test_the_same_as_json(fathom: Run, tmp_path: Path) -> None:
@@ -33,13 +33,49 @@ def test_the_same_as_json(fathom: Run, tmp_path: Path) -> None:
     status, out, err = fathom("train", "run.yaml", "--set", "model.preset=tiny", "--rate", "100", "--json")
     found = json.loads(out)
     assert status == 2 and err == "" and len(found["problems"]) > 1
-    assert found["sections"]["run"]["global batch"] > 0
+    assert found["sections"]["run"]["global_batch_samples"] > 0
+    assert isinstance(found["sections"]["memory_of_a_rank"]["weights_bytes"], int)
+
+
+def test_a_wrong_configuration_is_told_whole_and_as_json_too(fathom: Run, tmp_path: Path) -> None:
+    """Misspelt, against each other, not there: one round."""
+    roles = "{labelled: {datasets: [/no/data], batch: 7, lanes: 4}}"
+    (tmp_path / "bad.yaml").write_text(
+        f"name: x\nstepz: 3\ntask: {{kind: teacher}}\nmodel: {{preset: tiny, encoder_weights: /no/encoder}}\n"
+        f"data: {{input_size: 28, roles: {roles}}}\ncluster: {{workers: 9}}\n"
+    )
+    status, _, err = fathom("train", "bad.yaml")
+    assert status == 2
+    for said in (
+        "stepz: unknown key",
+        "lanes may be 1, 7",
+        "cannot feed 9",
+        "/no/data: no such",
+        "/no/encoder: no such",
+    ):
+        assert sum(said in line for line in err.splitlines()) == 1, (said, err)
+    assert len(err.splitlines()) == 5
+    status, out, again = fathom("train", "bad.yaml", "--json")
+    assert status == 2 and again == ""
+    assert [f"error: {line}" for line in json.loads(out)["problems"]] == err.splitlines()
+    status, out, _ = fathom("train", "none.yaml", "--json")
+    assert status == 2 and "no such configuration file" in json.loads(out)["problems"][0]
+    status, out, _ = fathom("label", "run", "/no/data", "--weights", "/no/w", "--precision", "fp64", "--json")
+    assert status == 2 and len(json.loads(out)["problems"]) == 3
+
+
+def test_an_evaluation_is_looked_at(fathom: Run, tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text("weights: w\ndatasets: [a, b]\nbatch: 0\n")
+    status, out, err = fathom("evaluate", "e.yaml")
+    assert status == 2 and len(err.splitlines()) == 4 and "forward pass images" in out
+    status, out, _ = fathom("evaluate", "e.yaml", "--set", "batch=1", "--json")
+    assert status == 2 and len(json.loads(out)["problems"]) == 3
 
 
 def test_other_verbs_are_refused(fathom: Run, tmp_path: Path) -> None:
     write(tmp_path)
     for words, said in (
-        (("label", "status", "x"), "'label status' is none that can be planned; train, label run"),
+        (("label", "status", "x"), "'label status' is none that can be planned; train, label run, evaluate"),
         (("frobnicate", "run.yaml"), "'frobnicate' is none"),
     ):
         status, _, err = fathom(*words)

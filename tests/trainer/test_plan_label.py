@@ -20,17 +20,19 @@ def test_before_the_first_shard(dataset: str, weights: str, tmp_path: Path) -> N
     plan = plan_label(config_of(dataset, weights, out=str(tmp_path), cluster={"workers": 2}))
     assert plan.problems == ()
     work = plan.sections["work"]
-    assert (work["actors"], work["shards"], work["images"], work["forward passes of an image"]) == (2, 2, 12, 2)
-    assert "not known" in plan.sections["disk"]["labels"] and "not known" in plan.sections["time"]["left"]
-    assert plan.sections["memory of an actor"]["weights"].endswith("MiB")
+    assert (work["actors"], work["shards"], work["samples"], work["forward_passes_of_an_image"]) == (2, 2, 12, 2)
+    assert plan.sections["disk"]["labels_to_come_bytes"] is None
+    assert plan.sections["time"]["left_seconds"] is None and "give --rate" in plan.notes[0]
+    memory = plan.sections["memory_of_an_actor"]
+    assert memory["weights_bytes"] == 4 * memory["parameters"] and memory["activations_of_a_forward_pass_bytes"] > 0
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rate_makes_a_time(dataset: str, weights: str, tmp_path: Path) -> None:
     config = config_of(dataset, weights, out=str(tmp_path), flip=False)
     plan = plan_label(config, rate=0.01)  # 12 images: 20 minutes
-    assert plan.sections["time"] == {"images a second": "0.01 (--rate)", "left": "0 h 20 min"}
-    assert plan.sections["work"]["forward passes of an image"] == 1
+    assert plan.sections["time"] == {"images_per_second": 0.01, "measured_by": "--rate", "left_seconds": 1200.0}
+    assert plan.sections["work"]["forward_passes_of_an_image"] == 1 and plan.notes == ()
 
 
 def test_what_is_labelled_tells_what_the_rest_takes(dataset: str, weights: str, tmp_path: Path) -> None:
@@ -41,9 +43,9 @@ def test_what_is_labelled_tells_what_the_rest_takes(dataset: str, weights: str, 
     entry = Labeller(config.model_dump(mode="json"), store.path).process(opened.shards[0].stem)
     plan = plan_label(config)
     disk = plan.sections["disk"]
-    assert (disk["folder"], disk["shards done"], disk["images done"]) == (store.path, 1, 8)
-    assert disk["labels to come"] == f"{entry.bytes / 8 * 4 / 2**20:.1f} MiB"
-    assert plan.sections["time"]["images a second"].endswith("(1 shards labelled so far)")
+    assert (disk["folder"], disk["shards_done"], disk["samples_done"]) == (store.path, 1, 8)
+    assert disk["labels_to_come_bytes"] == int(entry.bytes / 8 * 4)
+    assert plan.sections["time"]["measured_by"] == "1 shards labelled so far"
 
 
 def test_everything_wrong_is_said_at_once(dataset: str, weights: str, tmp_path: Path) -> None:
