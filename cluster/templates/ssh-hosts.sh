@@ -71,7 +71,7 @@ begin() { # OPTIONS of `ray start`; prints the cluster's address
 }
 
 busy() { # whether a job or a rank is left. Ray itself waits for an actor that Ray Train leaves behind on the head, too.
-    local own=' ray::(IDLE|DashboardAgent|RuntimeEnvAgent|_AutoscalingCoordinatorActor)' raylet
+    local own=' ray::(IDLE|DashboardAgent|RuntimeEnvAgent|_AutoscalingCoordinatorActor)' # sets `raylet`
     raylet=$(pgrep -P "$pid" raylet) || return 0 # that we cannot tell is no reason to kill
     pgrep -a -P "$raylet" | grep ' ray::' | grep -qvE "$own"
 }
@@ -82,14 +82,12 @@ finish() { # SIGTERM drains the machine: ranks on it save and end. Never `ray st
     if alive; then
         said=stopped
         kill -TERM "$pid"
-        while alive && [ "$SECONDS" -lt "$ends" ] && [ "$idle" -lt 30 ]; do # 3 s
+        while alive && [ "$SECONDS" -lt "$ends" ]; do
             if busy; then idle=0; else idle=$((idle + 1)); fi
+            [ "$idle" != 30 ] || kill -TERM "$raylet" # 3 s: without it, `ray start` ends the rest
             sleep 0.1
         done
-        if alive; then # its children end with it
-            [ "$idle" -gt 0 ] || said="killed after $((STOP_S + 30)) s"
-            kill -KILL "$pid"
-        fi
+        if alive; then said="killed after $((STOP_S + 30)) s"; kill -KILL "$pid"; fi # its children end with it
     fi
     rm -rf "$HERE" "$SESSION"
     rmdir "${HERE%/*}" 2>/dev/null # the last machine of a shared home folder
