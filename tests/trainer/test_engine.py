@@ -352,7 +352,8 @@ def test_deepspeed_knows_every_key(stage: int, precision: str) -> None:
     config = deepspeed_config(OptimSection(clip=0.5), section, 3, 1000)
     known = {value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str)}
     assert set(config) <= known | {ZERO_OPTIMIZATION}
-    assert set(config["zero_optimization"]) <= set(DeepSpeedZeroConfig.model_fields)
+    fields = DeepSpeedZeroConfig.model_fields
+    assert set(config["zero_optimization"]) <= {*fields, *(field.alias for field in fields.values())}
     offload = config["zero_optimization"].get("offload_optimizer", {})
     assert set(offload) <= set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
     autocast = {value for name, value in vars(constants).items() if name.startswith("TORCH_AUTOCAST_")}
