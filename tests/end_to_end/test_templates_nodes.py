@@ -202,7 +202,9 @@ def test_a_slurm_job_is_ended_by_its_time_limit_and_goes_on_when_it_is_queued_ag
 def test_machines_by_ssh_are_started_take_a_job_and_are_stopped(
     tmp_path: Path, machines: Bed, desk: Desk, data_world: World, undisturbed: Path
 ) -> None:
-    write_config(tmp_path / "teacher.yaml", run_values(data_world))
+    work = tmp_path / "work"  # not above the machines' home
+    work.mkdir()
+    write_config(work / "teacher.yaml", run_values(data_world))
     hosts = tmp_path / "machines"
     hosts.write_text("".join(f"{name} {machines.machines[name].address}\n" for name in ("head", "node1")))
     env = {"FATHOM_VENV": str(Path(sys.executable).parent.parent), "FATHOM_INTERFACE": "eth0"}
@@ -217,9 +219,9 @@ def test_machines_by_ssh_are_started_take_a_job_and_are_stopped(
     assert script("status")[0] == 0
     submit = (sys.executable, "-m", "launcher.cli", "submit", "--wait", "train", "teacher.yaml")
     there = {"PYTHONPATH": str(REPOSITORY), "RAY_API_SERVER_ADDRESS": "http://localhost:8265"}  # the tunnel's end
-    done = machines.head.run(*submit, cwd=tmp_path, env=there, timeout_s=TIMEOUT_S)
+    done = machines.head.run(*submit, cwd=work, env=there, timeout_s=TIMEOUT_S)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert same_weights(tmp_path / "runs" / "teacher", undisturbed)
+    assert same_weights(work / "runs" / "teacher", undisturbed)
     status, said = script("stop")
     assert status == 0 and said.count("stopped") == 2, said
     wait_for(lambda: rays(machines) == [], "end of Ray's helpers", 30.0)  # which see that their parent is gone
