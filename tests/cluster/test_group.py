@@ -134,7 +134,10 @@ def test_without_the_actor_between_driver_and_ranks_the_group_is_ended(tmp_path:
     with pytest.raises(WorkerDied, match="the actor between the driver and the ranks has died"):
         run(work.hang, {"rank": 1, "how": "sleep", "folder": str(tmp_path)}, tmp_path, watch=watched(tmp_path))
     thread.join()
-    assert not [rank for rank in (0, 1) if psutil.pid_exists(pid_of(tmp_path, rank))]
+    ends = time.monotonic() + 30  # those that the driver had not heard of yet go with what they were placed on
+    while any(psutil.pid_exists(pid_of(tmp_path, rank)) for rank in (0, 1)):
+        assert time.monotonic() < ends, "a rank is left"
+        time.sleep(0.1)
 
 
 def test_a_group_that_moves_is_left_alone(tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ def test_a_run_leaves_what_the_contract_lists(world: World) -> None:
             assert picture.size[0] == 4 * SIZE  # image, target, prediction, valid
     assert {path.name for path in (run / "weights").iterdir()} >= {"model.safetensors", "config.json"}
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "environment.json", "journal.jsonl", "metrics.jsonl", "previews", "tensorboard",
-        "weights",
+        ".lock", "checkpoints", "config.yaml", "environment.json", "journal.jsonl", "metrics.jsonl", "previews",
+        "tensorboard", "weights",
     ]  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def test_a_rank_that_ends_or_freezes_costs_time_and_nothing_else(
     assert 20 <= int(lines[3]["resume"][-8:]) < STEPS
     if "not been heard" in event:
         (stacks,) = (run / "stacks" / "001").iterdir()  # the other rank's
-        assert "all_reduce" in stacks.read_text()
+        assert "torch/distributed" in stacks.read_text()  # in a collective, whichever it was
     assert losses(run) == losses(undisturbed) and same_weights(run, undisturbed)
     assert events(run)[-1] == "finished" and not (run / "telemetry").exists()
 
