@@ -53,15 +53,15 @@ def main() -> None:
         started = [
             ray, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(PORT), "--num-cpus", "1",
             "--dashboard-port", str(DASHBOARD), "--temp-dir", f"{name}/r", "--object-store-memory", str(80 << 20),
-            "--disable-usage-stats",
+            "--min-worker-port", "0", "--max-worker-port", "0", "--disable-usage-stats",
         ]  # fmt: skip
         head = subprocess.Popen(started, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             fathom = [sys.executable, "-m", "launcher.cli"]
             ends = time.monotonic() + 60
             while subprocess.run([*fathom, "jobs", "list"], env=env, capture_output=True).returncode:
-                if time.monotonic() > ends:
-                    sys.exit("error: the cluster does not answer")
+                if head.poll() is not None or time.monotonic() > ends:
+                    sys.exit(f"error: the cluster does not answer: {' '.join(started)}")
             rows = {
                 "python -c pass": [sys.executable, "-c", "pass"],
                 "fathom --help": [*fathom, "--help"],
