@@ -1,7 +1,7 @@
 """`make soak`: runs on several machines, one after another, with a random fault every minute, for half an hour.
 
 Every run must end SUCCEEDED with the bits and the losses of one that was left alone. Prints a line for each fault and
-each run, and a table at the end; exit status 1 when a run was not as it should be.
+each run, and a table at the end; exit status 1 when a run was not as it should be, or too few faults came to pass.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
+
+from launcher.jobs import CANCELLED, FAILED, SUCCEEDED, UNFINISHED
 from tests.bed import Bed, available, wait_for
 from tests.end_to_end.cli import TIMEOUT_S, steps_done, succeed, write_config
 from tests.end_to_end.conftest import World, make_sets
 from tests.end_to_end.nodes import WITH_RAY, fathom, losses, run_values, same_weights, told, with_ranks
-from tests.end_to_end.test_faults import FATAL, FAULTS, raise_in_a_rank
+from tests.end_to_end.test_faults import FATAL, FAULTS, SABOTEUR
 
 STEPS = 500
-ENDS = {"SUCCEEDED", "FAILED", "CANCELLED"}
+ENDS = {SUCCEEDED: "SUCCEEDED", FAILED: "FAILED", CANCELLED: "CANCELLED"}  # exit status of `jobs wait`
 
 
 def parse() -> argparse.Namespace:
@@ -36,6 +39,8 @@ def soak(arguments: argparse.Namespace, folder: Path) -> bool:
     """Whether all was well."""
     world = World(folder / "world")
     make_sets(world)
+    folder = folder / "work"  # what is shipped must not have the machines' home in it
+    folder.mkdir()
     values = run_values(world, steps=STEPS, log_every=10)
     values["recovery"] = {**values["recovery"], "max_failures": 20}  # a busy machine may need longer than `--every`
     write_config(folder / "teacher.yaml", values)
@@ -44,12 +49,14 @@ def soak(arguments: argparse.Namespace, folder: Path) -> bool:
     alone_s = time.monotonic() - began
     draw, ends = random.Random(arguments.seed), time.monotonic() + 60 * arguments.minutes
     faults, runs, well = Counter[str](), list[float](), True
-    with Bed(folder / "bed", cpus=[1, 1, 1]) as machines:
+    with Bed(folder.parent / "bed", cpus=[1, 1, 1]) as machines:
+        (machines.site / "sitecustomize.py").write_text(SABOTEUR.format(order=f"{machines.folder}/raise"))
         while time.monotonic() < ends:
             name = f"run{len(runs)}"
             began = time.monotonic()
             write_config(folder / "teacher.yaml", values | {"name": name})
-            assert fathom(machines, "submit", "train", "teacher.yaml", cwd=folder).status == 0
+            done = fathom(machines, "submit", "train", "teacher.yaml", cwd=folder)
+            assert done.status == 0, done.err
             state = disturb(machines, folder, name, draw, arguments.every, faults)
             runs.append(time.monotonic() - began)
             same = state == "SUCCEEDED" and same_weights(folder / "runs" / name, folder / "runs" / "teacher")
@@ -64,30 +71,38 @@ def soak(arguments: argparse.Namespace, folder: Path) -> bool:
     print("| fault | times |\n|---|---|")
     for fault, count in sorted(faults.items()):
         print(f"| {fault} | {count} |")
-    return well
+    enough = faults.total() >= arguments.minutes * 60 / arguments.every / 4  # a start takes half a minute
+    print(f"\n{faults.total()} faults{'' if enough else ': too few'}", flush=True)
+    return well and enough
 
 
 def disturb(
     machines: Bed, folder: Path, name: str, draw: random.Random, every_s: float, faults: Counter[str]
 ) -> str:
     """A fault every `every_s` seconds until the job has ended; returns its state."""
-    run, broken = folder / "runs" / name, False
+    run, broken, unanswered = folder / "runs" / name, False, 0
     wait_for(lambda: steps_done(run) >= 1, "the first step", TIMEOUT_S)
     while True:
         ends = time.monotonic() + every_s
         while time.monotonic() < ends:
             done = fathom(machines, "jobs", "wait", name, "--timeout", "5", cwd=folder)
-            if done.status != 101:
-                return done.err.strip().rpartition(": ")[2].split()[0]
+            if done.status in ENDS:
+                return ENDS[done.status]
+            unanswered = 0 if done.status == UNFINISHED else unanswered + 1
+            if unanswered > 10:
+                raise SystemExit(f"error: {name}: {done.err}")
         if broken:
             mend(machines)
             broken = False
         if len(with_ranks(machines)) < 2 or with_ranks(machines) == ["head"]:
             continue  # it is starting again
-        fault = draw.choice([fault for fault in FAULTS if fault is not raise_in_a_rank])
+        fault = draw.choice(list(FAULTS))
+        try:
+            fault(machines, folder)
+        except (psutil.NoSuchProcess, ValueError, IndexError):  # whom it was meant for has just ended
+            continue
         print(f"  {name}, step {steps_done(run)}: {fault.__name__}", flush=True)
         faults[fault.__name__] += 1
-        fault(machines, folder)
         broken = any(word in fault.__name__ for word in FATAL)
 
 
