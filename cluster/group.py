@@ -202,13 +202,13 @@ def _on_worker(config: dict[str, Any]) -> Any:
     import ray.train
     import ray.train.torch
     import torch
-    import torch.distributed
+
+    from cluster.exchange import gathered
 
     train, control = ray.train.get_context(), config["control"]
     rank = train.get_world_rank()
     torch.set_num_threads(config["threads"])
-    nodes: list[Any] = [None] * train.get_world_size()
-    torch.distributed.all_gather_object(nodes, train.get_node_rank())
+    nodes = gathered(train.get_node_rank())
     # DeepSpeed asks for what only its own launcher sets.
     os.environ["CROSS_RANK"] = str(train.get_node_rank())
     os.environ["CROSS_SIZE"] = str(len(set(nodes)))

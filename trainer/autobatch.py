@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster import machine
+from cluster.exchange import gathered
 from cluster.worker import WorkerContext
 from dataio.types import Batch, Target
 from trainer.config import ConfigError
@@ -240,8 +241,4 @@ def free_memory(device: torch.device) -> int:
 
 def ranks_here(context: WorkerContext) -> int:
     """Ranks that share this machine's memory. A collective."""
-    names: list[str] = [socket.gethostname()]
-    if context.world_size > 1:
-        names = [""] * context.world_size
-        dist.all_gather_object(names, socket.gethostname())
-    return names.count(socket.gethostname())
+    return gathered(socket.gethostname()).count(socket.gethostname())

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cluster.exchange import gathered
 from trainer.optim import Groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -177,11 +178,8 @@ class Joiner:
 
     def __init__(self, spans: Mapping[str, Span], shapes: Mapping[str, torch.Size], world_size: int) -> None:
         self._shapes = dict(shapes)
-        self._spans: list[Mapping[str, Span]] = [dict(spans)]
-        if world_size > 1:
-            gathered: list[Any] = [None] * world_size
-            dist.all_gather_object(gathered, dict(spans))
-            self._spans = gathered
+        told = gathered({name: [span.start, span.stop] for name, span in spans.items()})
+        self._spans = [{name: Span(*span) for name, span in of_rank.items()} for of_rank in told]
 
     def whole(self, parts: Mapping[str, Tensor], *, everywhere: bool) -> dict[str, Tensor]:
         """Whole tensors by name, on rank 0 or `everywhere`; {} on the others. Every bit travels."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cluster.exchange import gathered
 from dataio.types import Batch
 from trainer.ema import Ema
 from trainer.engine import Engine
@@ -99,11 +100,7 @@ class Invariants:
         return {n: checksum(t) for n, t in self._engine.module.state_dict().items() if n not in trained}
 
     def _report(self, found: list[str], when: str) -> None:
-        everywhere: list[list[str]] = [found]
-        if dist.get_world_size() > 1:
-            everywhere = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(everywhere, found)
-        told = [f"rank {rank}: {'; '.join(lines[:5])}" for rank, lines in enumerate(everywhere) if lines]
+        told = [f"rank {rank}: {'; '.join(lines[:5])}" for rank, lines in enumerate(gathered(found)) if lines]
         if told:
             raise InvariantBroken(f"{when} the step after {self._step}, --debug found: {' | '.join(told)}")
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 
 from cluster import storage
+from cluster.exchange import gathered
 from cluster.telemetry import Exporter
 from cluster.worker import WorkerContext
 from dataio.loader import Loader
@@ -145,15 +146,11 @@ class Recorder:
     def _skipped(self, record: StepRecord, batch: Batch) -> None:
         """Names the samples at fault; where none could be singled out, all of the global batch."""
         self.exporter.metric("fathom_steps_skipped_total").labels(reason="non_finite").inc()
-        mine = (record.bad_keys, keys_of(batch))
-        gathered = [mine]
-        if self.context.world_size > 1:
-            gathered = [mine] * self.context.world_size
-            dist.all_gather_object(gathered, mine)
+        told = gathered([record.bad_keys, keys_of(batch)])
         if self.context.rank:
             return
-        suspects = {key for keys, _ in gathered for key in keys}
-        keys = sorted(suspects or {key for _, keys in gathered for key in keys})
+        suspects = {key for keys, _ in told for key in keys}
+        keys = sorted(suspects or {key for _, keys in told for key in keys})
         self.write("step_skipped", step=record.step, reason="non_finite", keys=keys, singled_out=bool(suspects))
 
     def _log(self, terms: Mapping[str, float], record: StepRecord) -> None:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster import storage
+from cluster.exchange import first_rank_s, gathered
 from trainer.checkpoint import (
     EMA,
     WEIGHTS,
@@ -130,10 +131,7 @@ class Saver:
         error, files = self._outcomes(pending.writing)
         if self._rank == 0:
             error = self._complete(pending, files) if error is None else self._abandon(pending.state.step, error)
-        if self._world_size > 1:
-            told = [error]
-            dist.broadcast_object_list(told, src=0)
-            error = told[0]
+        error = first_rank_s(error)
         ended = time.perf_counter()
         stall_s = pending.stall_s + ended - began
         self._on_saved(Saved(step=pending.state.step, stall_s=stall_s, seconds=ended - pending.began, error=error))
@@ -189,10 +187,7 @@ class Saver:
             mine: tuple[str | None, Files] = (None, writing.result())
         except (storage.StorageError, MemoryError) as error:
             mine = (str(error) or type(error).__name__, {})
-        outcomes: list[Any] = [mine]
-        if self._world_size > 1:
-            outcomes = [None] * self._world_size
-            dist.all_gather_object(outcomes, mine)
+        outcomes = gathered(mine)
         files = {name: digest for _, written in outcomes for name, digest in written.items()}
         return next((error for error, _ in outcomes if error is not None), None), files
 

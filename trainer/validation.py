@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from cluster.exchange import gathered
 from dataio.dataset import Dataset
 from model import DepthAnything
 from model.presets import Preset
@@ -87,12 +87,10 @@ class Validator:
             dataset, predict, self.what, part=self.rank, of=self.world_size, device=self.device,
             threads=self.config.data.threads, stopped=stopped,
         )  # fmt: skip
-        if self.world_size == 1:
-            return own
-        gathered: list[list[ImageResult] | None] = [None] * self.world_size
-        dist.all_gather_object(gathered, own)
-        whole = [results for results in gathered if results is not None]
-        return [result for results in whole for result in results] if len(whole) == self.world_size else None
+        told = gathered(None if own is None else [asdict(result) for result in own])
+        if None in told:
+            return None
+        return [ImageResult(**result) for results in told for result in results]
 
     def score(self, values: dict[str, float]) -> float | None:
         """What `checkpoint.keep_best` goes by; None when nothing could be measured, or a prediction was not finite."""

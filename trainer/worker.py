@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from cluster import storage
+from cluster.exchange import first_rank_s, gathered
 from cluster.telemetry import Exporter
 from cluster.worker import WorkerContext
 from dataio.loader import Loader
@@ -156,10 +156,8 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
     def _micro_batches(self, module: nn.Module, checkpoint: Checkpoint | None) -> int:
         """As configured; where `auto` chose before, in the same circumstances, that again: a resume keeps every bit."""
         if self.config.engine.micro_batch == "auto":
-            told = [circumstances(self.config, self.context.world_size, self.device)]
-            if self.context.world_size > 1:  # rank 0's, so that all ranks measure or none
-                dist.broadcast_object_list(told, src=0)
-            self.measured = told[0]
+            mine = circumstances(self.config, self.context.world_size, self.device)
+            self.measured = first_rank_s(mine)  # so that all ranks measure or none
             if checkpoint and checkpoint.state.measured == self.measured:
                 return checkpoint.state.micro_batches
         return micro_batch_count(self.config, self.task, module, self.context, self.device)
@@ -195,10 +193,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             self.ema.load(checkpoint.ema or checkpoint.weights)
         self._saved = checkpoint.state.step
         weights = self.engine.whole_weights()
-        told = [fingerprint(weights) == checkpoint.fingerprint if self.context.rank == 0 else None]
-        if self.context.world_size > 1:
-            dist.broadcast_object_list(told, src=0)
-        if not told[0]:
+        if not first_rank_s(self.context.rank == 0 and fingerprint(weights) == checkpoint.fingerprint):
             raise CheckpointError(
                 f"{checkpoint.path}: the weights in the engine are not those that were saved (their fingerprints "
                 "differ); remove the folder to go on from the one before"
@@ -240,11 +235,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
 
     def record_devices(self) -> None:
         """Add every rank's machine and device to environment.json. A collective."""
-        mine = {"host": platform.node(), "device": device_name(self.device)}
-        ranks = [mine]
-        if self.context.world_size > 1:
-            ranks = [mine] * self.context.world_size
-            dist.all_gather_object(ranks, mine)
+        ranks = gathered({"host": platform.node(), "device": device_name(self.device)})
         if self.context.rank == 0:
             content = json.loads(storage.read_bytes(self.folder.environment))
             storage.atomic_write(self.folder.environment, json.dumps(content | {"ranks": ranks}, indent=1))
@@ -391,10 +382,8 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
 
     def _is_among_the_best(self, validator: Validator, score: float) -> bool:
         """Rank 0 looks at what is on disk, and tells."""
-        told: list[bool] = [False]
-        if self.context.rank == 0:
-            best, metric = self.config.checkpoint.keep_best, self.config.validation.metric
-            told = [among_the_best(self.folder.checkpoints, metric, validator.lower_is_better, score, best)]
-        if self.context.world_size > 1:
-            dist.broadcast_object_list(told, src=0)
-        return told[0]
+        best, metric = self.config.checkpoint.keep_best, self.config.validation.metric
+        told = self.context.rank == 0 and among_the_best(
+            self.folder.checkpoints, metric, validator.lower_is_better, score, best
+        )
+        return bool(first_rank_s(told))
