@@ -17,8 +17,11 @@ from typing import Literal
 # died        a worker's process ended without an exception: killed, out of memory, crashed
 # hung        nothing moved for too long, and the group was killed
 # failed      a worker raised an exception
-Kind = Literal["finished", "stopped", "preempted", "lost", "died", "hung", "failed"]
+# away        files that were there before cannot be read or written: a store that does not answer, a full disk
+Kind = Literal["finished", "stopped", "preempted", "lost", "died", "hung", "failed", "away"]
 MACHINES: frozenset[Kind] = frozenset({"preempted", "lost"})
+
+AWAY_MOST = 30  # in a row; with the waits between them, half an hour at least
 
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
@@ -46,6 +49,7 @@ class Policy:
     min_workers: int
     max_failures: int | None = 3
     max_preemptions: int | None = None
+    why_so_many: str = "recovery.min_workers"
     capacity_wait_s: float = 600.0  # for machines to come back, when there are too few
 
 
@@ -75,11 +79,13 @@ def decide(endings: Sequence[Ending], policy: Policy, capacity: int) -> Next | G
     row = without_progress(endings)
     if last.kind == "failed" and [ending.reason for ending in row[-2:] if ending.kind == "failed"] == [last.reason] * 2:
         return GiveUp(because=f"{last.reason} (twice in a row, with nothing done in between)")
-    own = [ending for ending in row if ending.kind not in MACHINES]
-    away = [ending for ending in row if ending.kind in MACHINES]
+    own = [ending for ending in row if ending.kind not in MACHINES and ending.kind != "away"]
+    gone = [ending for ending in row if ending.kind in MACHINES]
+    away = [ending for ending in row if ending.kind == "away"]
     for found, most, field in (
         (own, policy.max_failures, "recovery.max_failures"),
-        (away, policy.max_preemptions, "recovery.max_preemptions"),
+        (gone, policy.max_preemptions, "recovery.max_preemptions"),
+        (away, AWAY_MOST, "the most"),
     ):
         if most is not None and len(found) > most:
             count = f"{len(found)} in a row without a new checkpoint"
@@ -88,9 +94,9 @@ def decide(endings: Sequence[Ending], policy: Policy, capacity: int) -> Next | G
     if workers is None:
         return GiveUp(
             because=f"{last.reason}; after {policy.capacity_wait_s:g} s the cluster has room for {capacity} workers, "
-            f"and recovery.min_workers is {policy.min_workers}"
+            f"and {policy.min_workers} are needed ({policy.why_so_many})"
         )
-    pause = pause_s(len(own) + max(0, len(away) - 1))  # a machine's first end is no reason to wait
+    pause = pause_s(len(own) + len(away) + max(0, len(gone) - 1))  # a machine's first end is no reason to wait
     return Next(workers=workers, wait_s=pause, because=last.reason)
 
 
@@ -121,3 +127,13 @@ def worth_growing(workers: int, policy: Policy, capacity: int, stable_s: float, 
     `stable_s`: how long at least that many have fitted; a machine that comes and goes costs more than it gives.
     """
     return workers < policy.workers and capacity > workers and stable_s >= patience_s
+
+
+def first_line(text: str) -> str:
+    """"" where there is none."""
+    return next(iter(text.splitlines()), "").strip()
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line for people; its type, where it says nothing."""
+    return first_line(str(error)) or type(error).__name__

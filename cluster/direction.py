@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.attempts import reason_of
 from cluster.control import About, View
 from cluster.ending import kill, nodes_alive, release_room, state_of
 from cluster.failures import MachineLost, WorkerDied, WorkerHung
@@ -110,8 +111,8 @@ class Direction:
         self._told: set[str] = set()
 
     def wait(self, given: Given, on_progress: Progress | None) -> Stuck | None:
-        """Until the group has ended, or is stuck. Raises MachineLost when it cannot start, WorkerDied without the
-        actor."""
+        """Until the group has ended, or is stuck. Raises MachineLost without room, WorkerHung when the ranks do not
+        find each other, WorkerDied without the actor."""
         shown, nodes, joined = None, frozenset[str](), 0
         began = room_since = time.monotonic()  # when there was last room for all
         while not self._fit.done.wait(LOOK_EVERY_S):
@@ -135,7 +136,10 @@ class Direction:
             elif time.monotonic() - room_since > _NO_ROOM_S:  # Ray Train would wait for ever
                 raise MachineLost(f"the ranks cannot start: there is room for {room} of {self._workers} workers")
             if self._watch and joined < self._workers and time.monotonic() - began > _JOIN_S:
-                raise MachineLost(f"only {joined} of {self._workers} workers have started in {_JOIN_S:.0f} s")
+                raise WorkerHung(
+                    f"only {joined} of {self._workers} workers have started in {_JOIN_S:.0f} s: can the machines reach "
+                    "each other? `fathom doctor --cluster` tries every pair"
+                )
         view = self._look() if on_progress is not None and self._fit.error is None else None
         if on_progress is not None and view is not None and view.progress is not None and view.progress != shown:
             on_progress(view.progress)
@@ -187,7 +191,7 @@ class Direction:
         except ray.exceptions.RayActorError as error:
             if self._fit.done.wait(LOOK_EVERY_S):  # the ranks' end is the news
                 return None
-            raise WorkerDied(f"the actor between the driver and the ranks has died: {first_line(error)}") from None
+            raise WorkerDied(f"the actor between the driver and the ranks has died: {reason_of(error)}") from None
         except ray.exceptions.RayError:  # it is late: it may be busy, or the control store away
             return None
         return view
@@ -220,8 +224,3 @@ def ask(reference: Any, timeout_s: float = 5.0) -> Any:
         return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.RayError:
         return None
-
-
-def first_line(error: BaseException) -> str:
-    """For people."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster import storage
-from cluster.attempts import Ending, GiveUp, Kind, Policy, decide, fitting, worth_growing
+from cluster.attempts import Ending, GiveUp, Kind, Policy, decide, fitting, reason_of, worth_growing
 from cluster.stop import StopFlag
+from cluster.surroundings import Seen
 from trainer.checkpoint import CheckpointError, clean, find_checkpoint, list_checkpoints, remove, step_of
 from trainer.config import dump_config
 from trainer.config_train import TrainConfig
@@ -26,9 +27,6 @@ from trainer.folder import RunFolder
 from trainer.history import history_of
 from trainer.journal import Journal
 from trainer.ranks import TrainOutcome, leaves_here, look, run_ranks
-
-if TYPE_CHECKING:
-    from cluster.surroundings import Seen
 
 _LOOK_EVERY_S = 1.0
 _SETTLE_S = 5.0  # for Ray to count as free what an attempt that has ended used
@@ -51,13 +49,7 @@ def run_attempts(
     from cluster.runtime import ray_session
 
     with ray_session(config.cluster.address, cpus=config.cluster.workers * config.cluster.threads) as session:
-        attempts = Attempts(config, checkpoint, facts, on_progress, stop, say, alone=session.embedded)
-        if not session.embedded:  # machines may join still
-            attempts.wait_for_machines()
-        while True:
-            outcome = attempts.once()
-            if outcome is not None:
-                return outcome
+        return Attempts(config, checkpoint, facts, on_progress, stop, say, alone=session.embedded).run()
 
 
 class Attempts:
@@ -76,13 +68,30 @@ class Attempts:
         alone: bool = True,
     ) -> None:
         self.config, self.facts, self.on_progress, self.stop, self.say = config, facts, on_progress, stop, say
-        self.run, self.journal, self.alone = RunFolder(config.folder), Journal(config.folder), alone
+        self.folder, self.journal, self.alone = RunFolder(config.folder), Journal(config.folder), alone
         self.policy = policy_of(config)
         self.checkpoint, self.workers = checkpoint, config.cluster.workers
         past = history_of(self.journal.read())
         self.attempt, self.endings, self.rollbacks = past.attempt, [*past.endings], [*past.rollbacks]
-        self.began = False  # ranks of this driver have been at work: what they need is there
+        self.began = past.ran  # ranks have been at work: what they need is there
         self.learned: dict[str, float] = {}
+        self._noted = True
+
+    def run(self) -> TrainOutcome:
+        """All of them. Raises what the last one raised, once no further one is worth it."""
+        try:
+            if not self.alone:  # machines may join still
+                self.wait_for_machines()
+            while True:
+                outcome = self.once()
+                if outcome is not None:
+                    return outcome
+        except KeyboardInterrupt:
+            self.note("stopped", attempt=self.attempt, step=self.step(), reason="SIGINT")
+            raise
+        except BaseException as error:
+            self.note("gave_up", attempt=self.attempt, because=reason_of(error))
+            raise
 
     def wait_for_machines(self) -> None:
         """Until the cluster has room. Raises ClusterAddressError when that takes too long."""
@@ -107,7 +116,7 @@ class Attempts:
         began = time.monotonic()
         told = False
         while True:
-            seen = look(self.config)
+            seen, why = self.seen()
             waited_s = time.monotonic() - began
             fits = fitting(policy, seen.room)
             if fits is not None and (fits == fitting(policy, seen.most) or waited_s >= _SETTLE_S):
@@ -115,21 +124,39 @@ class Attempts:
             if fits is None and not told and waited_s >= min(_SETTLE_S, policy.capacity_wait_s / 2):
                 told = True
                 need = f"room for {policy.min_workers} workers"
-                self.say(f"waiting up to {policy.capacity_wait_s:.0f} s for {need}; there is room for {seen.room}")
+                self.say(f"waiting up to {policy.capacity_wait_s:.0f} s for {need}; {why}")
                 self.note("pending", attempt=self.attempt, reason=f"waits for {need}")
             if waited_s >= policy.capacity_wait_s or self.stop.wait(_LOOK_EVERY_S):
                 return seen
 
+    def seen(self) -> tuple[Seen, str]:
+        """A look at the cluster, and what it says. One that does not answer has no room for now."""
+        try:
+            seen = look(self.config)
+        except Exception as error:  # noqa: BLE001  Ray raises this and that while its control store is away
+            return Seen(), f"the cluster does not answer ({reason_of(error)})"
+        return seen, f"there is room for {seen.room}"
+
+    def leaves(self) -> bool:
+        """Whether the driver's own machine is about to go, as far as anybody says."""
+        with suppress(Exception):
+            return leaves_here()
+        return False
+
     def note(self, event: str, **facts: Any) -> None:
         """Into the journal. A full disk is no reason to end: the journal says less then, the checkpoints say enough."""
-        with suppress(storage.StorageError):
+        try:
             self.journal.write(event, **facts)
+        except storage.StorageError as error:
+            if self._noted:  # told once
+                self.say(f"warning: the journal lacks {event!r} and maybe more: {error}")
+            self._noted = False
 
     def once(self) -> TrainOutcome | None:
         """One attempt. Returns how the run ended, or None when another one follows; raises when none is worth it."""
         if self.stop.reason is not None:
             return self.ended(self.stopped_by(self.stop.reason))
-        if leaves_here():
+        if self.leaves():
             return self.ended(self.stopped_by("PREEMPTED"))  # whoever started it starts it again elsewhere
         self.attempt += 1
         self.note("started", attempt=self.attempt, resume=self.checkpoint, workers=self.workers, **self.facts)
@@ -137,9 +164,6 @@ class Attempts:
             outcome = self.ranks()
         except Exception as error:  # noqa: BLE001  what it means is for `decide` to say
             return self.failed(error)
-        except BaseException as error:
-            self.note("failed", attempt=self.attempt, error=type(error).__name__)
-            raise
         if outcome.stopped and (asked := self.asked()):  # whatever the ranks were told first
             return self.ended(replace(outcome, stopped=asked))
         if outcome.stopped == "RESIZED":
@@ -180,19 +204,20 @@ class Attempts:
         from cluster.runtime import ClusterAddressError
 
         kinds: dict[type[Exception], Kind] = {
-            WorkerDied: "died", WorkerHung: "hung", MachineLost: "lost", storage.Unreachable: "lost",
+            WorkerDied: "died", WorkerHung: "hung", MachineLost: "lost",
         }  # fmt: skip
         kind: Kind = next((kind for cause, kind in kinds.items() if isinstance(error, cause)), "failed")
         hopeless = getattr(error, "exit_status", 1) == 2 or getattr(error, "hopeless", False)
         if isinstance(error, ClusterAddressError) and not self.alone:  # a machine went while this was being started
             kind, hopeless = "lost", False
         elif isinstance(error, storage.StorageError) and self.began:  # it was there
-            hopeless = False
+            kind, hopeless = "away", False
         elif isinstance(error, OutOfMemory) and self.workers < self.config.cluster.workers:
             # each of few workers has more to hold: wait for more of them
             kind, hopeless = "lost", False
-            self.policy = replace(self.policy, min_workers=self.workers + 1)
-        return Ending(kind=kind, step=self.look_back(), reason=first_line(error), hopeless=hopeless)
+            why = f"{self.workers} ran out of memory"
+            self.policy = replace(self.policy, min_workers=self.workers + 1, why_so_many=why)
+        return Ending(kind=kind, step=self.look_back(), reason=reason_of(error), hopeless=hopeless)
 
     def ranks(self) -> TrainOutcome:
         """Start the worker group and wait for its end."""
@@ -200,7 +225,7 @@ class Attempts:
 
         recovery = self.config.recovery
         watch = Watch(
-            stacks=storage.join(self.run.path, "stacks", f"{self.attempt:03d}"),
+            stacks=storage.join(self.folder.path, "stacks", f"{self.attempt:03d}"),
             silence_s=recovery.silence_s,
             factor=recovery.hang_factor,
             shortest_s=recovery.hang_shortest_s,
@@ -227,12 +252,12 @@ class Attempts:
         self.endings.append(ending)
         if error is not None and (ending.hopeless or isinstance(error, CheckpointLost)):
             raise error
-        room = 0 if self.asked() or leaves_here() else self.wait_for_room().room
+        room = 0 if self.asked() or self.leaves() else self.wait_for_room().room
         if asked := self.asked():  # it was to end anyway
             if error is not None:
                 self.say(f"{ending.reason}; ending at step {ending.step}, the newest checkpoint's")
             return self.ended(self.stopped_by(asked))
-        if leaves_here():
+        if self.leaves():
             return self.ended(self.stopped_by("PREEMPTED"))
         decision = decide(self.endings, self.policy, room)
         if isinstance(decision, GiveUp):
@@ -263,20 +288,23 @@ class Attempts:
             times = f"{len(self.rollbacks)} times without getting past step {max(self.rollbacks, default=0)}"
             error.add_note(f"went back {times}; recovery.max_rollbacks is {recovery.max_rollbacks}")
             return False
-        clean(self.run.checkpoints)
-        late = [name for name in list_checkpoints(self.run.checkpoints) if step_of(name) >= error.first_step]
-        early = len(list_checkpoints(self.run.checkpoints)) - len(late)
-        every = self.config.checkpoint.every
-        if not early and (every is None or error.first_step > every):
+        clean(self.folder.checkpoints)
+        found = list_checkpoints(self.folder.checkpoints)
+        late = [name for name in found if step_of(name) >= error.first_step]
+        if len(late) == len(found) and had_checkpoint_before(error.first_step, self.journal.read()):
             error.add_note(f"no checkpoint from before step {error.first_step} is left; raise checkpoint.keep")
             return False
-        remove(self.run.checkpoints, late)
+        remove(self.folder.checkpoints, late)
         self.rollbacks.append(error.step)
         self.endings.clear()  # their steps are not there any more
         step = self.look_back()
         self.config = passing_over(self.config, [error.skip])
-        storage.atomic_write(self.run.config, dump_config(self.config))
-        self.journal.write(
+        try:
+            storage.atomic_write(self.folder.config, dump_config(self.config))
+        except storage.StorageError as problem:
+            error.add_note(f"went back to step {step}, but could not note which samples to pass over: {problem}")
+            return False
+        self.note(
             "rolled_back", attempt=self.attempt, why=error.what, noticed=error.step, step=step, removed=late,
             passed_over=list(error.skip), losses={str(step): loss for step, loss in error.losses.items()},
         )  # fmt: skip
@@ -288,8 +316,8 @@ class Attempts:
 
     def look_back(self) -> int:
         """Find the newest whole checkpoint, from which the next attempt starts; returns its step."""
-        clean(self.run.checkpoints)
-        self.checkpoint = newest_checkpoint(self.run)
+        clean(self.folder.checkpoints)
+        self.checkpoint = newest_checkpoint(self.folder)
         return self.step()
 
     def step(self) -> int:
@@ -298,12 +326,12 @@ class Attempts:
 
     def ended(self, outcome: TrainOutcome) -> TrainOutcome:
         """Write the run's end down."""
-        self.journal.write("stopped" if outcome.stopped else "finished", step=outcome.step, reason=outcome.stopped)
+        self.note("stopped" if outcome.stopped else "finished", step=outcome.step, reason=outcome.stopped)
         return outcome
 
     def stopped_by(self, reason: str) -> TrainOutcome:
         """An end at the newest checkpoint."""
-        return TrainOutcome(folder=self.run.path, step=self.step(), stopped=reason)
+        return TrainOutcome(folder=self.folder.path, step=self.step(), stopped=reason)
 
 
 @dataclass
@@ -342,16 +370,23 @@ def policy_of(config: TrainConfig) -> Policy:
     )
 
 
-def first_line(error: BaseException) -> str:
-    """For people."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def had_checkpoint_before(step: int, journal: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the run's way to where it is had one from before `step`, which may have made room since. Pure."""
+    had = False
+    for line in journal:
+        if line.get("event") == "rolled_back":  # to there, or to the very beginning
+            had = 0 < int(line["step"]) < step
+        elif line.get("event") == "checkpoint":
+            had = had or int(line["step"]) < step
+    return had
 
 
 def newest_checkpoint(run: RunFolder) -> str | None:
     """The newest whole one; those passed over are told. Raises CheckpointError when there are some, and none whole."""
     checkpoint, passed = find_checkpoint(run.checkpoints)
     for line in passed:
-        Journal(run.path).write("checkpoint_passed_over", problem=line)
+        with suppress(storage.StorageError):
+            Journal(run.path).write("checkpoint_passed_over", problem=line)
         print(f"passed over {line}", file=sys.stderr)
     if passed and not checkpoint:
         raise CheckpointError(

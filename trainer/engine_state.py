@@ -179,7 +179,7 @@ class Joiner:
     def __init__(self, spans: Mapping[str, Span], shapes: Mapping[str, torch.Size], world_size: int) -> None:
         self._shapes = dict(shapes)
         told = gathered({name: [span.start, span.stop] for name, span in spans.items()})
-        self._spans = [{name: Span(*span) for name, span in of_rank.items()} for of_rank in told]
+        self._spans = [{name: Span(start=span[0], stop=span[1]) for name, span in spans.items()} for spans in told]
 
     def whole(self, parts: Mapping[str, Tensor], *, everywhere: bool) -> dict[str, Tensor]:
         """Whole tensors by name, on rank 0 or `everywhere`; {} on the others. Every bit travels."""

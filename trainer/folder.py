@@ -88,6 +88,8 @@ STATES = {
     "stopping": "STOPPING",
     "finished": "SUCCEEDED",
     "failed": "FAILED",
+    "gave_up": "FAILED",
+    "rolled_back": "RECOVERING",
     "stopped": "CANCELLED",
 }
 FINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})

@@ -6,6 +6,7 @@ all of them over the *global* batch, however it was cut into ranks and micro-bat
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,27 +77,35 @@ class Loop:
     cursor: Mapping[str, int] = field(default_factory=dict)
     skipped_in_a_row: int = 0
     spikes: SpikeDetector | None = None
+    losses: Sequence[float | None] = ()  # of the last two steps, None where the detector has seen it
+    began: Sequence[Sequence[Any]] = ()  # (step, cursor) of the last steps
     _said: Tensor | None = None  # sums over ranks of `_flags`, of the last step
     _loss: Tensor | None = None  # this rank's part of the last step's
-    _began: deque[tuple[int, Mapping[str, int]]] = field(default_factory=deque)  # where the last steps began
+    _seen: int = 0  # the last step whose loss the detector got
+    _began: deque[tuple[int, Mapping[str, int]]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self.timer = PhaseTimer(self.engine.device)
         self._forward = self.timer.timed("forward", self.engine)
         rows = self.spikes.steps + self.config.recovery.spike_lead_steps if self.spikes else 0
-        self._began = deque(maxlen=max(rows, self.config.engine.max_skipped_steps) + 2)
+        began = ((int(step), dict(cursor)) for step, cursor in self.began)
+        self._began = deque(began, maxlen=max(rows, self.config.engine.max_skipped_steps) + 2)
 
     def run(self, batches: Iterator[Batch], hooks: Hooks) -> str | None:
         """Train; returns the reason of an early stop, agreed by all ranks, or None at the end."""
+        before, last = self.losses or (None, None)
+        self._loss = self._part(before)
         self._said = self._flags(hooks)  # somebody may have asked while the ranks were starting
         dist.all_reduce(self._said)
+        self._loss = self._part(last)
         while self.step < self.config.steps:
             *flags, loss = self._said.tolist()
             *stops, due, written, failed = map(int, flags)
             if any(stops):
                 hooks.checkpoint(last=True)
                 return next(reason for reason, asked in zip(REASONS, stops, strict=True) if asked)
-            if self.spikes and self.spikes.see(self.step - 1, loss):  # it travelled with the last step's counts
+            self._seen = self.step - 1
+            if self.spikes and self.spikes.see(self._seen, loss):  # it travelled with the last step's counts
                 self.spiked(hooks, self.spikes)
             hooks.agreed(bool(due), written, failed)
             self._began.append((self.step + 1, self.cursor))
@@ -161,6 +170,24 @@ class Loop:
         if flags is not None:
             self._said = on_host(packed[len(local) :])
         return {name: packed[i].clamp(min=1) for i, name in enumerate(local)}
+
+    def _part(self, loss: float | None) -> Tensor:
+        """This rank's part of a step's loss of which only the sum is known."""
+        mine = 0.0 if self.context.rank else math.nan if loss is None else loss
+        return torch.tensor(mine, device=self.engine.device)
+
+    def recent(self) -> tuple[list[float | None], list[list[Any]]]:
+        """`losses` and `began`, for a checkpoint: who resumes within a spike sees what one that went on had seen.
+
+        A collective where there is a detector.
+        """
+        began: list[list[Any]] = [[step, dict(cursor)] for step, cursor in self._began]
+        if self.spikes is None or self._loss is None or self._said is None:
+            return [], began
+        last = self._loss.float().clone()
+        dist.all_reduce(last)
+        before = float(self._said[-1]) if self._seen < self.step - 1 else math.nan
+        return [loss if math.isfinite(loss) else None for loss in (before, float(last))], began
 
     def global_terms(self, record: StepRecord) -> dict[str, float]:
         """Mean of each term over the global batch. A collective."""

@@ -151,6 +151,8 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             cursor=dict(checkpoint.state.cursor) if checkpoint else {},
             skipped_in_a_row=checkpoint.state.skipped_in_a_row if checkpoint else 0,
             spikes=SpikeDetector.of(config.recovery, checkpoint.state.spikes if checkpoint else None),
+            losses=checkpoint.state.losses if checkpoint else (),
+            began=checkpoint.state.began if checkpoint else (),
         )
 
     def _micro_batches(self, module: nn.Module, checkpoint: Checkpoint | None) -> int:
@@ -314,6 +316,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         self.saver.finish()
 
     def _state(self) -> TrainState:
+        losses, began = self.loop.recent()
         return TrainState(
             step=self.loop.step,
             applied_steps=self.engine.applied_steps,
@@ -325,6 +328,8 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             workers=self.context.world_size,
             skipped_in_a_row=self.loop.skipped_in_a_row,
             spikes=self.loop.spikes.record() if self.loop.spikes else None,
+            losses=losses,
+            began=began,
         )
 
     def _about(self) -> About:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,6 +210,62 @@ def test_a_loss_that_leaves_its_course_ends_the_run_on_all_ranks(tmp_path: Path)
     assert (what, first_step, step, saved) == ("spike", 11, 16, [])
     assert skip == (80, 128)  # two steps before, the three, and one until it was seen
     assert losses[13] == pytest.approx(10 * losses[12], rel=1e-5)
+
+
+def resumed_spiking_run(rank: int, world_size: int) -> list[Any]:
+    """As above, cut after each of these steps and gone on with from what a checkpoint keeps of it."""
+    recovery = {"on_spike": "stop", "spike_steps": 3, "spike_window": 16, "spike_lead_steps": 2}
+    optim = {"encoder_lr": 0.0, "decoder_lr": 0.0, "weight_decay": 0.0}
+    config = train_config("teacher", recovery=recovery, optim=optim, steps=40)
+    whole = make_loop(config, rank, world_size, 1)
+    sums, batch, at = whole.task.sums, share(config, rank, world_size), [0]
+    whole.task.sums = lambda *args: {  # type: ignore[method-assign]
+        name: value * (10 if at[0] >= 12 else 1) for name, value in sums(*args).items()
+    }
+
+    def batches(first: int, last: int) -> Iterator[Batch]:
+        for at[0] in range(first, last):
+            yield replace(batch, cursor={"labelled": 8 * (at[0] + 1)})
+
+    def loop_from(kept: tuple[int, Any, Any]) -> Loop:
+        step, seen, recent = kept
+        losses, began = json.loads(json.dumps(recent))
+        return Loop(
+            config=config, task=whole.task, engine=whole.engine, context=whole.context, micro_batches=1, step=step,
+            cursor={"labelled": 8 * step}, spikes=SpikeDetector.of(config.recovery, seen), losses=losses, began=began,
+        )  # fmt: skip
+
+    found = []
+    for cuts in ([], [11], [12], [13], [14], [15], [9, 10, 11, 12, 13, 14, 15], [13, 15]):
+        kept: tuple[int, Any, Any] = (0, None, ([], []))
+        try:
+            for cut in [*cuts, 40]:
+                loop = loop_from(kept)
+                hooks = Watching(loop)
+
+                def after_step(record: StepRecord, batch: Batch, loop: Loop = loop, cut: int = cut) -> None:
+                    if record.step == cut:
+                        loop.context._orders = Orders(reason="SIGTERM")
+
+                def checkpoint(*, last: bool, loop: Loop = loop, **_: Any) -> None:
+                    nonlocal kept
+                    assert last and loop.spikes
+                    kept = loop.step, loop.spikes.record(), loop.recent()
+
+                hooks.after_step = after_step  # type: ignore[method-assign]
+                hooks.checkpoint = checkpoint  # type: ignore[method-assign, assignment]
+                loop.run(batches(loop.step, 40), hooks)
+                loop.context._orders = Orders()
+        except TrainingDiverged as error:
+            found.append((str(error), error.first_step, error.step, error.skip))
+    return found
+
+
+def test_a_spike_is_found_where_it_is_however_often_the_run_was_resumed(tmp_path: Path) -> None:
+    first, last = run_ranks(resumed_spiking_run, 2, tmp_path)
+    assert first == last
+    assert len(first) == 8 and len(set(first)) == 1, first
+    assert first[0][1:] == (11, 16, (80, 128))
 
 
 def stopping_run(rank: int, world_size: int) -> tuple[Any, ...]:
