@@ -82,7 +82,7 @@ def test_as_many_workers_as_fit(capacity: int, workers: int | None) -> None:
     found = decide([ended("lost")], policy(), capacity)
     if workers is None:
         assert isinstance(found, GiveUp)
-        assert found.because.endswith(f"room for {capacity} workers, and recovery.min_workers is 2")
+        assert found.because.endswith(f"room for {capacity} workers, and 2 are needed (recovery.min_workers)")
     else:
         assert isinstance(found, Next) and found.workers == workers
 

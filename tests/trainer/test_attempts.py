@@ -19,11 +19,13 @@ from cluster.storage import FileMissing, StorageError, Unreachable
 from cluster.surroundings import Seen
 from tests.trainer.batches import train_config
 from trainer import attempts
-from trainer.attempts import Growth, TrainOutcome, policy_of, run_attempts
+from trainer.attempts import Growth, TrainOutcome, had_checkpoint_before, policy_of, run_attempts
 from trainer.config import read_config
 from trainer.config_train import TrainConfig
 from trainer.divergence import TrainingDiverged
 from trainer.ends import CheckpointLost, OutOfMemory
+from trainer.folder import state_of
+from trainer.history import history_of
 from trainer.journal import Journal
 
 Attempt = Callable[["Script", Any], str | None]  # what the ranks do; returns the reason of their stop
@@ -36,6 +38,7 @@ class Script:
     folder: Path
     attempts: list[Attempt]
     rooms: list[int] = field(default_factory=list)  # answers of the cluster, the last one for ever
+    unanswered: int = 0  # looks
     most: int | None = None  # room there would be if nobody else used the machines
     leaves: bool = False  # the driver's own machine
     asked: list[tuple[int, str | None]] = field(default_factory=list)  # workers, checkpoint
@@ -48,8 +51,15 @@ class Script:
 
     def save(self, step: int) -> None:
         (self.folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        Journal(str(self.folder)).write("checkpoint", step=step)
+
+    def prune(self, step: int) -> None:
+        (self.folder / "checkpoints" / f"step_{step:08d}").rmdir()
 
     def look(self, config: TrainConfig) -> Seen:
+        if self.unanswered:
+            self.unanswered -= 1
+            raise RuntimeError("no control store\nsomewhere")
         room = self.rooms.pop(0) if len(self.rooms) > 1 else self.rooms[0]
         return Seen(room=room, most=self.most or room)
 
@@ -65,8 +75,18 @@ class Script:
         newest = sorted((self.folder / "checkpoints").glob("step_*"))
         return TrainOutcome(folder=str(self.folder), step=int(newest[-1].name[5:]) if newest else 0, stopped=stopped)
 
+    def forget(self) -> None:
+        """The journal's last line, as `kill -9` of the driver leaves it."""
+        path = self.folder / "journal.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+    def state(self) -> str:
+        found = state_of(Journal(str(self.folder)).read())
+        assert found is not None
+        return found.state
+
     def events(self) -> list[str]:
-        return [line["event"] for line in Journal(str(self.folder)).read()]
+        return [line["event"] for line in Journal(str(self.folder)).read() if line["event"] != "checkpoint"]
 
 
 def play(
@@ -128,9 +148,12 @@ def test_faults_are_survived_from_the_newest_checkpoint(tmp_path: Path, monkeypa
 
 
 def test_an_exception_without_a_word_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script, run = play(tmp_path, monkeypatch, [ends(RuntimeError(), 10), done])
-    run()
+    script, run = play(tmp_path, monkeypatch, [ends(RuntimeError(), 10), ends(RuntimeError())])
+    with pytest.raises(RuntimeError):
+        run()
     assert script.said[0].startswith("RuntimeError; going on from step 10")
+    script.attempts = [done]
+    assert run().step == 90  # and its journal can be read
 
 
 def test_too_many_in_a_row_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +163,7 @@ def test_too_many_in_a_row_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(WorkerDied, match="death 2") as caught:
         run()
     assert "recovery.max_failures is 2" in caught.value.__notes__[0]
-    assert len(script.asked) == 3 and script.events()[-1] == "failed"
+    assert len(script.asked) == 3 and script.events()[-2:] == ["failed", "gave_up"]
 
 
 def test_fewer_machines_are_enough_when_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,12 +181,13 @@ def test_otherwise_they_are_waited_for(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_and_given_up_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, run = play(
+    script, run = play(
         tmp_path, monkeypatch, [ends(MachineLost("gone"), 10)], rooms=[1], recovery={"capacity_wait_s": 0.05}
     )
     with pytest.raises(MachineLost) as caught:
         run()
     assert "room for 1 workers" in caught.value.__notes__[0]
+    assert script.state() == "FAILED" and history_of(Journal(str(script.folder)).read()).endings == []
 
 
 def test_a_machine_about_to_go_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +253,25 @@ def test_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     script, run = play(tmp_path, monkeypatch, [done], rooms=[1], embedded=False, recovery=recovery)
     with pytest.raises(ClusterAddressError, match="room for 1 workers of 1 CPUs, 2 are needed"):
         run()
-    assert script.asked == []
+    assert script.asked == [] and script.state() == "FAILED"
+
+
+def test_a_cluster_that_does_not_answer_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, run = play(tmp_path, monkeypatch, [ends(WorkerDied("rank 1 died"), 10), done])
+    script.unanswered = 3
+    monkeypatch.setattr(attempts, "leaves_here", lambda: 1 / 0)
+    monkeypatch.setattr(attempts, "_SETTLE_S", 0.0)
+    assert run().step == 90
+    assert "the cluster does not answer (no control store)" in script.said[0]
+
+
+def test_one_that_never_does_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recovery = {"capacity_wait_s": 0.05}
+    script, run = play(tmp_path, monkeypatch, [ends(WorkerDied("rank 1 died"), 10)], recovery=recovery)
+    script.unanswered = 99
+    with pytest.raises(WorkerDied):
+        run()
+    assert script.state() == "FAILED"
 
 
 def asked_to_stop(reason: str, error: Exception) -> Attempt:
@@ -333,6 +375,30 @@ def test_a_store_that_does_not_answer_is_tried_again(tmp_path: Path, monkeypatch
     assert run().step == 90
 
 
+def test_for_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = [ends(StorageError(f"/runs: no space left ({i})")) for i in range(60)]
+    script, run = play(tmp_path, monkeypatch, full)
+    script.begin = True
+    monkeypatch.setattr("cluster.attempts.LONGEST_WAIT_S", 0.001)
+    monkeypatch.setattr(attempts, "_SETTLE_S", 0.0)
+    with pytest.raises(StorageError) as caught:
+        run()
+    assert "31 in a row" in caught.value.__notes__[0] and len(script.asked) == 31
+
+
+def test_the_next_driver_knows_that_it_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(script: Script, grow: Any) -> None:
+        raise KeyboardInterrupt
+
+    script, run = play(tmp_path, monkeypatch, [killed])
+    script.begin = True
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    script.forget()
+    script.begin, script.attempts = False, [ends(StorageError("/runs: stale file handle")), done]
+    assert run().step == 90
+
+
 @pytest.mark.parametrize("error", [Unreachable("s3://bukcet/a.tar: no such bucket"), StorageError("/x: is a folder")])
 def test_a_wrong_input_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: StorageError) -> None:
     """Nothing had been done yet."""
@@ -349,6 +415,13 @@ def test_what_does_not_fit_on_fewer_workers_waits_for_more(tmp_path: Path, monke
     )  # fmt: skip
     run()
     assert [workers for workers, _ in script.asked] == [2, 1, 2]
+    _, run = play(
+        tmp_path / "other", monkeypatch, [ends(MachineLost("gone"), 10), ends(OutOfMemory("rank 0"))], rooms=[1],
+        recovery={"min_workers": 1, "capacity_wait_s": 0.05},
+    )  # fmt: skip
+    with pytest.raises(OutOfMemory) as caught:
+        run()
+    assert "room for 1 workers, and 2 are needed (1 ran out of memory)" in caught.value.__notes__[0]
 
 
 def test_room_that_others_use_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,16 +444,19 @@ def test_room_that_others_use_is_none(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_full_disk_does_not_keep_ranks_from_being_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, run = play(tmp_path, monkeypatch, [ends(WorkerDied("rank 1 died"), 10), done])
-    write = Journal.write
+    script, run = play(tmp_path, monkeypatch, [ends(WorkerDied("rank 1 died"), 10), done])
 
     def full(journal: Journal, event: str, **facts: Any) -> None:
-        if event != "finished":
+        if event != "checkpoint":
             raise StorageError("no space left")
-        write(journal, event, **facts)
 
     monkeypatch.setattr(Journal, "write", full)
     assert run().step == 90
+    assert [line for line in script.said if "warning" in line] == [
+        "warning: the journal lacks 'started' and maybe more: no space left"
+    ]
+    script, run = play(tmp_path / "other", monkeypatch, [stops("SIGTERM", 10)])
+    assert run().stopped == "SIGTERM"  # exit status 75, not the journal's 2
 
 
 def test_a_second_driver_goes_on_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,8 +469,7 @@ def test_a_second_driver_goes_on_counting(tmp_path: Path, monkeypatch: pytest.Mo
     script, run = play(tmp_path, monkeypatch, attempts, recovery={"max_failures": 1})
     with pytest.raises(KeyboardInterrupt):
         run()
-    lines = Path(script.folder, "journal.jsonl").read_text().splitlines()
-    Path(script.folder, "journal.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # as `kill -9` leaves it
+    script.forget()
     script.attempts = [ends(WorkerDied("rank 0 died"))]
     with pytest.raises(WorkerDied) as caught:
         run()
@@ -460,10 +535,78 @@ def test_so_is_a_storm_and_each_only_where_it_is_asked_for(tmp_path: Path, monke
 def test_otherwise_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recovery: dict[str, Any], first: int, word: str
 ) -> None:
-    script, run = play(
-        tmp_path, monkeypatch, [ends(astray(first, (0, 8)), 20)], recovery=recovery, checkpoint={"every": 10}
-    )
+    def goes_astray(script: Script, grow: Any) -> None:
+        script.save(10)
+        script.prune(10)  # only the newest is kept
+        script.save(20)
+        raise astray(first, (0, 8))
+
+    script, run = play(tmp_path, monkeypatch, [goes_astray], recovery=recovery)
     with pytest.raises(TrainingDiverged) as caught:
         run()
     assert word in "".join(getattr(caught.value, "__notes__", []))
     assert (script.folder / "checkpoints" / "step_00000020").is_dir()
+
+
+def test_what_was_saved_on_the_way_counts_and_not_what_was_gone_back_from() -> None:
+    def saved(step: int) -> dict[str, Any]:
+        return {"event": "checkpoint", "step": step}
+
+    back = {"event": "rolled_back", "step": 0}
+    assert not had_checkpoint_before(10, [])
+    assert had_checkpoint_before(700, [saved(600)]) and not had_checkpoint_before(595, [saved(600)])
+    assert not had_checkpoint_before(30, [saved(20), back]) and had_checkpoint_before(30, [saved(20), back, saved(20)])
+    assert had_checkpoint_before(30, [saved(20), {**back, "step": 20}])
+
+
+def test_a_stop_takes_no_checkpoint_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def both(script: Script, grow: Any) -> None:
+        script.save(20)
+        script.save(30)
+        script.stop.set("SIGINT")
+        raise astray(25, (192, 240))
+
+    script, run = play(tmp_path, monkeypatch, [both], recovery={"on_spike": "roll_back"})
+    with pytest.raises(TrainingDiverged):
+        run()
+    assert sorted(path.name for path in (script.folder / "checkpoints").iterdir()) == ["step_00000020", "step_00000030"]
+
+
+def test_what_phases_take_is_kept_from_attempt_to_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, run = play(tmp_path, monkeypatch, [])
+    learned: list[dict[str, float]] = []
+
+    def ranks(config: TrainConfig, workers: int, checkpoint: str | None, watch: Watch, *rest: Any) -> TrainOutcome:
+        learned.append(dict(watch.learned))
+        watch.learned["step"] = 2.0
+        if len(learned) == 1:
+            raise WorkerDied("rank 1 died")
+        return TrainOutcome(folder=str(script.folder), step=9)
+
+    monkeypatch.setattr(attempts, "run_ranks", ranks)
+    run()
+    assert learned == [{}, {"step": 2.0}]
+
+
+def test_ends_before_a_roll_back_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    died = [ends(WorkerDied(f"death {i}")) for i in range(4)]
+
+    def spikes(script: Script, grow: Any) -> None:
+        script.save(20)
+        script.save(30)
+        raise astray(25, (192, 240))
+
+    recovery = {"on_spike": "roll_back", "max_failures": 2}
+    _, run = play(tmp_path, monkeypatch, [*died[:2], spikes, *died[2:], done], recovery=recovery)
+    assert run().step == 90
+
+
+def test_a_second_ctrl_c_cancels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(script: Script, grow: Any) -> None:
+        script.save(10)
+        raise KeyboardInterrupt
+
+    script, run = play(tmp_path, monkeypatch, [interrupted])
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert script.state() == "CANCELLED"
