@@ -17,6 +17,8 @@ _LOG_TAIL_BYTES = 64 << 10
 SECONDARY = re.compile(
     r"closed by peer|reset by peer|broken pipe|remote process exited|connection was likely closed", re.IGNORECASE
 )
+# What a rank says whose peer's machine is gone is less plain; that it comes from a collective is all there is to see.
+COLLECTIVE = re.compile(r"\bgloo\b|nccl|ProcessGroup|TCPStore|\bDist(Backend|Network|Store)?Error\b", re.IGNORECASE)
 
 
 class WorkerError(ClusterError):
@@ -68,18 +70,20 @@ def explain(
         return error
     failures: dict[int, BaseException] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     dead = {rank: failure for rank, failure in failures.items() if _is_death(failure)}
-    told = {rank: failure for rank, failure in failures.items() if rank not in dead and not is_secondary(failure)}
+    told = {
+        rank: failure
+        for rank, failure in failures.items()
+        if rank not in dead and not is_secondary(failure) and not (dead and of_a_collective(failure))
+    }
     _write_log(log, error, failures, ranks, logs)
+    lost = [rank for rank in dead if alive and rank in ranks and ranks[rank].node not in alive]
+    if lost:  # whatever the others said, or died of, for want of it
+        return MachineLost(f"rank {min(lost)} was lost with its machine ({_where(ranks, min(lost))}); details in {log}")
     if told:
         return told[min(told)]
     if dead:
-        lost = [rank for rank in dead if alive and rank in ranks and ranks[rank].node not in alive]
-        rank = min(lost or dead)
-        about = ranks.get(rank)
-        where = f"process {about.pid} on {about.host}" if about else "before it had started"
-        if lost:  # the others' processes went for want of it
-            return MachineLost(f"rank {rank} was lost with its machine ({where}); details in {log}")
-        return WorkerDied(f"rank {rank} died ({where}): killed, out of memory or crashed; details in {log}")
+        where = _where(ranks, min(dead))
+        return WorkerDied(f"rank {min(dead)} died ({where}): killed, out of memory or crashed; details in {log}")
     if failures:
         return failures[min(failures)]
     cause = getattr(error, "controller_failure", error)
@@ -90,6 +94,17 @@ def explain(
 def is_secondary(error: BaseException) -> bool:
     """Whether torch.distributed says that another rank is gone. What a store or a socket of ours says is news."""
     return isinstance(error, RuntimeError) and bool(SECONDARY.search(str(error)))
+
+
+def of_a_collective(error: BaseException) -> bool:
+    """Whether it is torch.distributed that says something."""
+    text = f"{type(error).__name__}: {error}"
+    return isinstance(error, RuntimeError) and bool(COLLECTIVE.search(text))
+
+
+def _where(ranks: Mapping[int, About], rank: int) -> str:
+    about = ranks.get(rank)
+    return f"process {about.pid} on {about.host}" if about else "before it had started"
 
 
 def _is_death(error: BaseException) -> bool:

@@ -54,7 +54,8 @@ def train(
     from trainer.run import train as run
 
     notice = "finishing the step and writing a checkpoint; Ctrl-C again ends at once"
-    with StopFlag(notice=notice) as stop, Progress(settings.name, settings.steps or None, "steps") as bar:
+    flag = StopFlag(settings.recovery.grace_s, notice)
+    with flag as stop, Progress(settings.name, settings.steps or None, "steps") as bar:
         outcome = run(
             settings,
             resume=resume,

@@ -112,6 +112,9 @@ class RecoverySection(Section):
     max_preemptions: int | None = Field(default=None, ge=0, description="the same of machines that go away")
     min_workers: int | None = Field(default=None, ge=1, description="null: cluster.workers, always")
     capacity_wait_s: float = Field(default=600.0, ge=0, description="for machines to come back, when too few are left")
+    grace_s: float | None = Field(
+        default=None, gt=0, description="from SIGTERM to the kill by what runs the driver; null: nobody knows"
+    )
     grow_patience_s: float = Field(
         default=60.0, ge=0, description="how long there must be room for more before a smaller group is started anew"
     )

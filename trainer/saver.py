@@ -106,6 +106,11 @@ class Saver:
         writing = self._thread.submit(self._write, state.step, tensors, places)
         self._pending = _Pending(state=state, about=about, writing=writing, began=began, stall_s=stall_s, prune=prune)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way; the same on all ranks."""
+        return self._pending is not None
+
     def flags(self) -> tuple[float, float]:
         """(written, failed) of a save under way on this rank, for the step's all-reduce."""
         if self._pending is None:

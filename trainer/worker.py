@@ -47,6 +47,8 @@ from trainer.shadow import Shadow
 from trainer.tasks.base import Task, make_task
 from trainer.validation import Validator
 
+_SHARED_WAIT_S = 30.0  # a network file system may show an old state for so long
+
 
 def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> dict[str, Any]:
     """One rank: build the network, engine and loader, restore, run the loop, export. Runs inside the process group."""
@@ -56,7 +58,7 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> dict[str
         with RankTrainer(config, context, payload["checkpoint"]) as rank:
             rank.record_devices()
             stopped = rank.run()
-            return {"step": rank.loop.step, "stopped": stopped}
+            return {"step": rank.saved_step if stopped else rank.loop.step, "stopped": stopped}
     except torch.OutOfMemoryError as error:
         told = "" if config.engine.micro_batch == "auto" else "engine.micro_batch: auto, "
         validates = ", a smaller validation.batch" if config.validation.datasets else ""
@@ -69,11 +71,14 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> dict[str
 def require_shared(config: TrainConfig, attempt: str) -> None:
     """StorageError unless this rank sees what the driver has just written: its checkpoints must go to one folder."""
     path = RunFolder(config.folder).environment
-    if not storage.exists(path) or json.loads(storage.read_bytes(path)).get("attempt") != attempt:
-        raise storage.StorageError(
-            f"{path}: is not there, or of another attempt, on {platform.node()}; runs ({config.runs}) must be a folder "
-            "that all machines of the cluster share"
-        )
+    ends = time.monotonic() + _SHARED_WAIT_S
+    while not storage.exists(path) or json.loads(storage.read_bytes(path)).get("attempt") != attempt:
+        if time.monotonic() > ends:
+            raise storage.StorageError(
+                f"{path}: is not there, or of another attempt, on {platform.node()}; runs ({config.runs}) must be a "
+                "folder that all machines of the cluster share"
+            )
+        time.sleep(_SHARED_WAIT_S / 30)
 
 
 def device_name(device: torch.device) -> str:
@@ -91,6 +96,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         self._saved: int | None = None  # the step of the newest checkpoint, written or under way
         self._score: tuple[int, float] | None = None  # (step, value) of the last validation
         self._failure: storage.StorageError | None = None  # of the newest save
+        self._save_s = 0.0  # what the last one took
         self.measured: dict[str, Any] | None = None  # under what `micro_batch: auto` was found
         self._clock = time.monotonic()
         try:
@@ -298,6 +304,11 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         """Nothing where this step has its own, unless `prune` is off. CheckpointLost when the last is not written."""
         if not prune:
             self._saved = None  # a validation's of this very step holds the count of skipped steps
+        if last and self._short_of_time():
+            self._finish()
+            if not self._failure:
+                self.recorder.note(f"no time for another checkpoint: step {self._saved}'s is the last")
+                return
         for _ in range(2 if last else 1):  # the run's last one is tried twice
             if self._saved != self.loop.step:
                 self._finish()
@@ -309,6 +320,17 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
                 self._finish()
         if last and self._failure:
             raise CheckpointLost(f"the last checkpoint could not be written: {self._failure}")
+
+    @property
+    def saved_step(self) -> int:
+        """Of the newest checkpoint; the loop's where there is none."""
+        return self.loop.step if self._saved is None else self._saved
+
+    def _short_of_time(self) -> bool:
+        """Whether the save under way is all that the time before the machine goes is enough for. A collective."""
+        deadline = self.context.deadline
+        late = deadline is not None and time.time() + 2 * self._save_s > deadline  # that one, and another
+        return self.saver.busy and self._saved not in (None, self.loop.step) and any(gathered(late))
 
     def _finish(self) -> None:
         """Wait for the files of the save under way: a phase of its own, which takes as long as the disks do."""
@@ -353,7 +375,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
                 self.recorder.note(f"warning: checkpoint of step {saved.step} failed: {saved.error}; the run goes on")
                 self.recorder.write("checkpoint_failed", step=saved.step, error=saved.error)
             return
-        self._failure = None
+        self._failure, self._save_s = None, saved.seconds
         metric("fathom_checkpoint_last_success_timestamp_seconds").set_to_current_time()
         if self.context.rank == 0:
             self.recorder.write(

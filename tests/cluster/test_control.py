@@ -20,6 +20,8 @@ def test_every_rank_gets_the_last_orders_and_the_driver_rank_0_s_words() -> None
     control = Control({})
     control.join(0, about("a"))
     control.join(1, about("b"))
+    control.exchange(0, Word(progress=None, beat=Beat(step=0, phase="start", count=0)))
+    assert not control.look().begun
     assert control.exchange(0, word(1, done=7)).reason is None
     control.exchange(1, word(1, done=8))
     control.order(Orders(reason="SIGTERM", deadline=5.0))

@@ -116,6 +116,14 @@ def test_an_observer_that_stood_still_blames_nobody() -> None:
     assert group.until_stuck()[0] == 11
 
 
+def test_nor_does_one_that_asks_before_it_has_heard_what_queued_up() -> None:
+    group = Group(2)
+    group.steps(3)
+    group.now += 100
+    assert group.dog.stuck(group.now) is None
+    assert group.second() is None
+
+
 def test_what_came_while_the_observer_stood_still_counts() -> None:
     """A rank that freezes right after it is found no later than any other."""
     group = Group(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,63 @@ class Told(WorkerContext):
         return "PREEMPTED" if self.told else None
 
 
+class Leaving(WorkerContext):
+    """Rank 1's machine goes away in no time, as it hears when the checkpoint of step 3 is under way."""
+
+    begun = False
+
+    def beat(self, step: int, phase: str) -> None:
+        super().beat(step, phase)
+        self.begun = self.begun or (self.rank == 1 and phase == "checkpoint")
+
+    def stop_requested(self) -> str | None:
+        return "PREEMPTED" if self.begun else None
+
+    @property
+    def deadline(self) -> float | None:
+        return time.time() + 1 if self.begun else None
+
+
+def leave(rank: int, world_size: int, runs: Path, data: dict[str, str], save_s: float) -> tuple[Any, int, int]:
+    """The writing of a checkpoint takes a moment, so that it is under way when the ranks stop; `save_s`: how long the
+    last one took."""
+    from trainer.worker import RankTrainer
+
+    config = config_of(runs, data, f"leaving-{save_s}", checkpoint={"every": 3}, validation={})
+    context = Leaving(rank=rank, world_size=world_size)
+    with RankTrainer(config, context, None) as trainer:
+        write = trainer.saver._write
+        trainer.saver._write = lambda *args: (time.sleep(1), write(*args))[1]  # type: ignore[method-assign]
+        trainer._save_s = save_s
+        return trainer.run(), trainer.loop.step, trainer.saved_step
+
+
+@pytest.mark.parametrize(("save_s", "saved"), [(60.0, 3), (0.1, 4)])
+def test_a_machine_that_goes_too_soon_leaves_the_checkpoint_that_was_under_way(
+    tmp_path: Path, data: dict[str, str], save_s: float, saved: int
+) -> None:
+    for found in run_ranks(leave, 2, tmp_path / "ranks", tmp_path / "runs", data, save_s):
+        assert found == ("PREEMPTED", 4, saved)
+    checkpoints = str(tmp_path / "runs" / f"leaving-{save_s}" / "checkpoints")
+    assert list_checkpoints(checkpoints)[-1] == f"step_{saved:08d}"
+    verify_checkpoint(f"{checkpoints}/step_{saved:08d}")
+
+
+def test_the_driver_s_file_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system shows what was there before, for a while."""
+    from trainer import worker
+
+    monkeypatch.setattr(worker, "_SHARED_WAIT_S", 0.5)
+    config = config_of(tmp_path, {"train": "t", "a": "a", "b": "b"}, "shared")
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    (folder / "environment.json").write_text('{"attempt": "before"}')
+    with pytest.raises(storage.StorageError, match=r"of another attempt.*must be a folder that all machines"):
+        worker.require_shared(config, "now")
+    threading.Timer(0.2, (folder / "environment.json").write_text, ['{"attempt": "now"}']).start()
+    worker.require_shared(config, "now")
+
+
 def train(rank: int, world_size: int, runs: Path, data: dict[str, str], names: list[str]) -> dict[str, bool]:
     from trainer.worker import RankTrainer
 
@@ -83,13 +141,18 @@ def train(rank: int, world_size: int, runs: Path, data: dict[str, str], names: l
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("worker")
-    data = {
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("data")
+    return {
         "train": write_dataset(root / "train", shards_of([7, 6], labelled)),
         "a": write_dataset(root / "a", shards_of([3, 2], lambda seed: labelled(seed + 20))),
         "b": write_dataset(root / "b", shards_of([1], lambda seed: labelled(seed + 40))),
     }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, data: dict[str, str]) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("worker")
     results = run_ranks(train, 2, root / "ranks", root / "runs", data, list(CELLS))
     return {"data": data, "runs": root / "runs", "results": results}
 
