@@ -42,13 +42,12 @@ class Door:
 
 
 class Listener:
-    """A TCP port that says a word to everyone who connects, until it is closed."""
+    """A TCP port of one address that says a word to everyone who connects, until it is closed."""
 
-    def __init__(self) -> None:
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
+    def __init__(self, address: str) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.word = secrets.token_hex(8)
-        self._server = socket.create_server(("", 0), family=family, dualstack_ipv6=both)
+        self._server = socket.create_server((address, 0), family=family)
         self.port = int(self._server.getsockname()[1])
         threading.Thread(target=self._serve, name="fathom-listener", daemon=True).start()
 
@@ -150,11 +149,13 @@ class Station:
 
     def open(self) -> Door:
         """Opened once; raises OSError or torch's DistError."""
+        import ray
         import torch.distributed as dist
 
         if self._listener is None:
+            # It listens everywhere, as the one of a training run does: torch knows no other way.
             self._store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-            self._listener = Listener()
+            self._listener = Listener(ray.util.get_node_ip_address())
         return Door(self._listener.port, self._listener.word, self._store.port)
 
     def meet(self, meeting: Meeting) -> float:

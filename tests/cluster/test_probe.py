@@ -39,7 +39,7 @@ def store() -> Any:
 
 @pytest.fixture
 def listener() -> Iterator[Listener]:
-    made = Listener()
+    made = Listener("127.0.0.1")
     yield made
     made.close()
 

@@ -25,7 +25,7 @@ from trainer.checkpoint import find_checkpoint, list_checkpoints, load_checkpoin
 
 pytestmark = pytest.mark.timeout(1800)  # the commands have a limit of their own
 
-STEPS = 120
+STEPS = 60
 
 
 def interrupt(running: Running, number: signal.Signals, status: int) -> Done:
