@@ -87,7 +87,7 @@ class Exporter:
     """Serves this process's metrics over HTTP while its block runs, on loopback unless `host` says otherwise.
 
     `discovery`: the folder of the file_sd entries (a local path), or None. A process that is killed leaves its entry
-    behind; whoever started it removes that (`forget`). StorageError when the folder cannot be written; OSError when
+    behind; whoever started it removes the folder. StorageError when the folder cannot be written; OSError when
     the port is taken.
     """
 
@@ -154,15 +154,6 @@ class Exporter:
             self._server.server_close()
             self._thread.join(timeout=5)
             self._server = self._thread = None
-
-
-def forget(discovery: str, pid: int) -> None:
-    """Remove the entries of a dead process of this machine. Nothing happens when there is none."""
-    with suppress(storage.FileMissing):
-        for name in storage.listdir(discovery):
-            if name.endswith(".json") and name.split("-")[-2:-1] == [str(pid)]:
-                with suppress(OSError):
-                    os.unlink(storage.join(discovery, name))
 
 
 def _build() -> dict[str, str]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import threading
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from cluster.telemetry import METRICS, Exporter, forget, make_metric
+from cluster.telemetry import METRICS, Exporter, make_metric
 
 
 def scrape(address: str) -> str:
@@ -55,18 +54,6 @@ def test_undeclared_names_and_labels_are_refused() -> None:
             exporter.metric("fathom_steps")
         with pytest.raises(ValueError):
             exporter.metric("fathom_loss").labels(kind="total")
-
-
-def test_a_dead_process_is_forgotten_by_its_parent(tmp_path: Path) -> None:
-    exporter = Exporter("run-1", rank=0, discovery=str(tmp_path / "sd")).__enter__()
-    try:
-        forget(str(tmp_path / "sd"), os.getpid() + 1)
-        assert len(list((tmp_path / "sd").iterdir())) == 1
-        forget(str(tmp_path / "sd"), os.getpid())
-        assert list((tmp_path / "sd").iterdir()) == []
-        forget(str(tmp_path / "none"), 1)
-    finally:
-        exporter.close()
 
 
 def everything() -> bytes:
