@@ -82,20 +82,23 @@ def disturb(
     """A fault every `every_s` seconds until the job has ended; returns its state."""
     run, broken, unanswered = folder / "runs" / name, False, 0
     wait_for(lambda: steps_done(run) >= 1, "the first step", TIMEOUT_S)
+    wait_s = every_s
     while True:
-        ends = time.monotonic() + every_s
+        ends = time.monotonic() + wait_s
         while time.monotonic() < ends:
-            done = fathom(machines, "jobs", "wait", name, "--timeout", "5", cwd=folder)
+            done = fathom(machines, "jobs", "wait", name, "--timeout", "3", cwd=folder)
             if done.status in ENDS:
                 return ENDS[done.status]
             unanswered = 0 if done.status == UNFINISHED else unanswered + 1
             if unanswered > 10:
                 raise SystemExit(f"error: {name}: {done.err}")
+        wait_s = every_s
         if broken:
             mend(machines)
             broken = False
         if len(with_ranks(machines)) < 2 or with_ranks(machines) == ["head"]:
-            continue  # it is starting again
+            wait_s = 5.0  # it is starting again
+            continue
         fault = draw.choice(list(FAULTS))
         try:
             fault(machines, folder)
