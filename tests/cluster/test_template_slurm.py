@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import signal
 import stat
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ import yaml
 
 from launcher.submission import request
 from tests.cluster.stage import WAIT_S, Stage, options_of, staged, text_of, write_config
-from trainer.folder import RunFolder
 
 
 @pytest.fixture
@@ -161,19 +159,11 @@ def test_a_head_that_dies_fails_the_job_with_its_own_words(slurm: Stage) -> None
     assert not slurm.lines("srun") and left(slurm) == []
 
 
-@pytest.mark.parametrize(("count", "there", "resumes"), [("0", True, False), ("1", True, True), ("2", False, False)])
-def test_from_the_second_time_on_a_run_that_has_begun_goes_on(
-    slurm: Stage, config: Path, count: str, there: bool, resumes: bool
-) -> None:
-    shutil.copy(config, slurm.folder)
-    run = RunFolder(str(slurm.folder / "runs" / "mine"))
-    if there:
-        Path(run.path).mkdir(parents=True)
-        Path(run.config).touch()
-    words = ("train", "teacher.yaml", "--set", "name=mine")
-    slurm.run("slurm.sbatch", *words, SLURM_RESTART_COUNT=count, SLURM_JOB_NUM_NODES="1")
+@pytest.mark.parametrize(("verb", "count", "resumes"), [("train", "0", 0), ("train", "1", 1), ("evaluate", "1", 0)])
+def test_from_the_second_time_on_training_goes_on(slurm: Stage, verb: str, count: str, resumes: int) -> None:
+    slurm.run("slurm.sbatch", verb, "a.yaml", SLURM_RESTART_COUNT=count, SLURM_JOB_NUM_NODES="1")
     [line] = slurm.lines("verb")
-    assert line.endswith(" --resume") == resumes
+    assert line.split().count("--begin-or-resume") == resumes
 
 
 @pytest.mark.parametrize(

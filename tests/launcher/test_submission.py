@@ -72,7 +72,7 @@ def test_metadata_are_enough_to_go_on(config: Path) -> None:
     assert all(isinstance(value, str) for value in known.values())
     config.unlink()
     resumed = again(known)
-    assert resumed.arguments == ("train", CONFIG_WORD, "--resume") and resumed.config == asked.config
+    assert resumed.arguments == ("train", CONFIG_WORD, "--begin-or-resume") and resumed.config == asked.config
     assert again(resumed.metadata("teacher")).arguments == resumed.arguments
     for words in (["predict", "a.jpg"], ["data", "layouts"]):
         with pytest.raises(JobUsageError, match="cannot go on"):

@@ -85,10 +85,10 @@ def starts(folder: Path) -> list[str]:
     return (folder / "starts").read_text().splitlines()
 
 
-def test_a_killed_verb_goes_on_with_resume(tmp_path: Path) -> None:
+def test_a_killed_verb_goes_on_or_begins(tmp_path: Path) -> None:
     status, said = ended(started(tmp_path, "kill 75 0", "train", "teacher.yaml"))
     assert status == 0
-    assert starts(tmp_path) == ["train teacher.yaml", *["train teacher.yaml --resume"] * 2]
+    assert starts(tmp_path) == ["train teacher.yaml", *["train teacher.yaml --begin-or-resume"] * 2]
     assert "killed by SIGKILL; going on in" in said and "preempted; going on in" in said
 
 
@@ -154,7 +154,9 @@ def test_nothing_starts_for_a_supervisor_that_has_ended(tmp_path: Path) -> None:
 
 
 def test_what_goes_on_and_how() -> None:
-    assert again(["train", "a.yaml", "--resume"]) == ["train", "a.yaml", "--resume"]
+    assert again(["train", "a.yaml"]) == ["train", "a.yaml", "--begin-or-resume"]
+    for mode in ("--resume", "--begin-or-resume"):
+        assert again(["train", "a.yaml", mode]) == ["train", "a.yaml", mode]
     assert again(["label", "run", "d", "--weights", "w"]) == ["label", "run", "d", "--weights", "w"]
     assert again(["data", "check", "d"]) is None and again([]) is None
     assert worth_another(-9, False) and worth_another(75, False)

@@ -147,7 +147,7 @@ def test_resume_does_the_same_in_the_same_place(
     assert status == 0 and [one["id"] for one in objects(out)] == ["mine.2", "mine.2"] and LOG in err
     first, second = cluster.submitted
     assert second["submission_id"] == "mine.2"
-    assert second["entrypoint"] == first["entrypoint"].replace("job.yaml\"", "job.yaml\" --resume")
+    assert second["entrypoint"] == first["entrypoint"].replace("job.yaml\"", "job.yaml\" --begin-or-resume")
     same = {"A": "1", "B": "", "RAY_JOB_STOP_WAIT_TIME_S": "90"}.items()
     assert same <= first["runtime_env"]["env_vars"].items() and same <= second["runtime_env"]["env_vars"].items()
     for name in ("folder", "env", "grace", "restarts", "python", "config"):
