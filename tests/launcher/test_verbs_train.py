@@ -27,6 +27,7 @@ def test_begin_go_on_or_either(
 
     def train(config: Any, **options: Any) -> TrainOutcome:
         asked.append(options["resume"])
+        Path(config.folder).mkdir(parents=True)
         return TrainOutcome(folder=config.folder, step=1)
 
     monkeypatch.setattr(run, "train", train)
