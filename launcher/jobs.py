@@ -237,7 +237,7 @@ def submit(
                 raise
             raise JobUsageError(
                 f"{job_id}: {address} has a job of this name; `fathom jobs resume {job_id}` goes on with it, "
-                f"`fathom jobs delete {job_id}` forgets it; or give --name"
+                f"`fathom jobs delete {job_id}.1` forgets it; or give --name"
             ) from None
 
 
@@ -291,7 +291,8 @@ def find(client: Any, address: str, name: str) -> Job:
     found = all_jobs(client, address)
     of_run = [job for job in found if job.run == name]
     if of_run:
-        return max(of_run, key=lambda job: number_of(job.id, name))
+        # not by number alone: NAME may have been forgotten and submitted anew since NAME.2
+        return max(of_run, key=lambda job: (job.started or time.time(), number_of(job.id, name)))
     for job in found:
         if name in (job.id, f"{job.id}.1"):
             return job

@@ -28,7 +28,9 @@ AddressOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON.")]
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A job's id: the run's name; NAME.2 for its second job.")]
+IdArgument = Annotated[
+    str, typer.Argument(metavar="ID", help="A run's name: its newest job; NAME.1 is the first, NAME.2 the second.")
+]
 MaxSizeOption = Annotated[
     float, typer.Option("--max-size", min=0.1, help=f"MiB that are shipped at most; {MOST_MIB:g} is Ray's own limit.")
 ]
@@ -298,7 +300,8 @@ def resume(
     if folder and not place.is_dir():
         typer.echo(f"{place}: is not on this machine and is not shipped", err=True)
     shipped = _parcel(place, max_size) if folder and place.is_dir() else None
-    count = 1 + max(jobs.number_of(other.id, run) for other in jobs.all_jobs(client, where) if other.run == run)
+    # of all jobs: a run of its own may be called RUN.2
+    count = 1 + max(jobs.number_of(other.id, run) for other in jobs.all_jobs(client, where))
     job_id = f"{run}.{count}"
     _send(client, where, asked, terms, shipped, run=run, job_id=job_id)
     return _sent(client, where, asked, job_id, wait, as_json)

@@ -129,7 +129,7 @@ def test_a_name_that_is_taken(server: Callable[[Answer], str], tmp_path: Path) -
     (folder / "x").write_text("x")
     with pytest.raises(JobUsageError) as caught:
         jobs.submit(client, where, "true", job_id="teacher", folder=str(folder), metadata={}, env={})
-    one_line(caught.value, "has a job of this name", "jobs resume teacher", "--name")
+    one_line(caught.value, "has a job of this name", "jobs resume teacher`", "jobs delete teacher.1`", "--name")
 
 
 @pytest.mark.parametrize(

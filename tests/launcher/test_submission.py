@@ -199,6 +199,8 @@ def test_a_run_s_name_is_its_newest_job() -> None:
         assert find(client, "x", name).id == found
     assert [number_of(name, "a") for name in ("a", "a.2", "a.10")] == [1, 2, 10]
     assert number_of("a.2", "a.2") == 1
+    anew = Client(Details("a", "a", 9), Details("a.2", "a", 5))  # the first one was forgotten, and submitted again
+    assert find(anew, "x", "a").id == "a" and find(anew, "x", "a.2").id == "a.2"
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,17 @@ def test_resume_does_the_same_in_the_same_place(
     assert "here/teacher.yaml" in second["files"] and "here/other.txt" not in second["files"]
 
 
+def test_resume_counts_up_over_all_ids(fathom: Run, cluster: FakeClient) -> None:
+    cluster.jobs = [
+        Details(name, "STOPPED", metadata=metadata(run), at=at)
+        for name, run, at in (("a", "a", 1), ("a.2", "a", 2), ("a.9", "a.9", 5), ("a.x", "a.x", 6), ("b.77", "b", 7))
+    ]
+    for name, job_id in (("a", "a.10"), ("a.9", "a.9.2")):  # a.9 is a run of its own
+        assert fathom("resume", name)[:2] == (0, f"{job_id}\n")
+        cluster.jobs[-1].status = "STOPPED"
+    assert fathom("resume", "a")[:2] == (0, "a.11\n")
+
+
 def test_resume_where_the_folder_is_not(fathom: Run, cluster: FakeClient) -> None:
     cluster.jobs = [Details("a", "STOPPED", metadata=metadata("a", folder="/not/here"))]
     status, out, err = fathom("resume", "a")
