@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from launcher.credentials import hidden
-from launcher.ship import CONFIG, HERE, RAY_LEAVES_OUT
+from launcher.ship import CONFIG, FULL, HERE, RAY_LEAVES_OUT, ROOM
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 GRACE_S = 600.0  # for a checkpoint, before Ray kills a job that was stopped
@@ -150,6 +151,8 @@ def _translated(error: Exception, address: str, job_id: str | None) -> JobsError
     """Ray gives a type for a wrong token, the connection's own for a lost one, else a text that begins with the HTTP
     status, and goes on with a page or the server's traceback."""
     status, text = _status_of(error)
+    if getattr(error, "errno", None) in FULL:
+        return JobsError(f"{address}: nothing was sent: {tempfile.gettempdir()} has no space left; {ROOM}")
     if type(error).__name__ == "AuthenticationError" or status in (401, 403):
         return Refused(
             f"{address}: refuses without the cluster's token: copy its ~/.ray/auth_token to this machine's, or set "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,7 +83,7 @@ def submit(
       fathom submit --address http://head:8265 train teacher.yaml --set cluster.workers=16
       fathom jobs logs -f teacher
     """
-    from launcher import jobs, submission
+    from launcher import jobs, ship, submission
 
     here = Path.cwd()
     asked = submission.request(verb, name)
@@ -92,17 +91,11 @@ def submit(
         folder=str(here), grace_s=grace, restarts=restarts, python=python, env=submission.environment(env or [])
     )
     submission.refuse_secrets(asked, terms)
-    shipped = _parcel(here, max_size) if folder else None
+    shipped = ship.parcel(here, max_size) if folder else None
     job_id = asked.name
     client, where = jobs.connect(address)
     _send(client, where, asked, terms, shipped, run=job_id, job_id=job_id)
     return _sent(client, where, asked, job_id, wait, as_json)
-
-
-def _parcel(folder: Path, max_size: float) -> Parcel | None:
-    from launcher import ship
-
-    return None if ship.is_checkout(folder) else ship.parcel(folder, max_size)
 
 
 def _send(
@@ -111,14 +104,13 @@ def _send(
     from launcher import jobs, ship
 
     metadata = asked.metadata(run) | terms.metadata()
-    with tempfile.TemporaryDirectory(prefix="fathom-submit-") as parcel:
-        ship.pack(Path(parcel), shipped, asked.config)
+    with ship.packed(shipped, asked.config) as parcel:
         jobs.submit(
             client,
             where,
             jobs.entrypoint(asked.arguments, terms.restarts, terms.folder, terms.python),
             job_id=job_id,
-            folder=parcel,
+            folder=str(parcel),
             metadata=metadata,
             env={
                 GRACE_VARIABLE: metadata["grace"],
@@ -288,7 +280,7 @@ def resume(
     Example:
       fathom jobs resume teacher
     """
-    from launcher import jobs, submission
+    from launcher import jobs, ship, submission
 
     client, where = jobs.connect(address)
     found = jobs.find(client, where, job)
@@ -299,7 +291,7 @@ def resume(
     place = Path(terms.folder)
     if folder and not place.is_dir():
         typer.echo(f"{place}: is not on this machine and is not shipped", err=True)
-    shipped = _parcel(place, max_size) if folder and place.is_dir() else None
+    shipped = ship.parcel(place, max_size) if folder and place.is_dir() else None
     # of all jobs: a run of its own may be called RUN.2
     count = 1 + max(jobs.number_of(other.id, run) for other in jobs.all_jobs(client, where))
     job_id = f"{run}.{count}"

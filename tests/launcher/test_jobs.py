@@ -162,7 +162,7 @@ class AuthenticationError(Exception):
         (RuntimeError("Module: ftp does not exist.\nThis"), JobsError, "does not exist. This"),
         (ConnectionError("Failed to connect"), JobsError, "no Ray job server answers"),
         (TimeoutError(), JobsError, "no Ray job server answers"),
-        (OSError(28, "No space left on device"), JobsError, "No space left"),
+        (OSError(28, "No space left on device"), JobsError, "nothing was sent: /"),
         (KeyError("jobs"), JobsError, "does not answer as a Ray job server does"),
     ],
 )

@@ -190,10 +190,12 @@ def test_nothing_secret_is_sent(submit: Run, fathom: Run, cluster: FakeClient) -
         (("train", "teacher.yaml", "--set", "runs=https://joe:hush@host/x"), "runs: holds a URL with a user"),
         (("predict", "http://h/x?sig=hush", "--weights", "w", "--out", "o"), "VERB, word 2 (http...): holds a URL"),
         (("--env", "DB_PASSWORD=hush", "train", "teacher.yaml"), "--env DB_PASSWORD: looks like a secret"),
+        (("--env", f"LOGIN=hf_{'hush' * 9}", "train", "teacher.yaml"), "--env LOGIN: holds a token (hf_...)"),
+        (("train", "teacher.yaml", "--set", f"name=AKIA{'HUSH' * 4}"), "name: holds a token (AKIA...)"),
     )  # fmt: skip
     for arguments, said in refused:
         status, out, err = submit(*arguments)
-        assert (status, out) == (2, "") and said in err and "hush" not in err and err.count("\n") == 1
+        assert (status, out) == (2, "") and said in err and "hush" not in err.lower() and err.count("\n") == 1
     cluster.jobs = [Details("a", "STOPPED", metadata=metadata("a", config="runs: https://joe:hush@host/x\n"))]
     status, _, err = fathom("resume", "a")
     assert status == 2 and "runs: holds a URL" in err and "hush" not in err
