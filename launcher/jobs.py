@@ -14,7 +14,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,8 +320,13 @@ def delete(client: Any, address: str, job_id: str) -> None:
         client.delete_job(job_id)
 
 
-def wait(client: Any, address: str, job_id: str, timeout_s: float | None = None) -> Job:
-    """Until the job has ended or the time is over. A server that cannot be reached is asked again, for ever."""
+def wait(
+    client: Any, address: str, job_id: str, timeout_s: float | None = None, seen: Callable[[Job], None] | None = None
+) -> Job:
+    """Until the job has ended or the time is over. A server that cannot be reached is asked again, for ever.
+
+    `seen` gets the job at every look at which it still runs.
+    """
     ends = None if timeout_s is None else time.monotonic() + timeout_s
     silent = False
     while True:
@@ -330,6 +335,8 @@ def wait(client: Any, address: str, job_id: str, timeout_s: float | None = None)
             silent = False
             if job.over:
                 return job
+            if seen is not None:
+                seen(job)
         except (NoSuchJob, Refused):
             raise
         except JobsError as error:
@@ -343,8 +350,10 @@ def wait(client: Any, address: str, job_id: str, timeout_s: float | None = None)
         time.sleep(_LOOK_EVERY_S)
 
 
-def stop(client: Any, address: str, job_id: str, grace_s: float) -> Job:
+def stop(
+    client: Any, address: str, job_id: str, grace_s: float, seen: Callable[[Job], None] | None = None
+) -> Job:
     """Ask the job to stop, and wait up to `grace_s` seconds for its end. Raises NoSuchJob, JobsError."""
     with told(address, job_id):
         client.stop_job(job_id)
-    return wait(client, address, job_id, grace_s)
+    return wait(client, address, job_id, grace_s, seen)

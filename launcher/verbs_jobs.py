@@ -226,7 +226,9 @@ def wait(
     from launcher import job_report, jobs
 
     client, where = jobs.connect(address)
-    found = jobs.wait(client, where, jobs.find(client, where, job).id, timeout)
+    found = jobs.find(client, where, job)
+    if not found.over:
+        found = jobs.wait(client, where, found.id, timeout, None if as_json else _waiting(found, timeout))
     job_report.tell(found, _standing(client, where, found), as_json)
     return found.answer
 
@@ -256,7 +258,7 @@ def stop(
         if not found.ours:
             typer.echo(f"{found.id}: not submitted by fathom: Ray kills it in {found.grace_s:g} s", err=True)
         patience = grace if grace is not None else found.grace_s + 30
-        found = jobs.stop(client, where, found.id, patience)
+        found = jobs.stop(client, where, found.id, patience, None if as_json else _waiting(found, patience))
     job_report.tell(found, _standing(client, where, found), as_json)
     return 0 if found.over else jobs.UNFINISHED
 
@@ -315,6 +317,14 @@ def delete(job: IdArgument, address: AddressOption = None, as_json: JsonOption =
     jobs.delete(client, where, found.id)
     typer.echo(json.dumps({"id": found.id, "deleted": True}) if as_json else f"{found.id}: forgotten")
     return 0
+
+
+def _waiting(job: Job, seconds: float | None) -> Callable[[Job], None]:
+    """Says that the job is waited for; gives what then tells how it stands."""
+    from launcher import job_report
+
+    typer.echo(f"{job.id}: waiting for its end{'' if seconds is None else f', {seconds:g} s at most'}", err=True)
+    return job_report.Changes()
 
 
 def _follow(client: Any, where: str, job_id: str, show: Callable[[str], None]) -> Job:

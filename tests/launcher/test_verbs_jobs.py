@@ -132,6 +132,24 @@ def test_stop_says_whether_it_saved(fathom: Run, cluster: FakeClient) -> None:
     assert status == 101 and cluster.stopped == ["a"] * 4
 
 
+def test_who_waits_is_told_of_changes(fathom: Run, cluster: FakeClient) -> None:
+    waiting, running = (Details("a", status, metadata=metadata("a")) for status in ("PENDING", "RUNNING"))
+    ended = Details("a", "STOPPED", metadata=metadata("a"), exit_code=0)
+    log = "stopped at step 4 by SIGTERM; go on with --resume\n"
+    told = ["a: SUBMITTED", "a: STARTING", "a: CANCELLED (stopped at step 4 by SIGTERM)"]
+    for words, first in (
+        (("stop", "a"), "a: waiting for its end, 630 s at most"), (("wait", "a"), "a: waiting for its end"),
+        (("wait", "a", "--timeout", "60"), "a: waiting for its end, 60 s at most"),
+    ):  # fmt: skip
+        cluster.jobs, cluster.answers, cluster.log = [waiting], [waiting, waiting, running, running, ended], log
+        assert fathom(*words)[1:] == ("", "\n".join([first, *told, ""]))
+        cluster.answers = [waiting, running, ended]
+        assert fathom(*words, "--json")[2] == ""
+    cluster.jobs = [ended]
+    for verb in ("stop", "wait"):
+        assert fathom(verb, "a")[2] == f"{told[-1]}\n"
+
+
 def test_resume_does_the_same_in_the_same_place(
     submit: Run, fathom: Run, cluster: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
