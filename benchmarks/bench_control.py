@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/bench_control.py --ranks 1000 --shards 100000
 
 Every rank says where it is as often as a real one would (a word every ranks / 200 seconds, at least two a second), and
-the driver looks five times a second. A rank of the plan serves its own lane of a step a second. No cluster runs: the
-figures are the processor time of our own code, without Ray's.
+the driver looks five times a second. A rank of the plan serves its own lane of a step a second; the journal gets an
+entry a second. No cluster runs: the figures are the processor time of our own code, without Ray's. Exit status 1 when
+all together take more than 5 % of a core.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from cluster.watchdog import Beat, Watchdog
 from dataio.plan import RolePlan
 from trainer.folder import state_of
 from trainer.journal import Journal
+
+MOST = 0.05  # of a core
 
 
 def watching(ranks: int, seconds: int) -> tuple[float, str]:
@@ -45,7 +48,7 @@ def watching(ranks: int, seconds: int) -> tuple[float, str]:
 
 
 def journalling(entries: int) -> tuple[float, str]:
-    """Processor seconds for an entry, and what reading a long journal takes."""
+    """Processor seconds for an entry a second, and what reading a long journal takes."""
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(folder)
         began = time.process_time()
@@ -54,7 +57,7 @@ def journalling(entries: int) -> tuple[float, str]:
         written = (time.process_time() - began) / entries
         began = time.process_time()
         state_of(journal.read())
-        return written, f"an entry; all {entries} are read in {time.process_time() - began:.2f} s"
+        return written, f"an entry a second; all {entries} are read in {time.process_time() - began:.2f} s"
 
 
 def planning(ranks: int, shards: int, steps: int) -> tuple[float, str]:
@@ -73,7 +76,8 @@ def planning(ranks: int, shards: int, steps: int) -> tuple[float, str]:
     if shown != 8 * steps:
         raise AssertionError(f"{shown} samples of {8 * steps}")
     spent = (time.process_time() - began) / steps
-    return spent, f"{plan.samples} samples in {shards} shards; the first step of a pass takes {first:.2f} s"
+    of = f"{plan.samples} samples in {shards} shards; the first step of a pass takes {first:.2f} s"
+    return spent, f"a step a second; {of}"
 
 
 def peak_mib() -> float:
@@ -92,18 +96,24 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Print the table."""
+def main() -> int:
+    """Print the table; the exit status."""
     arguments, imported = parse(), peak_mib()
-    print("| what | processor time | of |\n| --- | --- | --- |")
-    share, how = watching(arguments.ranks, arguments.seconds)
-    print(f"| watching {arguments.ranks} ranks | {100 * share:.2f} % of a core | {how} |")
-    seconds, how = journalling(arguments.entries)
-    print(f"| the journal | {1e6 * seconds:.0f} us | {how} |")
-    seconds, how = planning(arguments.ranks, arguments.shards, arguments.steps)
-    print(f"| a rank's plan | {100 * seconds:.2f} % of a core at a step a second | {how} |")
+    print("| what | share of a core | of |\n| --- | --- | --- |")
+    found = {
+        f"watching {arguments.ranks} ranks": watching(arguments.ranks, arguments.seconds),
+        "the journal": journalling(arguments.entries),
+        "a rank's plan": planning(arguments.ranks, arguments.shards, arguments.steps),
+    }
+    for what, (share, how) in found.items():
+        print(f"| {what} | {100 * share:.3f} % | {how} |")
+    share = sum(share for share, _ in found.values())
+    print(f"| all together | {100 * share:.3f} % | {100 * MOST:g} % at most |")
     print(f"| memory of all that | {peak_mib() - imported:.0f} MiB | beside {imported:.0f} MiB of imports |")
+    if share > MOST:
+        print(f"error: {100 * share:.1f} % of a core is more than {100 * MOST:g} %", file=sys.stderr)
+    return int(share > MOST)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

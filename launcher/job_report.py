@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from launcher.job_state import Standing
+from launcher.job_state import Standing, standing
 from launcher.jobs import Job
 
 
@@ -57,6 +57,20 @@ def tell(job: Job, state: Standing, as_json: bool) -> None:
         typer.echo(json.dumps(facts(job, state)))
     else:
         typer.echo(f"{job.id}: {state.state}{f' ({state.reason})' if state.reason else ''}", err=True)
+
+
+class Changes:
+    """Tells of a job that is waited for whenever it stands otherwise than before."""
+
+    def __init__(self) -> None:
+        self._told: tuple[str, int] | None = None
+
+    def __call__(self, job: Job) -> None:
+        """At every look at it."""
+        now = standing(job)
+        if (now.state, now.attempt) != self._told:
+            self._told = (now.state, now.attempt)
+            tell(job, now, as_json=False)
 
 
 def show(text: str) -> None:

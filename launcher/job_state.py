@@ -109,11 +109,18 @@ def _cancelled(job: Job, lines: Lines, written: Standing, log: Callable[[], str]
         saved = False
     elif log is not None:
         reason, saved = _last_words(job, log)
-    if saved is False and reason is None:
+    if saved is False and reason is None and not lines and _sooner(job):
+        reason = "ended before it began"
+    elif saved is False and reason is None:
         reason = f"killed by Ray before it saved (it had {job.grace_s:g} s); what it saved earlier stands"
     if not job.ours:
         reason = f"not submitted by fathom: Ray kills it {job.grace_s:g} s after the signal, whether it saved or not"
     return replace(written, state="CANCELLED", reason=reason, saved=saved)
+
+
+def _sooner(job: Job) -> bool:
+    """Whether it lived for less than Ray's patience, so that Ray cannot have killed it."""
+    return job.started is not None and job.ended is not None and job.ended - job.started < job.grace_s
 
 
 def _last_words(job: Job, log: Callable[[], str]) -> tuple[str | None, bool | None]:

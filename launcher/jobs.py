@@ -12,8 +12,9 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from launcher.credentials import hidden
-from launcher.ship import CONFIG, HERE, RAY_LEAVES_OUT
+from launcher.ship import CONFIG, FULL, HERE, RAY_LEAVES_OUT, ROOM
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 GRACE_S = 600.0  # for a checkpoint, before Ray kills a job that was stopped
@@ -150,6 +151,8 @@ def _translated(error: Exception, address: str, job_id: str | None) -> JobsError
     """Ray gives a type for a wrong token, the connection's own for a lost one, else a text that begins with the HTTP
     status, and goes on with a page or the server's traceback."""
     status, text = _status_of(error)
+    if getattr(error, "errno", None) in FULL:
+        return JobsError(f"{address}: nothing was sent: {tempfile.gettempdir()} has no space left; {ROOM}")
     if type(error).__name__ == "AuthenticationError" or status in (401, 403):
         return Refused(
             f"{address}: refuses without the cluster's token: copy its ~/.ray/auth_token to this machine's, or set "
@@ -237,7 +240,7 @@ def submit(
                 raise
             raise JobUsageError(
                 f"{job_id}: {address} has a job of this name; `fathom jobs resume {job_id}` goes on with it, "
-                f"`fathom jobs delete {job_id}` forgets it; or give --name"
+                f"`fathom jobs delete {job_id}.1` forgets it; or give --name"
             ) from None
 
 
@@ -291,7 +294,8 @@ def find(client: Any, address: str, name: str) -> Job:
     found = all_jobs(client, address)
     of_run = [job for job in found if job.run == name]
     if of_run:
-        return max(of_run, key=lambda job: number_of(job.id, name))
+        # not by number alone: NAME may have been forgotten and submitted anew since NAME.2
+        return max(of_run, key=lambda job: (job.started or time.time(), number_of(job.id, name)))
     for job in found:
         if name in (job.id, f"{job.id}.1"):
             return job
@@ -316,8 +320,13 @@ def delete(client: Any, address: str, job_id: str) -> None:
         client.delete_job(job_id)
 
 
-def wait(client: Any, address: str, job_id: str, timeout_s: float | None = None) -> Job:
-    """Until the job has ended or the time is over. A server that cannot be reached is asked again, for ever."""
+def wait(
+    client: Any, address: str, job_id: str, timeout_s: float | None = None, seen: Callable[[Job], None] | None = None
+) -> Job:
+    """Until the job has ended or the time is over. A server that cannot be reached is asked again, for ever.
+
+    `seen` gets the job at every look at which it still runs.
+    """
     ends = None if timeout_s is None else time.monotonic() + timeout_s
     silent = False
     while True:
@@ -326,6 +335,8 @@ def wait(client: Any, address: str, job_id: str, timeout_s: float | None = None)
             silent = False
             if job.over:
                 return job
+            if seen is not None:
+                seen(job)
         except (NoSuchJob, Refused):
             raise
         except JobsError as error:
@@ -339,8 +350,10 @@ def wait(client: Any, address: str, job_id: str, timeout_s: float | None = None)
         time.sleep(_LOOK_EVERY_S)
 
 
-def stop(client: Any, address: str, job_id: str, grace_s: float) -> Job:
+def stop(
+    client: Any, address: str, job_id: str, grace_s: float, seen: Callable[[Job], None] | None = None
+) -> Job:
     """Ask the job to stop, and wait up to `grace_s` seconds for its end. Raises NoSuchJob, JobsError."""
     with told(address, job_id):
         client.stop_job(job_id)
-    return wait(client, address, job_id, grace_s)
+    return wait(client, address, job_id, grace_s, seen)

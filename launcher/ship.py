@@ -1,7 +1,8 @@
 """What travels with a submitted verb: this checkout's rooms, the folder it was typed in, the resolved configuration.
 
     launcher/ trainer/ dataio/ model/ kernels/ cluster/     the code that runs there
-    here/                                                   the folder, less what .gitignore and .fathomignore name
+    here/                                                   the folder, less what .gitignore and .fathomignore name,
+                                                            and less the rooms where it is this checkout
     job.yaml                                                the configuration with overrides and absolute paths
     COMMIT                                                  of the code, where it is known
 
@@ -11,10 +12,13 @@ travel, and what is chosen here does: Ray would apply a `.gitignore` in the parc
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import islice
@@ -32,15 +36,19 @@ MOST_FILES = 20_000  # more are a dataset, or somebody's home
 IGNORE_FILES = (".gitignore", ".fathomignore")  # of the folder itself, later lines count more
 # Never wanted there: what a machine makes for itself, what a run writes, and what datasets and weights weigh.
 IGNORED = (
-    ".git/", ".venv/", "venv/", "__pycache__/", "*.pyc", ".mypy_cache/", ".ruff_cache/", ".pytest_cache/",
+    ".git", ".venv/", "venv/", "__pycache__/", "*.pyc", ".mypy_cache/", ".ruff_cache/", ".pytest_cache/",
     "node_modules/", "runs/", "labels/", "quickstart/", "wandb/", "*.tar", "*.idx", "*.safetensors", "*.pth", "*.onnx",
 )  # fmt: skip
 # Whatever the folder's own files say. Credentials; and what Ray would read in the parcel as a second opinion on it.
 NEVER = (
-    ".env*", ".netrc", "_netrc", ".git-credentials", ".pgpass", ".pypirc", ".ssh/", ".aws/", ".azure/", ".gnupg/",
-    ".ray/", ".kube/", ".docker/", "*.pem", "id_rsa", "id_dsa", "id_ecdsa", "id_ecdsa_sk", "id_ed25519",
-    "id_ed25519_sk", ".gitignore", ".rayignore",
+    ".ssh/", ".aws/", ".azure/", ".gnupg/", ".ray/", ".kube/", ".docker/", ".huggingface/", "**/.config/gcloud/",
+    ".env*", ".netrc", "_netrc", ".git-credentials", ".pgpass", ".pypirc", ".npmrc", ".htpasswd", ".s3cfg", ".boto",
+    ".vault-token", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "!id_*.pub",
+    "kubeconfig", "*.kubeconfig", "application_default_credentials.json", "**/huggingface/token",
+    "**/huggingface/stored_tokens", ".gitignore", ".rayignore",
 )  # fmt: skip
+FULL = (errno.ENOSPC, errno.EDQUOT)
+ROOM = "free some there, or set TMPDIR to a folder with room"
 RAY_LEAVES_OUT = ("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")  # a variable: nothing but what is left out here
 IN_CODE = ("__pycache__", "*.pyc", ".*")  # not shipped of ours
 REMEDY = (
@@ -50,7 +58,7 @@ REMEDY = (
 
 
 class ShipError(RuntimeError):
-    """The folder cannot be shipped: why, and what to do."""
+    """The folder cannot be shipped: which file of it, why, and what to do."""
 
     exit_status = 2
 
@@ -94,11 +102,6 @@ def parcel(folder: Path, most_mib: float = MOST_MIB) -> Parcel:
     return found
 
 
-def is_checkout(folder: Path) -> bool:
-    """Whether the folder is this program's own checkout: it travels anyway."""
-    return folder.resolve() == CHECKOUT
-
-
 def code() -> dict[str, int]:
     """The files of the rooms, by their paths in the checkout, with their sizes in bytes."""
     found = {}
@@ -116,6 +119,21 @@ def zipped(files: Mapping[str, int]) -> int:
     return sum(size + 2 * (len(os.fsencode(name)) + len(HERE) + 1) + 128 for name, size in files.items())
 
 
+@contextmanager
+def packed(shipped: Parcel | None, config: str | None) -> Iterator[Path]:
+    """A temporary folder with all that travels. Raises ShipError."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix="fathom-submit-")
+    except OSError as error:
+        raise ShipError(f"no temporary folder can be made: {error.strerror}; {ROOM}") from None
+    with made as folder:
+        try:
+            pack(Path(folder), shipped, config)
+        except OSError as error:
+            raise ShipError(f"{folder}: what travels cannot be copied there: {error.strerror}; {ROOM}") from None
+        yield Path(folder)
+
+
 def pack(into: Path, shipped: Parcel | None, config: str | None) -> None:
     """Lay everything out in the empty folder `into`. Links to files become files, those to folders stay behind."""
     for name in code():
@@ -124,16 +142,29 @@ def pack(into: Path, shipped: Parcel | None, config: str | None) -> None:
     for name in shipped.files if shipped else ():
         assert shipped is not None
         _copy(shipped.folder / name, into / HERE / name)
-    commit = subprocess.run(["git", "-C", str(CHECKOUT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    if commit.returncode == 0:
-        (into / COMMIT).write_text(commit.stdout, encoding="utf-8")
+    with suppress(FileNotFoundError):  # a machine without git
+        commit = subprocess.run(["git", "-C", str(CHECKOUT), "rev-parse", "HEAD"], capture_output=True, text=True)
+        if commit.returncode == 0:
+            (into / COMMIT).write_text(commit.stdout, encoding="utf-8")
     if config is not None:
         (into / CONFIG).write_text(config, encoding="utf-8")
 
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(source, target)
+    try:
+        shutil.copy2(source, target)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        if source.exists():  # else it was deleted since it was listed
+            raise _unreadable(source, error) from None
+
+
+def _unreadable(path: str | Path, error: OSError) -> ShipError:
+    return ShipError(
+        f"{path}: cannot be read: {error.strerror or error}; make it readable, or name it in {IGNORE_FILES[-1]}"
+    )
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -148,7 +179,7 @@ def _refuse(folder: Path) -> None:
             f"{folder}: is your home folder, or above it, and is not shipped; type the command in a folder of its "
             "own, or ship the code alone with --no-folder"
         )
-    if _spec(NEVER).match_file(f"{real}/".lstrip("/")):
+    if _spec(line for line in NEVER if line.endswith("/")).match_file(f"{real}/".lstrip("/")):
         raise ShipError(
             f"{folder}: is a folder of credentials, and is not shipped; type the command elsewhere, or give --no-folder"
         )
@@ -164,14 +195,32 @@ def _ignored(folder: Path) -> list[str]:
     lines = list(IGNORED)
     for name in IGNORE_FILES:
         if (folder / name).is_file():
-            lines += (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()
+            lines += _lines(folder / name)
+    return lines + [f"/{room}/" for room in ROOMS if folder.resolve() == CHECKOUT]  # they travel as code
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise ShipError(f"{path}: cannot be read: {error.strerror}; make it readable") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            _spec([line])
+        except ValueError:
+            raise ShipError(f"{path}, line {number}: {line!r} is no pattern; mend or remove the line") from None
     return lines
+
+
+def _unlisted(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # deleted since its own folder was listed
+        raise _unreadable(error.filename, error)
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int]]:
     """Ignored folders are not looked into: a dataset beside the configuration may have millions of files."""
     ignored, never = _spec(_ignored(folder)), _spec(NEVER)
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_unlisted):
         place = os.path.relpath(parent, folder)
         inside = "" if place == "." else f"{place}/"
         folders[:] = sorted(
@@ -182,6 +231,12 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
             full = os.path.join(parent, name)
             if not os.path.isfile(full) or ignored.match_file(path) or never.match_file(path):
                 continue  # no pipes, no sockets, no dangling links
-            if os.path.islink(full) and never.match_file(os.path.realpath(full).lstrip("/")):
+            if os.path.islink(full) and never.match_file(os.path.relpath(os.path.realpath(full), folder.resolve())):
                 continue
-            yield path, os.path.getsize(full)
+            if any("\ud800" <= letter <= "\udfff" for letter in path):  # what Python makes of other bytes
+                raise ShipError(
+                    f"{folder}: the file name {path!a} is not UTF-8, and Ray ships no other; rename it, or name it in "
+                    f"{IGNORE_FILES[-1]}"
+                )
+            with suppress(FileNotFoundError):  # deleted since it was listed
+                yield path, os.path.getsize(full)

@@ -129,7 +129,7 @@ def again(metadata: Mapping[str, str]) -> Request:
 
 
 def refuse_secrets(asked: Request, terms: Terms) -> None:
-    """Raises JobUsageError for a URL with credentials in what the cluster keeps and shows: which word or field."""
+    """Raises JobUsageError for credentials in what the cluster keeps and shows: which word or field."""
     for place, text in _texts(asked, terms):
         if what := secret_in(text):
             raise JobUsageError(f"{place}: holds {what}, {_READABLE}")

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+BEGIN_OR_RESUME = "--begin-or-resume"
 TRY_AGAIN = 75  # preempted, with a checkpoint
 RESTARTS = 5  # in a row, each sooner than STEADY_S
 STEADY_S = 600.0  # a verb that ran so long got somewhere
@@ -42,7 +43,8 @@ def again(arguments: Sequence[str]) -> list[str] | None:
     """The command line that goes on where this one was cut off, or None where there is none."""
     first = list(arguments[:2])
     if first[:1] == ["train"]:
-        return [*arguments] if "--resume" in arguments else [*arguments, "--resume"]
+        # it may have been cut off before there was a run
+        return [*arguments] if {"--resume", BEGIN_OR_RESUME} & {*arguments} else [*arguments, BEGIN_OR_RESUME]
     if first == ["label", "run"] or first[:1] in (["quickstart"], ["evaluate"]):
         return list(arguments)
     return None

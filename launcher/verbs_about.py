@@ -31,8 +31,9 @@ def doctor(
         typer.Option(metavar="DIR", help="With --cluster: where runs are kept; default: runs, if it is here, else ."),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(min=1, help="With --cluster: seconds that a node has to answer a question.")
-    ] = PATIENCE_S,
+        float | None,
+        typer.Option(min=1, help=f"With --cluster: seconds a node has to answer a question; default: {PATIENCE_S:g}."),
+    ] = None,
     every_pair: Annotated[
         bool, typer.Option("--every-pair", help="With --cluster: of many nodes try each with all others, not with 16.")
     ] = False,
@@ -51,8 +52,9 @@ def doctor(
     if cluster:
         from launcher.doctor_survey import cluster_command
 
-        return cluster_command(address, folder, timeout, every_pair, as_json)
-    for name, given in (("--address", address), ("--folder", folder)):
+        return cluster_command(address, folder, PATIENCE_S if timeout is None else timeout, every_pair, as_json)
+    alone = {"--address": address, "--folder": folder, "--timeout": timeout, "--every-pair": every_pair or None}
+    for name, given in alone.items():
         if given is not None:
             raise typer.BadParameter("goes with --cluster", param_hint=name)
     from launcher.doctor import doctor_command

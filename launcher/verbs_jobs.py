@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +27,9 @@ AddressOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON.")]
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A job's id: the run's name; NAME.2 for its second job.")]
+IdArgument = Annotated[
+    str, typer.Argument(metavar="ID", help="A run's name: its newest job; NAME.1 is the first, NAME.2 the second.")
+]
 MaxSizeOption = Annotated[
     float, typer.Option("--max-size", min=0.1, help=f"MiB that are shipped at most; {MOST_MIB:g} is Ray's own limit.")
 ]
@@ -82,7 +83,7 @@ def submit(
       fathom submit --address http://head:8265 train teacher.yaml --set cluster.workers=16
       fathom jobs logs -f teacher
     """
-    from launcher import jobs, submission
+    from launcher import jobs, ship, submission
 
     here = Path.cwd()
     asked = submission.request(verb, name)
@@ -90,17 +91,11 @@ def submit(
         folder=str(here), grace_s=grace, restarts=restarts, python=python, env=submission.environment(env or [])
     )
     submission.refuse_secrets(asked, terms)
-    shipped = _parcel(here, max_size) if folder else None
+    shipped = ship.parcel(here, max_size) if folder else None
     job_id = asked.name
     client, where = jobs.connect(address)
     _send(client, where, asked, terms, shipped, run=job_id, job_id=job_id)
     return _sent(client, where, asked, job_id, wait, as_json)
-
-
-def _parcel(folder: Path, max_size: float) -> Parcel | None:
-    from launcher import ship
-
-    return None if ship.is_checkout(folder) else ship.parcel(folder, max_size)
 
 
 def _send(
@@ -109,14 +104,13 @@ def _send(
     from launcher import jobs, ship
 
     metadata = asked.metadata(run) | terms.metadata()
-    with tempfile.TemporaryDirectory(prefix="fathom-submit-") as parcel:
-        ship.pack(Path(parcel), shipped, asked.config)
+    with ship.packed(shipped, asked.config) as parcel:
         jobs.submit(
             client,
             where,
             jobs.entrypoint(asked.arguments, terms.restarts, terms.folder, terms.python),
             job_id=job_id,
-            folder=parcel,
+            folder=str(parcel),
             metadata=metadata,
             env={
                 GRACE_VARIABLE: metadata["grace"],
@@ -232,7 +226,9 @@ def wait(
     from launcher import job_report, jobs
 
     client, where = jobs.connect(address)
-    found = jobs.wait(client, where, jobs.find(client, where, job).id, timeout)
+    found = jobs.find(client, where, job)
+    if not found.over:
+        found = jobs.wait(client, where, found.id, timeout, None if as_json else _waiting(found, timeout))
     job_report.tell(found, _standing(client, where, found), as_json)
     return found.answer
 
@@ -262,7 +258,7 @@ def stop(
         if not found.ours:
             typer.echo(f"{found.id}: not submitted by fathom: Ray kills it in {found.grace_s:g} s", err=True)
         patience = grace if grace is not None else found.grace_s + 30
-        found = jobs.stop(client, where, found.id, patience)
+        found = jobs.stop(client, where, found.id, patience, None if as_json else _waiting(found, patience))
     job_report.tell(found, _standing(client, where, found), as_json)
     return 0 if found.over else jobs.UNFINISHED
 
@@ -286,7 +282,7 @@ def resume(
     Example:
       fathom jobs resume teacher
     """
-    from launcher import jobs, submission
+    from launcher import jobs, ship, submission
 
     client, where = jobs.connect(address)
     found = jobs.find(client, where, job)
@@ -297,8 +293,9 @@ def resume(
     place = Path(terms.folder)
     if folder and not place.is_dir():
         typer.echo(f"{place}: is not on this machine and is not shipped", err=True)
-    shipped = _parcel(place, max_size) if folder and place.is_dir() else None
-    count = 1 + max(jobs.number_of(other.id, run) for other in jobs.all_jobs(client, where) if other.run == run)
+    shipped = ship.parcel(place, max_size) if folder and place.is_dir() else None
+    # of all jobs: a run of its own may be called RUN.2
+    count = 1 + max(jobs.number_of(other.id, run) for other in jobs.all_jobs(client, where))
     job_id = f"{run}.{count}"
     _send(client, where, asked, terms, shipped, run=run, job_id=job_id)
     return _sent(client, where, asked, job_id, wait, as_json)
@@ -320,6 +317,14 @@ def delete(job: IdArgument, address: AddressOption = None, as_json: JsonOption =
     jobs.delete(client, where, found.id)
     typer.echo(json.dumps({"id": found.id, "deleted": True}) if as_json else f"{found.id}: forgotten")
     return 0
+
+
+def _waiting(job: Job, seconds: float | None) -> Callable[[Job], None]:
+    """Says that the job is waited for; gives what then tells how it stands."""
+    from launcher import job_report
+
+    typer.echo(f"{job.id}: waiting for its end{'' if seconds is None else f', {seconds:g} s at most'}", err=True)
+    return job_report.Changes()
 
 
 def _follow(client: Any, where: str, job_id: str, show: Callable[[str], None]) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,7 @@ def plan(
         list[str], typer.Argument(metavar="VERB ...", help="train, label run or evaluate, with its arguments.")
     ],
     rate: Annotated[
-        float | None, typer.Option(min=1e-9, help="Images a second of all ranks together, measured elsewhere.")
+        float | None, typer.Option(help="Images a second of all ranks together, measured elsewhere.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> int:
@@ -39,11 +40,13 @@ def plan(
     """
     from launcher.parsing import NotAVerb, parsed
 
-    words, given = parsed(verb)
+    if rate is not None and not 0 < rate < math.inf:
+        raise typer.BadParameter(f"{rate:g}; a number above 0", param_hint="--rate")
+    words = verb[: 2 if any(name.startswith(f"{verb[0]} ") for name in PLANNED) else 1]
     name = " ".join(words)
     if name not in PLANNED:
         raise NotAVerb(f"VERB: {name!r} is none that can be planned; {', '.join(PLANNED)}")
-    found = PLANNED[name](given, rate)
+    found = PLANNED[name](parsed(verb)[1], rate)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1, default=str))
     else:

@@ -22,6 +22,9 @@ def train(
     config: ConfigArgument,
     overrides: OverridesOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest whole checkpoint.")] = False,
+    begin_or_resume: Annotated[
+        bool, typer.Option("--begin-or-resume", help="As --resume where there is a run, as without it otherwise.")
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Check invariants before and after every step; slow.")
     ] = False,
@@ -58,7 +61,7 @@ def train(
     with flag as stop, Progress(settings.name, settings.steps or None, "steps") as bar:
         outcome = run(
             settings,
-            resume=resume,
+            resume=None if begin_or_resume and not resume else resume,
             on_progress=show_step(bar),
             stop=stop,
             say=lambda line: typer.echo(line, err=True),

@@ -39,6 +39,11 @@ COMMANDS = {
         "| waiting for DALI |",
         "| disparity, CutMix |",
     ),
+    "bench_control.py --ranks 50 --seconds 4 --shards 500 --steps 20 --entries 100": (  # fails above 5 % of a core
+        "| watching 50 ranks |",
+        "| a rank's plan |",
+        "| all together |",
+    ),
     "bench_model.py --device cpu --preset tiny --size 70 --repeats 1": ("float32", "bfloat16", "transformers"),
 }
 

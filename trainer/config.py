@@ -22,6 +22,11 @@ PATHS = frozenset({"runs", "encoder_weights", "weights", "dataset", "out", "froz
 PATH_LISTS = frozenset({"datasets", "labels"})
 
 
+# Types of pydantic's errors.
+UNKNOWN_KEY = frozenset({"extra_forbidden", "unexpected_keyword_argument"})
+MISSING = frozenset({"missing", "missing_keyword_only_argument"})
+
+
 class ConfigError(ValueError):
     """The configuration is wrong: names the field, what was found and what is allowed. Ends a command with status 2."""
 
@@ -61,7 +66,7 @@ def parse_config(cls: type[C], values: Mapping[str, Any], *, source: str = "conf
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        clauses = [prefix + clause(cls, item) for item in error.errors(include_url=False)]
+        clauses = [prefix + clause(cls, item) for item in errors_of(error, values)]
         raise ConfigError(f"{source}: " + "; ".join(clauses)) from None
 
 
@@ -168,15 +173,43 @@ _Loader.add_implicit_resolver(
 )
 
 
+def errors_of(error: ValidationError, values: Any) -> list[Any]:
+    """pydantic's errors; what it says of one value as each member of a union is put together, at the value's place."""
+    found: list[Any] = []
+    of_unions: dict[tuple[Any, ...], Any] = {}
+    for item in error.errors(include_url=False):
+        place = existing(values, item["loc"])
+        if item["type"] in MISSING | UNKNOWN_KEY or place in ((), item["loc"]):
+            found.append(item)
+        elif place in of_unions:
+            of_unions[place]["msg"] += f", or {item['msg'][:1].lower()}{item['msg'][1:]}"
+        else:
+            of_unions[place] = {**item, "loc": place}
+            found.append(of_unions[place])
+    return found
+
+
+def existing(values: Any, location: Sequence[Any]) -> tuple[Any, ...]:
+    """The part of a location that leads to something: pydantic adds the names of a union's members."""
+    path: list[Any] = []
+    for part in location:
+        here = isinstance(values, dict) and part in values
+        if not here and not (isinstance(values, list) and isinstance(part, int) and part < len(values)):
+            break
+        path.append(part)
+        values = values[part]
+    return tuple(path)
+
+
 def clause(cls: type[BaseModel], item: Any) -> str:
     """One of pydantic's errors: field, what was found, what is allowed."""
     location = [part for part in item["loc"] if part != "__root__"]
     where = ".".join(str(part) for part in location) or "configuration"
-    if item["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+    if item["type"] in UNKNOWN_KEY:
         close = close_key(cls, location)
         hint = f"did you mean {close!r}?" if close else f"known keys: {', '.join(_keys_at(cls, location[:-1]))}"
         return f"{where}: unknown key; {hint}"
-    if item["type"] in {"missing", "missing_keyword_only_argument"}:
+    if item["type"] in MISSING:
         return f"{where}: missing; it has no default"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error" and not location:

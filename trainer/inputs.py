@@ -53,7 +53,7 @@ def look_at_inputs(config: TrainConfig) -> tuple[dict[str, int], list[Problem]]:
     attempt(check_trackers, config)
     for role, spec in config.data.roles.items():
         for index, path in enumerate(spec.datasets):
-            dataset = attempt(Dataset.open, path)
+            dataset = attempt(open_dataset, f"data.roles.{role}.datasets", path)
             if dataset is None:
                 continue
             samples[role] += dataset.info.samples
@@ -73,6 +73,14 @@ def look_at_inputs(config: TrainConfig) -> tuple[dict[str, int], list[Problem]]:
     return samples, problems
 
 
+def open_dataset(field: str, path: str) -> Dataset:
+    """The dataset that a field names. Raises DataError or StorageError, which begin with the field."""
+    try:
+        return Dataset.open(path)
+    except (DataError, StorageError) as error:
+        raise type(error)(f"{field}: {error}") from None
+
+
 def check_role(role: str, dataset: Dataset) -> None:
     """ConfigError when photographs without depth are to serve as labelled ones."""
     if role == "labelled" and dataset.info.role != "labelled":
@@ -83,7 +91,7 @@ def check_role(role: str, dataset: Dataset) -> None:
 
 def check_depth(path: str) -> None:
     """ConfigError when a dataset to validate on has no depth."""
-    if Dataset.open(path).info.quantity is None:
+    if open_dataset("validation.datasets", path).info.quantity is None:
         raise ConfigError(f"validation.datasets: {path} has no depth to compare with")
 
 

@@ -225,11 +225,10 @@ def train_stage(request: Request, name: str, stop: StopFlag, labels: str | None 
     folder = RunFolder(config.folder)
     if folder.finished_step() is not None:
         return folder.path
-    started = os.path.exists(folder.config)
     with Progress(name, config.steps, "steps") as bar:
         outcome = train(
             config,
-            resume=started,
+            resume=None,
             on_progress=show_step(bar),
             stop=stop,
         )

@@ -43,14 +43,15 @@ PACKAGES = (
 def train(
     config: TrainConfig,
     *,
-    resume: bool = False,
+    resume: bool | None = False,
     on_progress: Callable[[Mapping[str, Any]], None] | None = None,
     stop: StopFlag | None = None,
     say: Callable[[str], None] | None = None,
 ) -> TrainOutcome:
     """Train on `config.cluster.workers` ranks of an embedded or a given Ray cluster; returns when done or stopped.
 
-    `say` gets what is worth knowing before the first step.
+    `resume`: whether to go on with a run, which must be there; None goes on where there is one, and begins it
+    otherwise. `say` gets what is worth knowing before the first step.
 
     Raises ConfigError, DataError, WeightsError or StorageError for what the user can mend; whatever a rank raised
     otherwise.
@@ -61,6 +62,7 @@ def train(
     if resume and not os.path.exists(folder.config):
         raise ConfigError(f"{config.folder}: no run to resume; start it without --resume")
     with locked_folder(config.folder, "this run"):
+        resume = os.path.exists(folder.config) if resume is None else resume
         config = with_earlier_skips(config) if resume else config
         before = settings_of(folder)
         checkpoint = prepare_folder(config, resume)

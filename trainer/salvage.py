@@ -13,12 +13,22 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import ConfigError, Finding, absolute_paths, apply_override, clause, close_key, read_values
+from trainer.config import (
+    MISSING,
+    UNKNOWN_KEY,
+    ConfigError,
+    Finding,
+    absolute_paths,
+    apply_override,
+    clause,
+    close_key,
+    errors_of,
+    existing,
+    read_values,
+)
 
 C = TypeVar("C", bound=BaseModel)
 
-UNKNOWN_KEY = frozenset({"extra_forbidden", "unexpected_keyword_argument"})
-MISSING = frozenset({"missing", "missing_keyword_only_argument"})
 ROUNDS = 20  # of mending; each takes away at least one thing that is wrong
 # What stands for a missing value, by the key's name, so that the rest can be looked at.
 STAND_INS: Mapping[str, Any] = {
@@ -64,8 +74,9 @@ def salvage(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> Salvag
         try:
             config = cls.model_validate(left, context=together)
         except ValidationError as error:
-            meant = _meant(cls, left, error.errors(include_url=False))
-            items = [item for item in error.errors(include_url=False) if item["loc"] not in meant.values()]
+            told = errors_of(error, left)
+            meant = _meant(cls, left, told)
+            items = [item for item in told if item["loc"] not in meant.values()]
             news = [item for item in items if not covered(_field(left, item), wrong)]
             problems |= dict.fromkeys(prefix + clause(cls, item) for item in news)
             wrong |= dict.fromkeys(_field(left, item) for item in news if item["type"] not in UNKNOWN_KEY)
@@ -91,7 +102,7 @@ def _field(values: Mapping[str, Any], item: Any) -> str:
     """Which field an error is of: dotted, up to the first place in a list, without the names of a union's members."""
     location = item["loc"]
     names: list[str] = []
-    for part in location if item["type"] in MISSING else _existing(values, location):
+    for part in location if item["type"] in MISSING else existing(values, location):
         if isinstance(part, int):
             break
         names.append(part)
@@ -115,7 +126,7 @@ def _mend(values: dict[str, Any], items: Sequence[Any], meant: Mapping[Any, Any]
     removed: set[tuple[Any, ...]] = set()
     mended = False
     for item in items:
-        path = _existing(values, item["loc"])
+        path = existing(values, item["loc"])
         rest = item["loc"][len(path) :]
         node = _at(values, path)
         if item["type"] in MISSING and len(rest) == 1 and isinstance(node, dict) and rest[0] in STAND_INS:
@@ -135,18 +146,6 @@ def _mend(values: dict[str, Any], items: Sequence[Any], meant: Mapping[Any, Any]
 
 def _depth(path: tuple[Any, ...]) -> tuple[int, list[tuple[int, str]]]:
     return len(path), [(part, "") if isinstance(part, int) else (0, part) for part in path]
-
-
-def _existing(values: Any, location: Sequence[Any]) -> tuple[Any, ...]:
-    """The part of a location that leads to something: pydantic adds the names of a union's members."""
-    path: list[Any] = []
-    for part in location:
-        here = isinstance(values, dict) and part in values
-        if not here and not (isinstance(values, list) and isinstance(part, int) and part < len(values)):
-            break
-        path.append(part)
-        values = values[part]
-    return tuple(path)
 
 
 def _at(values: Any, path: Sequence[Any]) -> Any:

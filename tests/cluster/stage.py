@@ -107,6 +107,15 @@ for ((n = 1; n <= tasks; n++)); do FAKE_NODE=other$n SESSION=$SESSION-other$n "$
 wait
 """
 
+# FAKE_STATE: of the job.
+SCONTROL = """#!/bin/bash
+echo "scontrol: $*" >>"$FAKE_LOG"
+if [ "$1 $2" = "show job" ]; then
+    [ -n "$FAKE_STATE" ] || exit 1
+    echo "JobId=$3 JobName=fathom"; echo "   JobState=$FAKE_STATE Reason=None Dependency=(null)"
+fi
+"""
+
 SSH = """#!/bin/bash
 echo "ssh: $*" >>"$FAKE_LOG"
 while :; do case $1 in -o) shift 2 ;; -*) shift ;; *) break ;; esac; done
@@ -141,7 +150,7 @@ class Stage:
         self._program("python", PYTHON.format(python=python, folder=self.folder, repository=REPOSITORY))
         self._program("srun", SRUN)
         self._program("ssh", SSH)
-        self._program("scontrol", '#!/bin/bash\necho "scontrol: $*" >>"$FAKE_LOG"\n')
+        self._program("scontrol", SCONTROL)
         self._program("hostname", '#!/bin/bash\necho "${FAKE_NODE:-first}"\n')
         self._program("ip", '#!/bin/bash\necho "7: $6    inet 10.1.2.3/24 brd 10.1.2.255 scope global $6"\n')
         self.env = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import signal
 import stat
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ import yaml
 
 from launcher.submission import request
 from tests.cluster.stage import WAIT_S, Stage, options_of, staged, text_of, write_config
-from trainer.folder import RunFolder
 
 
 @pytest.fixture
@@ -27,7 +25,7 @@ def slurm(tmp_path: Path) -> Iterator[Stage]:
         made.env |= {
             "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_PER_TASK": "4", "FAKE_VERB": "0",
             "FATHOM_SCRATCH": str(made.folder / "scratch"), "FATHOM_STATE": str(made.folder / "state"),
-            "FATHOM_START_S": "60",
+            "FATHOM_START_S": "60", "FAKE_STATE": "RUNNING",
         }  # fmt: skip
         yield made
 
@@ -119,6 +117,18 @@ def test_before_the_time_limit_the_verb_saves_and_the_job_is_queued_again(slurm:
     assert places == sorted(places) and slurm.lines()[-1] == "scontrol: requeue 4711" and left(slurm) == []
 
 
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PREEMPTED", ""])
+def test_a_job_that_was_cancelled_saves_and_does_not_come_back(slurm: Stage, state: str) -> None:
+    """Plain `scancel` is SIGTERM, too. An empty state: Slurm does not answer."""
+    env = {"FAKE_VERB": "wait:75", "FAKE_STATE": state, "SLURM_JOB_NUM_NODES": "1"}
+    process = slurm.start("slurm.sbatch", "train", "teacher.yaml", **env)
+    slurm.wait_for(lambda: slurm.lines("verb"), "verb")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 75 and "verb has saved" in slurm.lines() and "not queued again" in err
+    assert slurm.lines("scontrol") == ["scontrol: show job 4711"] and left(slurm) == []
+
+
 def test_a_verb_that_the_signal_meets_before_it_listens_has_lost_nothing(slurm: Stage) -> None:
     process = slurm.start("slurm.sbatch", "train", "teacher.yaml", FAKE_VERB="deaf:0", SLURM_JOB_NUM_NODES="1")
     slurm.wait_for(lambda: slurm.lines("verb"), "verb")
@@ -146,7 +156,7 @@ def test_a_job_that_ends_before_its_nodes_are_up_runs_no_verb(
     process.send_signal(number)
     process.communicate(timeout=WAIT_S)
     assert process.returncode == status and not slurm.lines("verb") and left(slurm) == []
-    assert slurm.lines("scontrol") == (["scontrol: requeue 4711"] if status == 75 else [])
+    assert slurm.lines("scontrol: requeue") == (["scontrol: requeue 4711"] if status == 75 else [])
 
 
 def test_nodes_that_do_not_come_up_fail_the_job(slurm: Stage) -> None:
@@ -161,19 +171,11 @@ def test_a_head_that_dies_fails_the_job_with_its_own_words(slurm: Stage) -> None
     assert not slurm.lines("srun") and left(slurm) == []
 
 
-@pytest.mark.parametrize(("count", "there", "resumes"), [("0", True, False), ("1", True, True), ("2", False, False)])
-def test_from_the_second_time_on_a_run_that_has_begun_goes_on(
-    slurm: Stage, config: Path, count: str, there: bool, resumes: bool
-) -> None:
-    shutil.copy(config, slurm.folder)
-    run = RunFolder(str(slurm.folder / "runs" / "mine"))
-    if there:
-        Path(run.path).mkdir(parents=True)
-        Path(run.config).touch()
-    words = ("train", "teacher.yaml", "--set", "name=mine")
-    slurm.run("slurm.sbatch", *words, SLURM_RESTART_COUNT=count, SLURM_JOB_NUM_NODES="1")
+@pytest.mark.parametrize(("verb", "count", "resumes"), [("train", "0", 0), ("train", "1", 1), ("evaluate", "1", 0)])
+def test_from_the_second_time_on_training_goes_on(slurm: Stage, verb: str, count: str, resumes: int) -> None:
+    slurm.run("slurm.sbatch", verb, "a.yaml", SLURM_RESTART_COUNT=count, SLURM_JOB_NUM_NODES="1")
     [line] = slurm.lines("verb")
-    assert line.endswith(" --resume") == resumes
+    assert line.split().count("--begin-or-resume") == resumes
 
 
 @pytest.mark.parametrize(

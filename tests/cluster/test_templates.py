@@ -17,7 +17,6 @@ import yaml
 
 from launcher.submission import request
 from tests.cluster.stage import REPOSITORY, TEMPLATES, Stage, code_of, options_of, staged, text_of, write_config
-from trainer.folder import RunFolder
 
 SCRIPTS = ("slurm.sbatch", "ssh-hosts.sh")
 
@@ -217,13 +216,8 @@ def test_the_entrypoint_begins_a_run_and_goes_on_with_one_that_has_begun(
     ray_job: dict[str, Any], stage: Stage, config: Path
 ) -> None:
     words = entrypoint_words(ray_job, stage, config.parent)
-    assert "--resume" not in words
-    asked = request(words, None)
-    assert asked.run_folder == str(config.parent / "runs" / "teacher")
-    Path(asked.run_folder).mkdir(parents=True)
-    Path(RunFolder(asked.run_folder).config).touch()
-    again = entrypoint_words(ray_job, stage, config.parent)
-    assert again == [*words, "--resume"] and request(again, None).config == asked.config
+    assert "--begin-or-resume" in words and "--resume" not in words
+    assert request(words, None).run_folder == str(config.parent / "runs" / "teacher")
 
 
 def test_a_folder_of_the_image_hides_nothing_of_ours(ray_job: dict[str, Any], tmp_path: Path) -> None:

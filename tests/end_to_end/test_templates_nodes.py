@@ -81,7 +81,8 @@ class Desk:
                 self._clerks.submit(self._answer, path.with_suffix(""), request)
 
     def _answer(self, name: Path, request: dict[str, Any]) -> None:
-        answers = {"srun": self._srun, "ssh": self._ssh, "scontrol": lambda *_: {"out": "", "err": "", "status": 0}}
+        running = {"out": "   JobState=RUNNING Reason=None\n", "err": "", "status": 0}
+        answers = {"srun": self._srun, "ssh": self._ssh, "scontrol": lambda *_: running}
         try:
             answer = answers[request["program"]](name, request)
         except Exception as error:  # noqa: BLE001  the program must not wait for ever

@@ -362,7 +362,13 @@ def test_json_of_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-@pytest.mark.parametrize("option", [["--address", "10.0.0.1:6379"], ["--folder", "."]])
-def test_options_of_a_cluster_want_the_cluster(option: list[str]) -> None:
+@pytest.mark.parametrize(
+    "option", [["--address", "10.0.0.1:6379"], ["--folder", "."], ["--timeout", "60"], ["--every-pair"]]
+)
+def test_options_of_a_cluster_want_the_cluster(monkeypatch: pytest.MonkeyPatch, option: list[str]) -> None:
     done = CliRunner().invoke(build_app(), ["doctor", *option])
-    assert done.exit_code == 2 and "--cluster" in done.output
+    assert done.exit_code == 2 and "--cluster" in done.output and option[0] in done.output
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(doctor_survey, "cluster_command", lambda *given: asked.append(given))
+    assert CliRunner().invoke(build_app(), ["doctor", "--cluster", *option]).exit_code == 0
+    assert asked[0][2] == 60.0  # the default, too

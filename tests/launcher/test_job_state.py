@@ -141,6 +141,14 @@ def test_where_the_journal_cannot_be_seen_the_log_tells() -> None:
     assert standing(other, lambda: "packing").saved is None  # has nothing to go on from
 
 
+@pytest.mark.parametrize(("after", "reason"), [(2, "ended before it began"), (590, "ended"), (601, "killed by Ray")])
+def test_a_job_that_was_stopped_before_it_began(tmp_path: Path, after: int, reason: str) -> None:
+    """Its process got the signal before it could write a word."""
+    stopped = job("STOPPED", str(tmp_path), ended=BEGAN + after)
+    found = standing(stopped, lambda: "")
+    assert found.saved is False and (found.reason or "").startswith(reason)
+
+
 def test_a_job_of_others_had_ray_s_three_seconds() -> None:
     found = standing(job_of(Details("a", "STOPPED")), lambda: "")
     assert found.saved is None and "not submitted by fathom: Ray kills it 3 s after" in (found.reason or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -88,6 +89,36 @@ def test_nobody_there(server: Callable[[Answer], str]) -> None:
     assert "hush" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "mode"), [(None, None), ("file", "token"), ("RAY_AUTH_TOKEN", "token"), ("RAY_AUTH_TOKEN_PATH", "token")]
+)
+def test_ray_s_client_gets_the_token_the_address_and_no_list_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str | None, mode: str | None
+) -> None:
+    from ray import job_submission
+
+    variables = (
+        "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS", jobs.RAY_LEAVES_OUT[0]
+    )  # fmt: skip
+    for name in variables:
+        monkeypatch.setenv(name, "x")  # so that it is as before when the test has ended
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(job_submission, "JobSubmissionClient", lambda url: url)
+    if given == "file":
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("x")
+    elif given:
+        monkeypatch.setenv(given, "x")
+    url = "http://joe:hush@head:8265"
+    assert connect(url) == (url, WHERE)
+    assert os.environ.get("RAY_AUTH_MODE") == mode
+    assert os.environ["RAY_API_SERVER_ADDRESS"] == url and os.environ[jobs.RAY_LEAVES_OUT[0]] == ""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    connect(url)
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+
+
 def test_what_ray_s_client_says_of_a_job(server: Callable[[Answer], str]) -> None:
     said = {
         "/api/version": (200, VERSION),
@@ -129,7 +160,7 @@ def test_a_name_that_is_taken(server: Callable[[Answer], str], tmp_path: Path) -
     (folder / "x").write_text("x")
     with pytest.raises(JobUsageError) as caught:
         jobs.submit(client, where, "true", job_id="teacher", folder=str(folder), metadata={}, env={})
-    one_line(caught.value, "has a job of this name", "jobs resume teacher", "--name")
+    one_line(caught.value, "has a job of this name", "jobs resume teacher`", "jobs delete teacher.1`", "--name")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +193,7 @@ class AuthenticationError(Exception):
         (RuntimeError("Module: ftp does not exist.\nThis"), JobsError, "does not exist. This"),
         (ConnectionError("Failed to connect"), JobsError, "no Ray job server answers"),
         (TimeoutError(), JobsError, "no Ray job server answers"),
-        (OSError(28, "No space left on device"), JobsError, "No space left"),
+        (OSError(28, "No space left on device"), JobsError, "nothing was sent: /"),
         (KeyError("jobs"), JobsError, "does not answer as a Ray job server does"),
     ],
 )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -37,20 +41,119 @@ def test_what_is_ignored_stays(tmp_path: Path) -> None:
 SECRETS = (
     ".env", ".env.local", ".envrc", "sub/.env", ".ssh/config", ".aws/credentials", "sub/.aws/credentials", ".netrc",
     ".ray/auth_token", ".kube/config", ".docker/config.json", "server.pem", "id_rsa", "sub/id_ed25519",
-    ".git-credentials",
+    ".git-credentials", "server.key", "a.p12", "a.pfx", "id_rsa_work", ".vault-token", ".npmrc", ".s3cfg", ".boto",
+    "gcloud/application_default_credentials.json", ".config/gcloud/access_tokens.db", ".huggingface/token",
+    ".cache/huggingface/token", "sub/.cache/huggingface/token", "kubeconfig", "sub/prod.kubeconfig", ".htpasswd",
+    ".ssh/id_rsa.pub",
 )  # fmt: skip
 
 
 def test_credentials_stay_whatever_the_folder_says(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / ".aws"
-    for path in (*(here / name for name in SECRETS), here / "id_map.json", here / "environment.yaml", there / "x"):
+    kept = {"id_map.json", "environment.yaml", "id_rsa.pub", "keys.json", ".fathomignore"}
+    for path in (*(here / name for name in (*SECRETS, *kept)), there / "x"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     (here / "link").symlink_to(there / "x")
     (here / ".fathomignore").write_text("".join(f"!{name}\n!{Path(name).name}\n" for name in SECRETS))
-    assert set(parcel(here).files) == {"id_map.json", "environment.yaml", ".fathomignore"}
+    assert set(parcel(here).files) == kept
     with pytest.raises(ShipError, match="folder of credentials"):
         parcel(there)
+
+
+def test_a_folder_below_one_of_environments_is_shipped(tmp_path: Path) -> None:
+    project = tmp_path / ".envs" / "proj"
+    files(project, a_dot_yaml=1, _dot_env=1)
+    (project / "link").symlink_to(project / "a.yaml")
+    assert set(parcel(project).files) == {"a.yaml", "link"}
+
+
+def refused(folder: Path, *words: str) -> None:
+    """As packing the folder is, in one line."""
+    with pytest.raises(ShipError) as caught, ship.packed(parcel(folder), None):
+        pass
+    said = str(caught.value)
+    assert "\n" not in said and all(word in said for word in words), said
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    unreadable = Path("/proc/self/mem")  # for root too
+    (tmp_path / "a.bin").symlink_to(unreadable)
+    refused(tmp_path, f"{tmp_path / 'a.bin'}: cannot be read", ".fathomignore")
+    (tmp_path / ".fathomignore").write_text("a.bin\n")
+    with ship.packed(parcel(tmp_path), "name: x\n") as made:
+        assert {path.name for path in made.iterdir()} >= {"here", "job.yaml", "launcher"}
+    assert not made.exists()
+    (tmp_path / ".gitignore").symlink_to(unreadable)
+    refused(tmp_path, f"{tmp_path / '.gitignore'}: cannot be read")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files(tmp_path, closed__a=1, gone__b=1)
+
+    def scandir(path: str) -> Iterator[os.DirEntry[str]]:
+        for name, error in (("closed", PermissionError(13, "Permission denied", path)),
+                            ("gone", FileNotFoundError(2, "No such file", path))):  # fmt: skip
+            if os.path.basename(path) == name:
+                raise error
+        return real(path)
+
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    refused(tmp_path, f"{tmp_path / 'closed'}: cannot be read: Permission denied")
+    (tmp_path / ".fathomignore").write_text("closed/\n")
+    assert set(parcel(tmp_path).files) == {".fathomignore"}
+
+
+def test_a_line_that_is_no_pattern_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".fathomignore").write_text("# ours\nnotes/\n!\n")
+    refused(tmp_path, f"{tmp_path / '.fathomignore'}, line 3: '!' is no pattern")
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    name = b"caf\xe9.txt"
+    Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(b"x")
+    (tmp_path / "caf\u00e9.txt").write_bytes(b"x")
+    refused(tmp_path, r"'caf\udce9.txt' is not UTF-8", "rename it")
+    (tmp_path / ".fathomignore").write_bytes(name + b"\n")
+    assert set(parcel(tmp_path).files) == {"caf\u00e9.txt", ".fathomignore"}
+
+
+def test_what_is_deleted_meanwhile_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files(tmp_path, a=1, b=1)
+    shipped = parcel(tmp_path)
+    (tmp_path / "b").unlink()
+    with ship.packed(shipped, None) as made:
+        assert [path.name for path in (made / "here").iterdir()] == ["a"]
+
+    def getsize(path: str) -> int:
+        if os.path.basename(path) == "a":
+            raise FileNotFoundError(2, "No such file", path)
+        return real(path)
+
+    real = os.path.getsize
+    monkeypatch.setattr(os.path, "getsize", getsize)
+    assert parcel(tmp_path).files == {}
+
+
+def test_a_full_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files(tmp_path, a=1)
+
+    def full(*_: object, **__: object) -> NoReturn:
+        raise OSError(28, "No space left on device", "a")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copy2", full)
+        refused(tmp_path, f"{tempfile.gettempdir()}/fathom-submit-", "No space left on device", "TMPDIR")
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
+    refused(tmp_path, "no temporary folder can be made: No space left on device", "TMPDIR")
+
+
+def test_a_checkout_s_folder_travels_beside_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ship, "CHECKOUT", tmp_path)
+    files(tmp_path, launcher__a_dot_py=1, mine__model__b_dot_py=1, teacher_dot_yaml=1, _dot_git=9)
+    assert set(parcel(tmp_path).files) == {"mine/model/b.py", "teacher.yaml"}
+    assert set(ship.code()) == {"launcher/a.py"}
 
 
 def test_the_home_folder_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_metadata_are_enough_to_go_on(config: Path) -> None:
     assert all(isinstance(value, str) for value in known.values())
     config.unlink()
     resumed = again(known)
-    assert resumed.arguments == ("train", CONFIG_WORD, "--resume") and resumed.config == asked.config
+    assert resumed.arguments == ("train", CONFIG_WORD, "--begin-or-resume") and resumed.config == asked.config
     assert again(resumed.metadata("teacher")).arguments == resumed.arguments
     for words in (["predict", "a.jpg"], ["data", "layouts"]):
         with pytest.raises(JobUsageError, match="cannot go on"):
@@ -199,6 +199,8 @@ def test_a_run_s_name_is_its_newest_job() -> None:
         assert find(client, "x", name).id == found
     assert [number_of(name, "a") for name in ("a", "a.2", "a.10")] == [1, 2, 10]
     assert number_of("a.2", "a.2") == 1
+    anew = Client(Details("a", "a", 9), Details("a.2", "a", 5))  # the first one was forgotten, and submitted again
+    assert find(anew, "x", "a").id == "a" and find(anew, "x", "a.2").id == "a.2"
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from launcher.supervisor import TIED, again, main, worth_another
+from launcher import supervisor
+from launcher.supervisor import TIED, Supervisor, again, main, worth_another
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
@@ -45,13 +46,15 @@ sys.exit(int(what))
 """
 
 
-def started(folder: Path, script: str, *arguments: str, restarts: int = 3) -> subprocess.Popen[str]:
+def started(
+    folder: Path, script: str, *arguments: str, restarts: int = 3, before: str = "supervisor.FIRST_WAIT_S = 0.01"
+) -> subprocess.Popen[str]:
     (folder / "verb.py").write_text(textwrap.dedent(VERB))
     (folder / "script").write_text(script)
     program = f"""
 import sys
 from launcher import supervisor
-supervisor.FIRST_WAIT_S = 0.01
+{before}
 verb = [sys.executable, {str(folder / "verb.py")!r}, {str(folder)!r}]
 sys.exit(supervisor.Supervisor({list(arguments)!r}, {restarts}, verb).run())
 """
@@ -85,10 +88,10 @@ def starts(folder: Path) -> list[str]:
     return (folder / "starts").read_text().splitlines()
 
 
-def test_a_killed_verb_goes_on_with_resume(tmp_path: Path) -> None:
+def test_a_killed_verb_goes_on_or_begins(tmp_path: Path) -> None:
     status, said = ended(started(tmp_path, "kill 75 0", "train", "teacher.yaml"))
     assert status == 0
-    assert starts(tmp_path) == ["train teacher.yaml", *["train teacher.yaml --resume"] * 2]
+    assert starts(tmp_path) == ["train teacher.yaml", *["train teacher.yaml --begin-or-resume"] * 2]
     assert "killed by SIGKILL; going on in" in said and "preempted; going on in" in said
 
 
@@ -125,6 +128,61 @@ def test_a_signal_reaches_the_verb_once_and_its_end_is_waited_for(
     assert len(starts(tmp_path)) == 1
 
 
+def test_a_stop_while_it_waits_starts_nothing_more(tmp_path: Path) -> None:
+    process = started(tmp_path, "kill 0", "train", "teacher.yaml", before="supervisor.FIRST_WAIT_S = 60")
+    assert process.stderr is not None
+    assert "going on in 60 s" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 75  # what was saved before stands, and can be gone on with
+    assert len(starts(tmp_path)) == 1
+
+
+def test_a_stop_while_the_verb_is_being_started_reaches_it(tmp_path: Path) -> None:
+    stop = """
+import os, signal
+start = supervisor.subprocess.Popen
+def popen(*words, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return start(*words, **options)
+supervisor.subprocess.Popen = popen
+"""
+    process = started(tmp_path, "wait 0", "train", "teacher.yaml", before=stop)
+    try:
+        assert process.wait(30) in (75, 128 + signal.SIGTERM)  # when it listened, or before
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()  # and the verb with it
+        ended(process)
+
+
+class Clock(Supervisor):
+    """Its verb is killed after each of `lives` seconds; then it succeeds. Nothing is started, nobody waits."""
+
+    def __init__(self, lives: list[float], restarts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(["train", "a.yaml"], restarts)
+        self.lives, self.now, self.waits = lives, 0.0, list[float]()
+        monkeypatch.setattr(supervisor.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(self._stopping, "wait", self.waits.append)
+
+    def _once(self, arguments: Sequence[str]) -> int:
+        if not self.lives:
+            return 0
+        self.now += self.lives.pop(0)
+        return -signal.SIGKILL
+
+
+def test_it_waits_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock([1.0] * 8, 9, monkeypatch)
+    assert clock.run() == 0 and clock.waits == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_a_verb_that_got_somewhere_starts_the_count_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock([1.0, 1.0, 600.0, 1.0, 599.0, 600.0], 2, monkeypatch)
+    assert clock.run() == 128 + signal.SIGKILL and clock.waits == [1, 2, 1, 2]
+    assert clock.lives == [600.0]
+
+
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_a_killed_supervisor_leaves_no_driver(tmp_path: Path, whole_group: bool) -> None:
     process = started(tmp_path, "wait 0", "train", "teacher.yaml")
@@ -154,7 +212,9 @@ def test_nothing_starts_for_a_supervisor_that_has_ended(tmp_path: Path) -> None:
 
 
 def test_what_goes_on_and_how() -> None:
-    assert again(["train", "a.yaml", "--resume"]) == ["train", "a.yaml", "--resume"]
+    assert again(["train", "a.yaml"]) == ["train", "a.yaml", "--begin-or-resume"]
+    for mode in ("--resume", "--begin-or-resume"):
+        assert again(["train", "a.yaml", mode]) == ["train", "a.yaml", mode]
     assert again(["label", "run", "d", "--weights", "w"]) == ["label", "run", "d", "--weights", "w"]
     assert again(["data", "check", "d"]) is None and again([]) is None
     assert worth_another(-9, False) and worth_another(75, False)

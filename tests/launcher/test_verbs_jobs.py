@@ -132,6 +132,24 @@ def test_stop_says_whether_it_saved(fathom: Run, cluster: FakeClient) -> None:
     assert status == 101 and cluster.stopped == ["a"] * 4
 
 
+def test_who_waits_is_told_of_changes(fathom: Run, cluster: FakeClient) -> None:
+    waiting, running = (Details("a", status, metadata=metadata("a")) for status in ("PENDING", "RUNNING"))
+    ended = Details("a", "STOPPED", metadata=metadata("a"), exit_code=0)
+    log = "stopped at step 4 by SIGTERM; go on with --resume\n"
+    told = ["a: SUBMITTED", "a: STARTING", "a: CANCELLED (stopped at step 4 by SIGTERM)"]
+    for words, first in (
+        (("stop", "a"), "a: waiting for its end, 630 s at most"), (("wait", "a"), "a: waiting for its end"),
+        (("wait", "a", "--timeout", "60"), "a: waiting for its end, 60 s at most"),
+    ):  # fmt: skip
+        cluster.jobs, cluster.answers, cluster.log = [waiting], [waiting, waiting, running, running, ended], log
+        assert fathom(*words)[1:] == ("", "\n".join([first, *told, ""]))
+        cluster.answers = [waiting, running, ended]
+        assert fathom(*words, "--json")[2] == ""
+    cluster.jobs = [ended]
+    for verb in ("stop", "wait"):
+        assert fathom(verb, "a")[2] == f"{told[-1]}\n"
+
+
 def test_resume_does_the_same_in_the_same_place(
     submit: Run, fathom: Run, cluster: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,12 +165,23 @@ def test_resume_does_the_same_in_the_same_place(
     assert status == 0 and [one["id"] for one in objects(out)] == ["mine.2", "mine.2"] and LOG in err
     first, second = cluster.submitted
     assert second["submission_id"] == "mine.2"
-    assert second["entrypoint"] == first["entrypoint"].replace("job.yaml\"", "job.yaml\" --resume")
+    assert second["entrypoint"] == first["entrypoint"].replace("job.yaml\"", "job.yaml\" --begin-or-resume")
     same = {"A": "1", "B": "", "RAY_JOB_STOP_WAIT_TIME_S": "90"}.items()
     assert same <= first["runtime_env"]["env_vars"].items() and same <= second["runtime_env"]["env_vars"].items()
     for name in ("folder", "env", "grace", "restarts", "python", "config"):
         assert first["metadata"][name] == second["metadata"][name]
     assert "here/teacher.yaml" in second["files"] and "here/other.txt" not in second["files"]
+
+
+def test_resume_counts_up_over_all_ids(fathom: Run, cluster: FakeClient) -> None:
+    cluster.jobs = [
+        Details(name, "STOPPED", metadata=metadata(run), at=at)
+        for name, run, at in (("a", "a", 1), ("a.2", "a", 2), ("a.9", "a.9", 5), ("a.x", "a.x", 6), ("b.77", "b", 7))
+    ]
+    for name, job_id in (("a", "a.10"), ("a.9", "a.9.2")):  # a.9 is a run of its own
+        assert fathom("resume", name)[:2] == (0, f"{job_id}\n")
+        cluster.jobs[-1].status = "STOPPED"
+    assert fathom("resume", "a")[:2] == (0, "a.11\n")
 
 
 def test_resume_where_the_folder_is_not(fathom: Run, cluster: FakeClient) -> None:
@@ -179,10 +208,12 @@ def test_nothing_secret_is_sent(submit: Run, fathom: Run, cluster: FakeClient) -
         (("train", "teacher.yaml", "--set", "runs=https://joe:hush@host/x"), "runs: holds a URL with a user"),
         (("predict", "http://h/x?sig=hush", "--weights", "w", "--out", "o"), "VERB, word 2 (http...): holds a URL"),
         (("--env", "DB_PASSWORD=hush", "train", "teacher.yaml"), "--env DB_PASSWORD: looks like a secret"),
+        (("--env", f"LOGIN=hf_{'hush' * 9}", "train", "teacher.yaml"), "--env LOGIN: holds a token (hf_...)"),
+        (("train", "teacher.yaml", "--set", f"name=AKIA{'HUSH' * 4}"), "name: holds a token (AKIA...)"),
     )  # fmt: skip
     for arguments, said in refused:
         status, out, err = submit(*arguments)
-        assert (status, out) == (2, "") and said in err and "hush" not in err and err.count("\n") == 1
+        assert (status, out) == (2, "") and said in err and "hush" not in err.lower() and err.count("\n") == 1
     cluster.jobs = [Details("a", "STOPPED", metadata=metadata("a", config="runs: https://joe:hush@host/x\n"))]
     status, _, err = fathom("resume", "a")
     assert status == 2 and "runs: holds a URL" in err and "hush" not in err

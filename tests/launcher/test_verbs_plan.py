@@ -24,7 +24,7 @@ def test_a_recipe_is_laid_out_and_what_is_missing_is_named(fathom: Run, tmp_path
     values = yaml.safe_load((tmp_path / "run.yaml").read_text())
     datasets = [path for role in values["data"]["roles"].values() for path in role["datasets"]]
     for path in datasets:
-        assert sum(line.startswith(f"error: {tmp_path / path}: no such folder") for line in err.splitlines()) == 1
+        assert sum(f"datasets: {tmp_path / path}: no such folder" in line for line in err.splitlines()) == 1
     assert "global batch" in out and "memory of a rank" in out and "MiB" in out and "Traceback" not in err
 
 
@@ -50,7 +50,7 @@ def test_a_wrong_configuration_is_told_whole_and_as_json_too(fathom: Run, tmp_pa
         "stepz: unknown key",
         "lanes may be 1, 7",
         "cannot feed 9",
-        "/no/data: no such",
+        "error: data.roles.labelled.datasets: /no/data: no such",
         "/no/encoder: no such",
     ):
         assert sum(said in line for line in err.splitlines()) == 1, (said, err)
@@ -76,7 +76,12 @@ def test_other_verbs_are_refused(fathom: Run, tmp_path: Path) -> None:
     write(tmp_path)
     for words, said in (
         (("label", "status", "x"), "'label status' is none that can be planned; train, label run, evaluate"),
-        (("frobnicate", "run.yaml"), "'frobnicate' is none"),
+        (("label",), "'label' is none that can be planned; train, label run, evaluate"),
+        (("frobnicate", "run.yaml"), "'frobnicate' is none that can be planned; train, label run, evaluate\n"),
+        (("--rate", "nan", "train", "run.yaml"), "--rate: nan; a number above 0"),
+        (("--rate", "inf", "train", "run.yaml"), "--rate: inf; a number above 0"),
+        (("--rate", "0", "train", "run.yaml"), "--rate: 0; a number above 0"),
+        (("train", "run.yaml", "--rate", "-1"), "--rate: -1; a number above 0"),
     ):
         status, _, err = fathom(*words)
         assert status == 2 and said in err, err

@@ -88,9 +88,9 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path, data: dict[str
     )  # fmt: skip
     problems = plan_train(config).problems
     for start in (
-        "/no/such: ",
+        "data.roles.labelled.datasets: /no/such: ",
         f"data.roles.labelled.datasets: {data['photos']} has no depth",
-        "/no/validation: ",
+        "validation.datasets: /no/validation: ",
         f"validation.datasets: {data['photos']} has no depth",
         "model.encoder_weights: /no/encoder: no such file",
     ):
@@ -119,7 +119,7 @@ def test_a_configuration_that_is_wrong_by_itself_does_not_hide_the_rest(tmp_path
         "data.roles.labelled.lanes: 4 cannot feed 9 cluster.workers",
         "task.gradient_weigth: unknown key",
         "task.loss: found 'other'",
-        "/no/such: no such folder",
+        "data.roles.labelled.datasets: /no/such: no such folder",
         "model.encoder_weights: /no/encoder: no such file",
     ):
         assert sum(problem.startswith(start) for problem in found.problems) == 1, (start, found.problems)
@@ -132,6 +132,13 @@ def test_a_task_that_cannot_be_made_hides_no_path(tmp_path: Path, data: dict[str
         model = {"encoder_weights": "/no/encoder", **changes.get("model", {})}
         found = plan_train(config_of(tmp_path, {"truth": "/no/such"}, **{**changes, "model": model}))
         assert len(found.problems) == 3 and "memory_of_a_rank" not in found.sections, found.problems
+
+
+@pytest.mark.parametrize("kind", ["teacher", "pretext", "taecher"])
+def test_a_preset_is_looked_at_whatever_the_task_is(tmp_path: Path, data: dict[str, str], kind: str) -> None:
+    found = plan_train(config_of(tmp_path, data, task={"kind": kind}, model={"preset": "v9"})).problems
+    assert sum(problem.startswith("model.preset: no preset 'v9'; there are: v1-vits") for problem in found) == 1
+    assert any(problem.startswith("task.kind: found 'taecher'") for problem in found) == (kind == "taecher")
 
 
 def test_passes_that_are_too_few_for_the_warm_up_are_told_beside_the_rest(tmp_path: Path, data: dict[str, str]) -> None:

@@ -97,6 +97,23 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     assert {name: after[name] for name in before} == before and before.keys() >= {"config.yaml", "environment.json"}
 
 
+def test_a_run_is_begun_or_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor cannot know whether there was a run when its verb was killed."""
+    started: list[TrainConfig] = []
+    monkeypatch.setattr(run, "check_inputs", lambda config: {"labelled": 8})
+    monkeypatch.setattr(run, "run_attempts", lambda config, *_: started.append(config))
+    train(teacher(tmp_path), resume=None)
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    skipping = teacher(tmp_path, data__skip_samples=[[0, 8]])
+    prepare_folder(skipping, True)
+    train(teacher(tmp_path), resume=None)
+    assert started == [teacher(tmp_path), skipping]  # with what earlier attempts passed over
+    (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="seed: is 1"):
+        train(teacher(tmp_path, seed=1), resume=None)
+    assert len(started) == 2
+
+
 def test_a_wrong_field_is_refused_before_gigabytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_folder(teacher(tmp_path), False)
     (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)

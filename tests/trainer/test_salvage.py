@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from trainer.config import ConfigError, parse_config
 from trainer.config_evaluate import EvaluateConfig
 from trainer.config_train import TrainConfig
 from trainer.salvage import covered, salvage, salvage_file, without_consequences
@@ -31,9 +32,12 @@ def test_fields_and_what_they_say_together_are_told_at_once() -> None:
     found = salvage(TrainConfig, given)
     said = [line.partition(": ")[0] for line in found.problems]
     assert set(said) == {
-        "stepz", "optim.betas.0", "data.roles.labelled.lanes", "engine.micro_batch.constrained-int",
-        "engine.micro_batch.literal['auto']",
+        "stepz", "optim.betas.0", "data.roles.labelled.lanes", "engine.micro_batch",
     }  # fmt: skip
+    [line] = [line for line in found.problems if line.startswith("engine.micro_batch: ")]
+    assert line.endswith("found -3; input should be greater than or equal to 1, or input should be 'auto'")
+    with pytest.raises(ConfigError, match=r"engine\.micro_batch: found -3; input .* or input should be 'auto'$"):
+        parse_config(TrainConfig, values(engine={"micro_batch": -3}))
     assert sum("lanes may be 1, 7" in line or "cannot feed 9" in line for line in found.problems) == 2
     assert sorted(found.wrong) == ["engine.micro_batch", "optim.betas"]
     assert found.config is not None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dataio.spec import RoleNeeds
 from dataio.types import Batch
 from model import DepthAnything, get_preset
+from model.presets import Preset
 from model.save import record_of
 from model.types import WeightsError
 from trainer.config import ConfigError, Section, parse_config
@@ -112,7 +113,7 @@ class DepthTask(Task):
         super().__init__(options, model)
         chosen = model.model_dump(include={"position_mode", "readout", "fusion"}, exclude_none=True)
         # Of the network; `build` puts that of the weights here. A frozen encoder beside it is of the same.
-        self.preset = replace(get_preset(model.preset), **chosen)
+        self.preset = replace(preset_of(model), **chosen)
         if self.preset.head != self.head:
             what, wanted = ("metres", "v2-vits-metric-indoor") if self.head == "metric" else ("disparity", "v2-vits")
             raise ConfigError(
@@ -151,6 +152,14 @@ class DepthTask(Task):
         return disparity_BHW
 
 
+def preset_of(model: ModelSection) -> Preset:
+    """The preset that the section names. Raises WeightsError."""
+    try:
+        return get_preset(model.preset)
+    except WeightsError as error:
+        raise WeightsError(f"model.preset: {error}") from None
+
+
 def task_names() -> list[str]:
     """Names of all tasks: the modules beside this one."""
     package = importlib.import_module("trainer.tasks")
@@ -171,14 +180,19 @@ def make_task(config: TrainConfig) -> Task:
 
 
 def look_at_task(config: TrainConfig) -> tuple[Task | None, list[ConfigError | WeightsError]]:
-    """(the task, with stand-ins for wrong options, or None; everything that is wrong with it)."""
+    """(the task, with stand-ins for wrong options, or None; everything that is wrong with it and its preset)."""
+    problems: list[ConfigError | WeightsError] = []
+    try:
+        preset_of(config.model)
+    except WeightsError as error:
+        problems.append(error)
     try:
         cls = _class_of(config)
     except ConfigError as error:
-        return None, [error]
+        return None, [error, *problems]
     read = salvage(cls.Options, config.task.options, prefix="task.")
-    problems: list[ConfigError | WeightsError] = [ConfigError(line) for line in read.problems]
-    if read.config is None:
+    problems = [*(ConfigError(line) for line in read.problems), *problems]
+    if read.config is None or len(problems) > len(read.problems):
         return None, problems
     try:
         task = cls(read.config, config.model)
