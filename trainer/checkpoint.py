@@ -63,8 +63,8 @@ class TrainState:
     workers: int = 1
     skipped_in_a_row: int = 0  # steps without an update just before
     spikes: Mapping[str, Any] | None = None  # what the spike detector has seen
-    losses: Sequence[float | None] = ()  # of the last two steps, as far as it has not seen them
-    began: Sequence[Sequence[Any]] = ()  # (step, cursor) where the last steps began
+    losses: Sequence[float | None] = field(default_factory=list)  # of the last two steps, where it has not
+    began: Sequence[Sequence[Any]] = field(default_factory=list)  # (step, cursor) where the last steps began
     format: int = FORMAT
 
 
