@@ -49,6 +49,8 @@ class DepthAnything(nn.Module):
     def from_preset(cls, preset: str | Preset, encoder_weights: str | os.PathLike[str] | None = None) -> Self:
         """A network to train: random decoder, and the encoder random or from a file.
 
+        Under `torch.device("meta")` it has shapes and nothing else, and no file is read.
+
         Args:
             preset: a name out of PRESETS, or a Preset.
             encoder_weights: DINOv2's file (hub or timm names), or a whole Depth Anything's, whose decoder is ignored.
@@ -56,6 +58,8 @@ class DepthAnything(nn.Module):
         Raises:
             WeightsError: unknown preset, or a file that does not fit.
         """
+        if weights.shapes_only():
+            return cls(get_preset(preset))
         net = cls._empty(get_preset(preset))
         net.pretrained.initialise()
         net.depth_head.initialise()

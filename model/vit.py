@@ -107,9 +107,13 @@ class Encoder(nn.Module):
     def from_preset(cls, preset: str | Preset, encoder_weights: str | os.PathLike[str] | None = None) -> Self:
         """A fresh encoder, or one read from a DINOv2 file (hub or timm names) or a whole Depth Anything's file.
 
+        Under `torch.device("meta")` it has shapes and nothing else, and no file is read.
+
         Raises:
             WeightsError: unknown preset, or the file does not fit.
         """
+        if weights.shapes_only():
+            return cls(get_preset(preset))
         with torch.device("meta"):
             encoder = cls(get_preset(preset))
         weights.materialise(encoder)

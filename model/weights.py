@@ -55,6 +55,11 @@ class Source:
 # --- networks in memory -------------------------------------------------------------------------------------------
 
 
+def shapes_only() -> bool:
+    """Whether networks are being built under `torch.device("meta")`: of any size, in no memory, with no values."""
+    return torch.get_default_device().type == "meta"
+
+
 @torch.no_grad()
 def materialise(module: nn.Module) -> None:
     """Give a module built on the meta device CPU memory filled with NaN."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,9 @@ from trainer.folder import RunFolder
 if TYPE_CHECKING:
     from cluster.direction import Watch
     from cluster.surroundings import Seen
+
+
+_SHARED_WAIT_S = 30.0  # a network file system may show an old state for so long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +67,10 @@ def run_ranks(
     cluster = config.cluster
     result = run_group(
         on_rank,
-        {"config": config.model_dump(mode="json"), "checkpoint": checkpoint, "attempt": attempt_of(config)},
+        {
+            "config": config.model_dump(mode="json"), "folder": config.folder, "attempt": attempt_of(config),
+            "checkpoint": checkpoint,
+        },
         address=cluster.address,
         workers=workers,
         use_gpu=cluster.use_gpu,
@@ -84,6 +92,20 @@ def attempt_of(config: TrainConfig) -> str:
 
 def on_rank(context: WorkerContext, payload: Mapping[str, Any]) -> dict[str, Any]:
     """What Ray calls on every rank. The driver itself imports none of the rank's libraries."""
+    require_shared(RunFolder(payload["folder"]), payload["attempt"])
     from trainer.worker import train_worker
 
     return train_worker(context, payload)
+
+
+def require_shared(run: RunFolder, attempt: str) -> None:
+    """StorageError unless this rank sees what the driver has just written: its checkpoints must go to one folder."""
+    ends = time.monotonic() + _SHARED_WAIT_S
+    path = run.environment
+    while not storage.exists(path) or json.loads(storage.read_bytes(path)).get("attempt") != attempt:
+        if time.monotonic() > ends:
+            raise storage.StorageError(
+                f"{path}: is not there, or of another attempt, on {platform.node()}; runs must be a folder that all "
+                "machines of the cluster share"
+            )
+        time.sleep(_SHARED_WAIT_S / 30)

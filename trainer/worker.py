@@ -47,13 +47,10 @@ from trainer.shadow import Shadow
 from trainer.tasks.base import Task, make_task
 from trainer.validation import Validator
 
-_SHARED_WAIT_S = 30.0  # a network file system may show an old state for so long
-
 
 def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> dict[str, Any]:
     """One rank: build the network, engine and loader, restore, run the loop, export. Runs inside the process group."""
     config = parse_config(TrainConfig, payload["config"])
-    require_shared(config, payload["attempt"])
     try:
         with RankTrainer(config, context, payload["checkpoint"]) as rank:
             rank.record_devices()
@@ -66,19 +63,6 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> dict[str
             f"rank {context.rank}: out of memory: {str(error).splitlines()[0]} Use {told}"
             f"model.activation_checkpointing, a higher engine.zero_stage, engine.cpu_offload{validates} or more ranks"
         ) from error
-
-
-def require_shared(config: TrainConfig, attempt: str) -> None:
-    """StorageError unless this rank sees what the driver has just written: its checkpoints must go to one folder."""
-    path = RunFolder(config.folder).environment
-    ends = time.monotonic() + _SHARED_WAIT_S
-    while not storage.exists(path) or json.loads(storage.read_bytes(path)).get("attempt") != attempt:
-        if time.monotonic() > ends:
-            raise storage.StorageError(
-                f"{path}: is not there, or of another attempt, on {platform.node()}; runs ({config.runs}) must be a "
-                "folder that all machines of the cluster share"
-            )
-        time.sleep(_SHARED_WAIT_S / 30)
 
 
 def device_name(device: torch.device) -> str:

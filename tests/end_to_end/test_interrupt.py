@@ -92,7 +92,7 @@ def test_a_run_stopped_three_times_ends_as_one_that_was_not(tmp_path: Path, worl
     succeed("train", "teacher.yaml", "--resume", cwd=tmp_path)
     assert newest(run) == STEPS
     assert [e for e in events(run) if e != "checkpoint"] == [
-        "started", "stopped", "started", "failed", "started", "stopped", "started", "finished",
+        "started", "stopped", "started", "failed", "gave_up", "started", "stopped", "started", "finished",
     ]  # fmt: skip
     whole = load_file(tmp_path / "whole" / "teacher" / "weights" / "model.safetensors")
     pieces = load_file(run / "weights" / "model.safetensors")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from model import PRESETS, DepthAnything, WeightsError, lower_bound_size
 from model.types import UNUSED, EncoderOutput
+from model.vit import Encoder
 from tests.model.plain import loud, plain_decoder, plain_encoder
 
 # recipes: encoder and decoder parameters, and names in the state dict, of the published files
@@ -284,3 +286,16 @@ def test_the_decoder_runs_channels_last_and_its_head_in_float32() -> None:
     assert len(formats) >= 20 and all(formats)
     assert map_BHW.dtype == torch.float32 and not torch.equal(map_BHW.bfloat16().float(), map_BHW)
     assert (map_BHW.bfloat16().float() != map_BHW).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("cls", [DepthAnything, Encoder])
+def test_shapes_alone_take_no_memory_and_no_file(cls: Any) -> None:
+    """The giant's weights are 5 GB: what it would take is asked on laptops, too."""
+    with torch.device("meta"):
+        network = cls.from_preset("v2-vitg", encoder_weights="/no/such/file")
+    assert all(tensor.is_meta for tensor in network.state_dict().values())
+    with torch.device("meta"):
+        small = cls.from_preset("tiny").state_dict()
+    real = cls.from_preset("tiny").state_dict()
+    assert {name: t.shape for name, t in small.items()} == {name: t.shape for name, t in real.items()}
+    assert not any(tensor.is_meta for tensor in real.values())

@@ -19,11 +19,13 @@ from model import DepthAnything
 from tests.dataio.fakes import labelled, shards_of, write_dataset
 from tests.trainer.disks import fill, small_disk
 from tests.trainer.ranks import run_ranks
+from trainer import ranks
 from trainer.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
 from trainer.config import ConfigError, parse_config
 from trainer.config_train import TrainConfig
 from trainer.divergence import TrainingDiverged
 from trainer.evaluate_images import mean_of, measure_part, measurement
+from trainer.folder import RunFolder
 from trainer.journal import logged_lines
 from trainer.ranks import attempt_of
 from trainer.run import prepare_folder
@@ -114,17 +116,15 @@ def test_a_machine_that_goes_too_soon_leaves_the_checkpoint_that_was_under_way(
 
 def test_the_driver_s_file_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network file system shows what was there before, for a while."""
-    from trainer import worker
-
-    monkeypatch.setattr(worker, "_SHARED_WAIT_S", 0.5)
-    config = config_of(tmp_path, {"train": "t", "a": "a", "b": "b"}, "shared")
-    folder = tmp_path / "shared"
-    folder.mkdir()
-    (folder / "environment.json").write_text('{"attempt": "before"}')
-    with pytest.raises(storage.StorageError, match=r"of another attempt.*must be a folder that all machines"):
-        worker.require_shared(config, "now")
-    threading.Timer(0.2, (folder / "environment.json").write_text, ['{"attempt": "now"}']).start()
-    worker.require_shared(config, "now")
+    monkeypatch.setattr(ranks, "_SHARED_WAIT_S", 0.5)
+    path, run = tmp_path / "environment.json", RunFolder(str(tmp_path))
+    with pytest.raises(storage.StorageError, match=r"is not there.*must be a folder that all machines"):
+        ranks.require_shared(run, "now")
+    path.write_text('{"attempt": "before"}')
+    with pytest.raises(storage.StorageError, match="of another attempt"):
+        ranks.require_shared(run, "now")
+    threading.Timer(0.2, path.write_text, ['{"attempt": "now"}']).start()
+    ranks.require_shared(run, "now")
 
 
 def train(rank: int, world_size: int, runs: Path, data: dict[str, str], names: list[str]) -> dict[str, bool]:
@@ -505,7 +505,8 @@ def started(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> lis
     """What Ray calls on every rank: with a folder that it does not see, as it should be, on too small a device."""
     from trainer.ends import OutOfMemory
     from trainer.loop import Loop
-    from trainer.worker import train_worker
+
+    ranks._SHARED_WAIT_S = 0.5
 
     def run_out(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
@@ -518,11 +519,12 @@ def started(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> lis
         torch.distributed.barrier()
         if name == "small":
             Loop.train_step = run_out  # type: ignore[assignment, method-assign]
-        payload = {"config": config.model_dump(mode="json"), "checkpoint": None, "attempt": "none"}
+        payload = {"config": config.model_dump(mode="json"), "folder": config.folder, "checkpoint": None,
+                   "attempt": "none"}  # fmt: skip
         if name in ("seen", "small"):
             payload["attempt"] = attempt_of(config)
         try:
-            found.append(str(train_worker(WorkerContext(rank=rank, world_size=world_size), payload)["step"]))
+            found.append(str(ranks.on_rank(WorkerContext(rank=rank, world_size=world_size), payload)["step"]))
         except (storage.StorageError, OutOfMemory) as error:
             found.append(str(error))
     return found
