@@ -5,12 +5,12 @@ A thread asks, the driver reads: the control store may not answer for a while, a
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
+
+from cluster.background import Background
 
 _EVERY_S = 2.0
 
@@ -26,24 +26,13 @@ class Seen:
     leaving: Mapping[str, float | None] = field(default_factory=dict)
 
 
-class Surroundings:
+class Surroundings(Background):
     """A context manager: while it is entered, `seen` is at most a few seconds old, unless nobody answers."""
 
     def __init__(self, threads: int, use_gpu: bool, every_s: float = _EVERY_S) -> None:
         self.seen: Seen | None = None  # until the first answer
         self._threads, self._use_gpu, self._every_s = threads, use_gpu, every_s
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fathom-surroundings", daemon=True)
-
-    def __enter__(self) -> Surroundings:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._closed.set()
-        self._thread.join(timeout=1.0)  # a control store that is gone may hold it for longer
+        super().__init__("fathom-surroundings", join_s=1.0)  # a control store that is gone may hold it for longer
 
     def _run(self) -> None:
         while True:

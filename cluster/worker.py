@@ -6,13 +6,12 @@ import contextlib
 import faulthandler
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
+from cluster.background import Background
 from cluster.watchdog import Beat
 
 _START = Beat(step=0, phase="start", count=0)
@@ -92,7 +91,7 @@ class WorkerContext:
         return self._orders.deadline
 
 
-class Link:
+class Link(Background):
     """A thread that exchanges a rank's word for its orders, every `interval_s` seconds.
 
     It ends with its block, after one last exchange. While the other side cannot be reached it tries on, and the last
@@ -101,19 +100,8 @@ class Link:
 
     def __init__(self, context: WorkerContext, exchange: Exchange, interval_s: float) -> None:
         self._context, self._exchange, self._interval_s = context, exchange, interval_s
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fathom-link", daemon=True)
         self._written: str | None = None  # the folder of the last stacks
-
-    def __enter__(self) -> Link:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._closed.set()
-        self._thread.join(timeout=max(5.0, 10 * self._interval_s))
+        super().__init__("fathom-link", join_s=max(5.0, 10 * interval_s))
 
     def _run(self) -> None:
         last, sent, wait_s = False, None, self._interval_s

@@ -285,9 +285,7 @@ def resume(
     from launcher import jobs, ship, submission
 
     client, where = jobs.connect(address)
-    found = jobs.find(client, where, job)
-    if not found.over:
-        raise jobs.JobUsageError(f"{found.id}: is {found.status}; `fathom jobs stop {found.id}` first")
+    found = _ended(client, where, job)
     asked, terms, run = submission.again(found.metadata), submission.Terms.of(found.metadata), found.run
     submission.refuse_secrets(asked, terms)
     place = Path(terms.folder)
@@ -311,12 +309,20 @@ def delete(job: IdArgument, address: AddressOption = None, as_json: JsonOption =
     from launcher import jobs
 
     client, where = jobs.connect(address)
-    found = jobs.find(client, where, job)
-    if not found.over:
-        raise jobs.JobUsageError(f"{found.id}: is {found.status}; `fathom jobs stop {found.id}` first")
+    found = _ended(client, where, job)
     jobs.delete(client, where, found.id)
     typer.echo(json.dumps({"id": found.id, "deleted": True}) if as_json else f"{found.id}: forgotten")
     return 0
+
+
+def _ended(client: Any, where: str, name: str) -> Job:
+    """The job, which must not run any more."""
+    from launcher import jobs
+
+    found = jobs.find(client, where, name)
+    if not found.over:
+        raise jobs.JobUsageError(f"{found.id}: is {found.status}; `fathom jobs stop {found.id}` first")
+    return found
 
 
 def _waiting(job: Job, seconds: float | None) -> Callable[[Job], None]:
