@@ -1,7 +1,7 @@
 # make quickstart    a virtual environment, the installation, and the whole chain in minutes
 # make install       only the first two                 (PYTHON=python3.12, CUDA=12 where wanted)
 # make test check    the tests; ruff and mypy           (ARGS="-k plan" goes to pytest)
-# make soak          half an hour of training on several machines with a fault every minute; needs root
+# make soak          half an hour of training on several machines with random faults; needs root
 # make map           what is where: every module in a line
 
 SHELL := /bin/bash

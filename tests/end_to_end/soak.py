@@ -1,4 +1,6 @@
-"""`make soak`: runs on several machines, one after another, with a random fault every minute, for half an hour.
+"""`make soak`: runs on several machines, one after another, with random faults, for half an hour.
+
+A minute lies between two faults, and the start of the ranks after each.
 
 Every run must end SUCCEEDED with the bits and the losses of one that was left alone. Prints a line for each fault and
 each run, and a table at the end; exit status 1 when a run was not as it should be, or too few faults came to pass.
