@@ -38,7 +38,7 @@ REQUIRES = [
     "numpy>=1.26,<3",
     "pillow>=10.1",
     "safetensors>=0.4.3",
-    "fsspec>=2024.2",
+    "fsspec>=2024.12",
     "psutil>=5.9",
     "pathspec>=0.12",
     "isal>=1.7",
@@ -55,7 +55,7 @@ EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 IMPORT = ["h5py>=3.10", "OpenEXR>=3.3", "scipy>=1.11"]
 
 # Datasets in an S3 store; other stores have packages of their own (gcsfs, adlfs).
-S3 = ["s3fs>=2024.2"]
+S3 = ["s3fs>=2024.12"]  # the first to put an object only if there is none
 
 # Weights & Biases, for `track.wandb`.
 TRACK = ["wandb>=0.19"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import fsspec
 import pytest
 
-from cluster import remote, storage
+from cluster import drafts, remote, storage
 from cluster.remote import RemoteFailure, persistently
 from cluster.storage import FileMissing, StorageError, Unreachable
 
@@ -152,7 +152,7 @@ def test_every_kind_of_request_survives_some_failures(
 
 
 def test_files_from_disk_too(shaky: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_SPOOL_BYTES", 10)
+    monkeypatch.setattr(drafts, "_SPOOL_BYTES", 10)
     shaky(2)
     storage.atomic_write("memory://shaky/large", b"x" * 1000)
     assert storage.read_bytes("memory://shaky/large") == b"x" * 1000
@@ -188,8 +188,8 @@ def test_a_server_that_is_not_there(s3: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_bucket_that_is_not_there(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for spool in (storage._SPOOL_BYTES, 2):
-        monkeypatch.setattr(storage, "_SPOOL_BYTES", spool)
+    for spool in (drafts._SPOOL_BYTES, 2):
+        monkeypatch.setattr(drafts, "_SPOOL_BYTES", spool)
         with pytest.raises(FileMissing, match=r"s3://no-such-bucket/plan\.json: cannot write: .*: create it, or check"):
             storage.atomic_write("s3://no-such-bucket/plan.json", b"abc")
     with pytest.raises(FileMissing, match=r"cannot read: no such file or folder: check the path"):

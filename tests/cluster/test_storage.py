@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import storage
+from cluster import drafts, storage
 from cluster.storage import FileMissing, StorageError
 
 
@@ -91,7 +91,7 @@ def test_what_the_block_reads_keeps_its_own_error(base: str) -> None:
 
 
 def test_files_larger_than_the_spool_travel_from_disk(monkeypatch: pytest.MonkeyPatch, base: str) -> None:
-    monkeypatch.setattr(storage, "_SPOOL_BYTES", 10)
+    monkeypatch.setattr(drafts, "_SPOOL_BYTES", 10)
     storage.atomic_write(storage.join(base, "large"), b"x" * 1000)
     assert storage.read_bytes(storage.join(base, "large")) == b"x" * 1000
 
@@ -141,7 +141,7 @@ def test_new_files_follow_the_umask(tmp_path: Path) -> None:
 
 KILLED = """
 import sys, time
-from cluster import storage
+from cluster import drafts, storage
 path = sys.argv[1]
 while True:
     with storage.atomic_writer(path) as file:
