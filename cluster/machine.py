@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from contextlib import suppress
 from pathlib import Path
 
 _GROUP = Path("/sys/fs/cgroup")
+# Of glibc's malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX (the arenas of other threads cannot grow as far).
+_KEEP_ALL = ((-3, 1 << 30), (-1, (1 << 31) - 1), (-8, 1))
 
 
 def usable_cpus() -> float:
@@ -33,3 +36,16 @@ def free_memory() -> int:
         limit, used = ((_GROUP / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current"))
         free = min(free, int(limit) - int(used))
     return max(free, 0)
+
+
+def keep_freed_memory() -> None:
+    """Tell the C library to keep what this process frees for its next allocation, instead of giving it back.
+
+    The activations of a forward pass are tens of megabytes each, which glibc takes from the system and returns every
+    time: 50,000 page faults and 7 % of the time of a pass of v2-vits at 518 x 784 (docs/log.md). Nothing where the C
+    library is another one.
+    """
+    with suppress(OSError, AttributeError):
+        c_library = ctypes.CDLL(None)
+        for option, value in _KEEP_ALL:
+            c_library.mallopt(option, value)

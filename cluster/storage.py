@@ -66,6 +66,7 @@ __all__ = [
     "new_tag",
     "open_range",
     "read_bytes",
+    "remove",
     "remove_if",
     "remove_temporaries",
     "require_free",
@@ -216,6 +217,16 @@ def make_folder(path: str) -> None:
         ensure_folder(local_path(path))
         if not os.access(local_path(path), os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def remove(path: str) -> None:
+    """Remove a file; nothing when there is none. Raises StorageError."""
+    with told(path, "write"), suppress(FileNotFoundError):
+        if is_url(path):
+            fs, name = remote_store(path)
+            remote.persistently(lambda: fs.rm_file(name), path)
+        else:
+            os.unlink(local_path(path))
 
 
 def require_free(path: str, bytes: int, what: str) -> None:

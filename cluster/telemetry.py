@@ -26,6 +26,8 @@ from cluster import storage
 # From a millisecond (a tiny network on a CPU) to ten minutes (a step that waits for a checkpoint or for data).
 _STEP_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 600.0)
 
+_QUALITY_BUCKETS = tuple(round(0.05 * number, 2) for number in range(1, 21))
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -70,7 +72,14 @@ METRICS: Mapping[str, Metric] = {
     "fathom_world_size": Metric("gauge", "Ranks in the worker group."),
     "fathom_build_info": Metric("gauge", "Always 1; the labels say what runs.", ("version", "torch")),
     "fathom_label_images_total": Metric("counter", "Images pseudo-labelled and committed."),
+    "fathom_label_failures_total": Metric("counter", "Images without a label, by reason.", ("reason",)),
+    "fathom_label_quality": Metric("histogram", "Agreement of the predictions of an image.", buckets=_QUALITY_BUCKETS),
     "fathom_label_shards": Metric("gauge", "Label shards, by state.", ("state",)),
+    "fathom_label_leases_expired_total": Metric("counter", "Leases of shards that ended without a word."),
+    "fathom_label_shards_speculated_total": Metric("counter", "Shards given to a second worker at the end."),
+    "fathom_label_shards_late_total": Metric("counter", "Shards done by somebody else when they were done."),
+    "fathom_label_shards_differing_total": Metric("counter", "Late shards of other bytes: hardware is mixed."),
+    "fathom_label_worker_deaths_total": Metric("counter", "Shards whose worker died."),
 }
 
 

@@ -1,0 +1,181 @@
+"""What each of several runs on one folder works on: one small file per run, so that they share the work.
+
+    leases/OWNER.json    {owner, host, pid, born, beat, written, ends, items: {item: since}, leased: {item: {...}},
+                          done: {item: when}}
+
+Whoever wants an item writes it into its own file first and then reads the others': of two that want the same, at least
+one sees both, and the earlier claim counts (the smaller name, where they are equal). A file that does not change for
+`ttl_s` by the reader's own clock is of a run that is gone; on the same machine a dead process tells at once. Clocks
+that differ, or a store that shows files late, cost double work and never wrong work: the commit settles that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster import storage
+
+FOLDER = "leases"
+_KEPT = 10  # times `ttl_s` that the file of a run which is gone stays, for people to see
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """The file of one run. Times are seconds since the epoch, by its machine's clock; `ends`: without another beat."""
+
+    owner: str
+    host: str
+    pid: int
+    born: float
+    beat: int
+    written: float
+    ends: float
+    items: Mapping[str, float]  # item -> since when
+    leased: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # item -> who has it, how far he is
+    done: Mapping[str, float] = field(default_factory=dict)  # what it has done lately, and when
+
+    def gone(self) -> bool:
+        """Whether its process is known to be dead: only on its own machine."""
+        return self.host == socket.gethostname() and not _lives(self.pid, self.born)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Others:
+    """What other runs say: `claimed` (item -> since when), what they have `done` lately, and whether a run has `left`,
+    whose last items only the ledger tells of."""
+
+    claimed: Mapping[str, float]
+    done: frozenset[str]
+    left: bool
+
+
+class Claims:
+    """The run `owner` among others in `folder` (a path or URL)."""
+
+    def __init__(self, folder: str, owner: str, ttl_s: float) -> None:
+        self._folder, self._ttl_s = folder, ttl_s
+        self.owner = owner
+        self._items: dict[str, float] = {}
+        self._done: dict[str, float] = {}
+        self._beat = 0
+        self._there: set[str] = set()  # other runs, as last seen
+        self._seen: dict[str, tuple[int, float]] = {}  # owner -> (beat, when it was new, by this process's clock)
+
+    @property
+    def items(self) -> Collection[str]:
+        """What this run claims."""
+        return self._items.keys()
+
+    def claim(
+        self,
+        items: Collection[str],
+        leased: Mapping[str, Mapping[str, Any]] | None = None,
+        done: Collection[str] = (),
+    ) -> Others:
+        """Claim exactly `items` from now on, less what others have claimed before; what the others do.
+
+        `leased` and `done` are told: who works on what, and what has been done since the last call. Called at least
+        every third of `ttl_s`. Raises StorageError.
+        """
+        now = time.time()
+        self._items = {item: self._items.get(item, now) for item in items}
+        self._done = {item: at for item, at in self._done.items() if now - at < self._ttl_s} | dict.fromkeys(done, now)
+        self._write(leased or {})
+        others = self._others()
+        found: dict[str, float] = {}
+        for claim in others:
+            for item, since in claim.items.items():
+                mine = self._items.get(item)
+                if mine is not None and (mine, self.owner) < (since, claim.owner):
+                    continue
+                self._items.pop(item, None)
+                found[item] = min(since, found.get(item, since))
+        there = {claim.owner for claim in others}
+        left, self._there = bool(self._there - there), there
+        return Others(claimed=found, done=frozenset(item for claim in others for item in claim.done), left=left)
+
+    @property
+    def others(self) -> int:
+        """How many other runs there were at the last `claim`."""
+        return len(self._there)
+
+    def withdraw(self) -> None:
+        """This run ends: its file goes."""
+        with suppress(storage.StorageError):
+            storage.remove(self._path(self.owner))
+
+    def _write(self, leased: Mapping[str, Mapping[str, Any]]) -> None:
+        self._beat += 1
+        now = time.time()
+        content = {
+            "owner": self.owner,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "born": _born(os.getpid()),
+            "beat": self._beat,
+            "written": now,
+            "ends": now + self._ttl_s,
+            "items": self._items,
+            "leased": leased,
+            "done": self._done,
+        }
+        storage.atomic_write(self._path(self.owner), json.dumps(content) + "\n")
+
+    def _others(self) -> list[Claim]:
+        """Claims of runs that are there."""
+        now, found = time.monotonic(), []
+        for claim in read_claims(self._folder):
+            if claim.owner == self.owner:
+                continue
+            beat, since = self._seen.get(claim.owner, (-1, 0.0))
+            if claim.beat != beat:
+                since = now
+                self._seen[claim.owner] = (claim.beat, now)
+            if now - since > self._ttl_s or claim.gone():
+                self._seen[claim.owner] = (claim.beat, now - 2 * self._ttl_s)
+                if time.time() - claim.written > _KEPT * self._ttl_s or claim.gone():
+                    with suppress(storage.StorageError):
+                        storage.remove(self._path(claim.owner))
+                continue
+            found.append(claim)
+        return found
+
+    def _path(self, owner: str) -> str:
+        return storage.join(self._folder, f"{owner}.json")
+
+
+def read_claims(folder: str) -> list[Claim]:
+    """The files of all runs in a folder, whether they are there or not. Raises StorageError."""
+    if not storage.exists(folder):
+        return []
+    found = []
+    for name in storage.listdir(folder):
+        if not name.endswith(".json"):
+            continue
+        try:
+            content = json.loads(storage.read_bytes(storage.join(folder, name)))
+            found.append(Claim(**{key: content[key] for key in Claim.__dataclass_fields__}))
+        except (storage.FileMissing, ValueError, KeyError, TypeError):
+            continue  # it has just gone, or is none of ours
+    return found
+
+
+def _born(pid: int) -> float:
+    import psutil
+
+    return float(psutil.Process(pid).create_time())
+
+
+def _lives(pid: int, born: float) -> bool:
+    import psutil
+
+    with suppress(psutil.Error):
+        return abs(float(psutil.Process(pid).create_time()) - born) < 1.0
+    return False

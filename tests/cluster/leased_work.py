@@ -1,0 +1,67 @@
+"""Processors of the leased pool's tests: a module, so that they travel by name. What is done is a file per item."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from cluster.leased_worker import Grip
+from cluster.storage import StorageError, Unreachable
+from tests.cluster.work import UserError
+
+
+class Processor:
+    """Does what an item's name says, once; leaves NAME in `folder/done`, and a line in `folder/began` per beginning."""
+
+    device = "test"
+
+    def __init__(self, folder: str, owner: str) -> None:
+        self.folder, self.owner = Path(folder), owner
+        (self.folder / "done").mkdir(exist_ok=True)
+
+    def process(self, item: str, grip: Grip) -> dict[str, Any]:
+        with (self.folder / "began").open("a") as file:
+            file.write(f"{item} {self.owner} {os.getpid()}\n")
+        name = item.split("-")[0]
+        again = (self.folder / f"again-{item}").exists()
+        (self.folder / f"again-{item}").touch()
+        if name == "die" or (name == "dieonce" and not again):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "wrong":
+            raise UserError(f"{item}: found 1, allowed 2")
+        if name == "full":
+            raise StorageError(f"{item}: cannot write: the disk is full")
+        if name == "away" and not again:
+            raise Unreachable(f"{item}: no answer")
+        if name == "broken":
+            raise RuntimeError("of no item in particular")
+        if name == "stuck" and not again:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        for step in range(int(name[4:]) if name.startswith("slow") else 1):
+            grip.progress(step / 100)
+            time.sleep(0.02)
+        (self.folder / "done" / item).write_text(self.owner)
+        return {"item": item, "token": grip.token}
+
+    def close(self) -> None:
+        (self.folder / f"closed-{self.owner}").touch()
+
+
+def listed(folder: str) -> Collection[str]:
+    done = Path(folder) / "done"
+    return os.listdir(done) if done.exists() else []
+
+
+def no_processor(owner: str) -> Processor:
+    raise UserError("weights: no such file")
+
+
+def stillborn(owner: str) -> Processor:
+    os._exit(1)
+
+
+Make = Callable[[str], Processor]
