@@ -57,12 +57,16 @@ IMPORT = ["h5py>=3.10", "OpenEXR>=3.3", "scipy>=1.11"]
 # Datasets in an S3 store; other stores have packages of their own (gcsfs, adlfs).
 S3 = ["s3fs>=2024.12"]  # the first to put an object only if there is none
 
+# Pseudo-labels as JPEG XL; a format that needs it says so.
+LABELS = ["imagecodecs>=2026.3.6"]
+
 # Weights & Biases, for `track.wandb`.
 TRACK = ["wandb>=0.19"]
 
 TEST = [
     *EXPORT,
     *IMPORT,
+    *LABELS,
     *S3,
     *TRACK,
     "moto[server]>=5.0",
@@ -91,6 +95,15 @@ setup(
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
     package_data={"launcher": ["recipes/*.yaml"], "cluster": ["templates/*"]},
     install_requires=REQUIRES,
-    extras_require={**DALI, "export": EXPORT, "import": IMPORT, "s3": S3, "track": TRACK, "test": TEST, "dev": DEV},
+    extras_require={
+        **DALI,
+        "export": EXPORT,
+        "import": IMPORT,
+        "labels": LABELS,
+        "s3": S3,
+        "track": TRACK,
+        "test": TEST,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["fathom = launcher.cli:main"]},
 )

@@ -25,7 +25,7 @@ from cluster import storage
 from dataio import codec
 from dataio.dataset import SHARDS_NAME, SUMS_NAME, Dataset, Shard
 from dataio.header import FORMATS, decodes, in_colours, is_png, look, mask_decodes
-from dataio.maps import decode_codes
+from dataio.png16 import decode_codes
 from dataio.processes import in_processes
 from dataio.quarantine import QUARANTINE_NAME, REASONS, BadSample
 from dataio.reader import ShardSource, read_members, read_samples

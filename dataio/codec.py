@@ -9,8 +9,6 @@ Shape suffixes: H W pixels.
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dataio.png16 import Codes, write_dense_png16, write_png16
 from dataio.spec import DataError
 from dataio.types import AffineCode, Quantity
 
@@ -28,8 +27,6 @@ LABEL_SPAN = 65504  # 4094 steps: the largest multiple of 16 whose code, span + 
 HALF_PRECISION_RANGE = 64  # max / min up to which a linear 16-bit code is nowhere coarser than float16
 
 _MAX_CODE = 65535
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_FILTER_NONE, _FILTER_UP = 0, 2  # of PNG (ISO/IEC 15948, section 9)
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # below, 1 / depth is infinite in float32
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -51,7 +48,7 @@ def encode_png16(value_HW: npt.ArrayLike, code: AffineCode, *, level: int = 1) -
         valid_HW &= value_HW > 0
     code_HW = np.rint((np.where(valid_HW, value_HW, 0) - code.shift) / code.scale + code.zero)
     clipped = int(np.count_nonzero(valid_HW & (code_HW > _MAX_CODE)))
-    return _write_png(np.where(valid_HW, np.clip(code_HW, 1, _MAX_CODE), 0), level), clipped
+    return write_png16(np.where(valid_HW, np.clip(code_HW, 1, _MAX_CODE), 0).astype(np.uint16), level), clipped
 
 
 def encode_map(value_HW: npt.ArrayLike, quantity: Quantity) -> tuple[str, bytes, AffineCode | None]:
@@ -104,19 +101,38 @@ def encode_label(disparity_HW: npt.ArrayLike) -> tuple[bytes, AffineCode]:
     (max - min) / 8188, the minimum is exact up to float32. DataError when no pixel is valid, ValueError unless
     [H, W].
     """
-    disparity_HW = np.asarray(disparity_HW, np.float64)
-    if disparity_HW.ndim != 2:
-        raise ValueError(f"needs a map [H, W], got shape {disparity_HW.shape}")
-    valid_HW = np.isfinite(disparity_HW)
-    if not valid_HW.any():
+    step_HW, code = label_steps(disparity_HW)
+    return write_dense_png16(step_HW * np.uint16(LABEL_STEP)), code
+
+
+def label_steps(disparity_HW: npt.ArrayLike) -> tuple[Codes, AffineCode]:
+    """A disparity map in 4095 steps of its own range: uint16 [H, W], 1 the least, 0 a hole; 16 of them are a code.
+
+    A map whose range float32 does not tell from nothing is 1 everywhere. DataError when no pixel is finite or float32
+    does not hold what the codes mean, ValueError unless [H, W].
+    """
+    value_HW = np.array(disparity_HW, np.float64)
+    if value_HW.ndim != 2:
+        raise ValueError(f"needs a map [H, W], got shape {value_HW.shape}")
+    valid_HW = np.isfinite(value_HW)
+    whole = bool(valid_HW.all())
+    finite = value_HW if whole else value_HW[valid_HW]
+    if not finite.size:
         raise DataError("the disparity map has no finite value: it cannot be a label")
-    low, high = float(disparity_HW[valid_HW].min()), float(disparity_HW[valid_HW].max())
+    low, high = float(finite.min()) + 0.0, float(finite.max())  # of -0 and 0 the least is either, by the processor
     scale = (high - low) / LABEL_SPAN
-    if not scale > np.finfo(np.float64).tiny:  # a flat map, or one flat to 300 digits
+    if not scale >= MIN_SCALE:
         scale = 1.0
-    step_HW = np.rint((np.where(valid_HW, disparity_HW, low) - low) / (scale * LABEL_STEP))
-    code_HW = np.where(valid_HW, np.clip(step_HW, 0, LABEL_SPAN // LABEL_STEP) * LABEL_STEP + LABEL_ZERO, 0)
-    return _write_png(code_HW), AffineCode(scale=scale, shift=low, zero=LABEL_ZERO)
+    _check_float32(AffineCode(scale=scale, shift=low, zero=LABEL_ZERO))
+    if not whole:
+        value_HW[~valid_HW] = low
+    value_HW -= low
+    value_HW /= scale * LABEL_STEP
+    step_HW = np.rint(value_HW, out=value_HW).astype(np.uint16)
+    step_HW += 1
+    if not whole:
+        step_HW[~valid_HW] = 0
+    return step_HW, AffineCode(scale=scale, shift=low, zero=LABEL_ZERO)
 
 
 def read_png16(png: bytes) -> npt.NDArray[np.uint16]:
@@ -177,8 +193,7 @@ def code_of(meta: Mapping[str, Any], default: AffineCode | None) -> AffineCode |
     )
     if not code.scale >= MIN_SCALE:
         raise DataError(f"scale is {code.scale!r}: a number above 0, at least {MIN_SCALE}, is needed")
-    if code.scale * (_MAX_CODE + abs(code.zero)) + abs(code.shift) > _MAX_FLOAT32:
-        raise DataError(f"scale {code.scale!r}, shift {code.shift!r}, zero {code.zero!r}: too large for float32")
+    _check_float32(code)
     return code
 
 
@@ -190,25 +205,6 @@ def label_code(meta: Mapping[str, Any]) -> AffineCode:
     return AffineCode(scale=code.scale, shift=code.shift, zero=LABEL_ZERO)
 
 
-def _write_png(code_HW: npt.NDArray[np.float64], level: int = 1) -> bytes:
-    """A 16-bit grey PNG whose rows are stored as they are or as differences from the row above.
-
-    Pillow's rows are nearly all of filter 4 (Paeth), which decoders undo byte by byte: longer than inflating takes.
-    Of the two filters here each row gets the one with the smaller sum of absolute values, as libpng would choose.
-    """
-    height, width = code_HW.shape
-    plain_HN = code_HW.astype(">u2", order="C").view(np.uint8)
-    up_HN = plain_HN.copy()
-    up_HN[1:] -= plain_HN[:-1]  # modulo 256, as PNG has it
-    cost_2H = [np.abs(rows_HN.view(np.int8), dtype=np.int16).sum(1) for rows_HN in (plain_HN, up_HN)]
-    is_up_H = cost_2H[1] < cost_2H[0]
-    data_HN = np.empty((height, 1 + 2 * width), np.uint8)
-    data_HN[:, 0] = np.where(is_up_H, _FILTER_UP, _FILTER_NONE)
-    data_HN[:, 1:] = np.where(is_up_H[:, None], up_HN, plain_HN)
-    header = struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(data_HN.tobytes(), level)), (b"IEND", b""))
-    return _PNG_SIGNATURE + b"".join(_chunk(name, content) for name, content in chunks)
-
-
-def _chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(name)))
+def _check_float32(code: AffineCode) -> None:
+    if not code.scale * (_MAX_CODE + abs(code.zero)) + abs(code.shift) <= _MAX_FLOAT32:
+        raise DataError(f"scale {code.scale!r}, shift {code.shift!r}, zero {code.zero!r}: too large for float32")

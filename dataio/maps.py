@@ -1,13 +1,12 @@
 """Targets and sky masks of a batch: PNG -> the window's pixels, nearest, flipped; by threads, in main memory.
 
-DALI decodes 16-bit PNGs on the CPU in either placement, in more than twice the time (docs/log.md). What this program
-writes (`dataio.codec`) is undone here, by rows; anything else by Pillow. Shape suffixes: B batch, H W pixels.
+DALI decodes 16-bit PNGs on the CPU in either placement, in more than twice the time that `dataio.png16` takes
+(docs/log.md). Shape suffixes: B batch, H W pixels.
 """
 
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,18 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from isal import isal_zlib
 from PIL import Image
 
 from dataio.draws import Geometry
-from dataio.header import MAX_PIXELS
-
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_HEADER_END = 33  # signature, then IHDR with its length, name and checksum
-_GREY_16 = bytes((16, 0, 0, 0, 0))  # depth, colour, compression, filter, interlace: the last five bytes of IHDR
-_NONE, _UP = 0, 2  # row filters
-
-Codes = npt.NDArray[np.uint16]
+from dataio.png16 import decode_codes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,45 +98,3 @@ def cut(map_HW: npt.NDArray[np.generic], window: Geometry, out_HW: npt.NDArray[n
         )
     )
     out_HW[...] = map_HW[rows][:, columns[::-1] if window.flip else columns]
-
-
-def decode_codes(png: bytes) -> Codes:
-    """uint16 [H, W] of a 16-bit grey PNG. Raises what the decoders raise where it is damaged."""
-    codes = _decode_plain(png)
-    if codes is None:
-        with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-            codes = np.asarray(image).astype(np.uint16)
-    return codes
-
-
-def _decode_plain(png: bytes) -> Codes | None:
-    """None unless every row is stored as it is or as the difference from the row above. ValueError when cut short."""
-    if png[:8] != _SIGNATURE or png[24:29] != _GREY_16:
-        return None
-    width, height = struct.unpack(">II", png[16:24])
-    if width * height > MAX_PIXELS:  # the header that Pillow read before may have been another
-        raise ValueError(f"{width} x {height} pixels")
-    expected = height * (1 + 2 * width)
-    inflate = isal_zlib.decompressobj()
-    data = inflate.decompress(b"".join(_image_data(png)), expected + 1)
-    if len(data) != expected or not inflate.eof:
-        raise ValueError(f"{len(data)} bytes of pixels, not {expected}")
-    rows_HN = np.frombuffer(data, np.uint8).reshape(height, 1 + 2 * width)
-    is_up_H = rows_HN[:, 0] == _UP
-    if not np.all(is_up_H | (rows_HN[:, 0] == _NONE)):
-        return None
-    plain_HN = rows_HN[:, 1:].copy()
-    for i in np.flatnonzero(is_up_H[1:]).tolist():  # above the first row lie zeros
-        plain_HN[i + 1] += plain_HN[i]  # modulo 256, as PNG has it
-    return plain_HN.view(">u2").astype(np.uint16)
-
-
-def _image_data(png: bytes) -> list[bytes]:
-    """The contents of the IDAT chunks; their checksums are left to the stream's own."""
-    found, place = [], _HEADER_END
-    while png[place + 4 : place + 8] != b"IEND":
-        (length,) = struct.unpack(">I", png[place : place + 4])
-        if png[place + 4 : place + 8] == b"IDAT":
-            found.append(png[place + 8 : place + 8 + length])
-        place += 12 + length
-    return found

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dataio import header
 from dataio.codec import DEPTH_MM, encode_map, has_values
+from dataio.png16 import decode_codes
 from dataio.shards import Item
 from dataio.spec import DataError
 from dataio.types import AffineCode, Quantity, Sample
@@ -275,8 +276,6 @@ def _add_target(members: dict[str, bytes], found: Found, importer: Importer, siz
 
 def _codes(png: bytes) -> npt.NDArray[np.uint16]:
     """The codes of a depth map, [H, W], by the stream's decoder. BadItem unreadable_depth, depth_not_16_bit."""
-    from dataio.maps import decode_codes  # torch: slow, and not needed to list layouts
-
     if header.png_size(png, "I;16") is None:
         raise BadItem("unreadable_depth" if look(png)[0] is None else "depth_not_16_bit")
     try:

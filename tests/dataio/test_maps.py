@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataio import codec, maps
+from dataio import codec, maps, png16
 from dataio.draws import Geometry
-from dataio.maps import MapDecoder, Maps, decode_codes
+from dataio.maps import MapDecoder, Maps
+from dataio.png16 import decode_codes
 from dataio.types import AffineCode
 
 from .fakes import png
@@ -37,7 +38,7 @@ def written(code_HW, filters=(0,), *, interlace=0, split=0, extra=b""):
     pieces = [data[i : i + split] for i in range(0, len(data), split)] if split else [data]
     header = struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, interlace)
     chunks = [(b"IHDR", header), *([(b"tEXt", extra)] if extra else []), *((b"IDAT", piece) for piece in pieces)]
-    return maps._SIGNATURE + b"".join(_chunk(*chunk) for chunk in [*chunks, (b"IEND", b"")])
+    return png16.SIGNATURE + b"".join(_chunk(*chunk) for chunk in [*chunks, (b"IEND", b"")])
 
 
 def _paeth(a, b, c):
@@ -55,7 +56,7 @@ def _chunk(name, content):
 def test_every_row_filter(filters, split):
     data = written(SMOOTH_HW, filters, split=split, extra=b"Comment\0IDAT")
     assert np.array_equal(decode_codes(data), SMOOTH_HW)
-    assert (maps._decode_plain(data) is not None) == (set(filters) <= {0, 2})
+    assert (png16.decode_plain(data) is not None) == (set(filters) <= {0, 2})
 
 
 @settings(max_examples=40, deadline=None)
@@ -64,7 +65,7 @@ def test_what_this_program_and_pillow_write(height, width, seed):
     code_HW = np.random.default_rng(seed).integers(0, 65536, (height, width)).astype(np.uint16)
     assert np.array_equal(decode_codes(png(code_HW)), code_HW)
     ours, _ = codec.encode_png16(np.where(code_HW, code_HW, np.nan), AffineCode(scale=1.0))
-    assert maps._decode_plain(ours) is not None
+    assert png16.decode_plain(ours) is not None
     assert np.array_equal(decode_codes(ours), code_HW)
 
 
@@ -106,7 +107,7 @@ def with_pixels(change):
     rows[:, 1:] = SMOOTH_HW.astype(">u2").view(np.uint8)
     header = struct.pack(">IIBBBBB", 50, 40, 16, 0, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", change(zlib.compress(rows.tobytes()))), (b"IEND", b""))
-    return maps._SIGNATURE + b"".join(_chunk(*chunk) for chunk in chunks)
+    return png16.SIGNATURE + b"".join(_chunk(*chunk) for chunk in chunks)
 
 
 def test_too_little_memory_is_nobodys_fault(monkeypatch):
@@ -124,7 +125,7 @@ def test_too_little_memory_is_nobodys_fault(monkeypatch):
 def written_with_filter(kind):
     rows = bytes([kind, 0, 0]) * 2
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", 1, 2, 16, 0, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    return maps._SIGNATURE + b"".join(_chunk(*chunk) for chunk in chunks)
+    return png16.SIGNATURE + b"".join(_chunk(*chunk) for chunk in chunks)
 
 
 def test_a_bomb_is_not_inflated():
@@ -132,7 +133,7 @@ def test_a_bomb_is_not_inflated():
     header = struct.pack(">IIBBBBB", 2, 2, 16, 0, 0, 0, 0)
     packer = zlib.compressobj()
     bomb = b"".join(packer.compress(bytes(2**20)) for _ in range(64)) + packer.flush()
-    data = maps._SIGNATURE + b"".join(_chunk(*c) for c in ((b"IHDR", header), (b"IDAT", bomb), (b"IEND", b"")))
+    data = png16.SIGNATURE + b"".join(_chunk(*c) for c in ((b"IHDR", header), (b"IDAT", bomb), (b"IEND", b"")))
     with pytest.raises(ValueError, match="11 bytes of pixels, not 10"):
         decode_codes(data)
 
@@ -140,7 +141,7 @@ def test_a_bomb_is_not_inflated():
 def test_interlaced_files_go_to_pillow():
     """Pillow cannot write one; that it is asked is enough."""
     data = written(SMOOTH_HW, interlace=1)
-    assert maps._decode_plain(data) is None
+    assert png16.decode_plain(data) is None
 
 
 def test_sky_masks_and_flips():
