@@ -19,6 +19,7 @@ REASONS = {
     "bad_target": "the depth or label cannot be decoded, or is no 16-bit grey PNG",
     "duplicate": "another sample shows the same picture",
     "duplicate_key": "another sample of the shard has the same key",
+    "low_quality": "the label's quality is below the role's min_quality",
     "missing_image": "the sample has no jpg, png or webp",
     "missing_target": "the sample has no depth, or its label failed",
     "no_valid_pixels": "no pixel of the crop has a depth",
@@ -28,6 +29,9 @@ REASONS = {
     "unsafe_name": "the member's name leads out of the shard",
     "unreadable_member": "the shard is cut or damaged where the sample lies; copy it again",
 }
+# Passed over because the user wants it so: counted, but neither bad nor listed. Of millions of labels a filter may take
+# any part, and which ones KEY.json tells at any time.
+FILTERED = frozenset({"low_quality"})
 QUARANTINE_NAME = "quarantine.jsonl"  # in a dataset's folder: what its streams pass over
 _MINIMUM_SEEN = 200  # a fraction of fewer samples says little; the end of a pass counts too
 
@@ -88,7 +92,12 @@ class Quarantine:
     @property
     def bad(self) -> int:
         """How many slots were bad; a sample met in two passes counts twice, as it does in `seen`."""
-        return self.counts.total()
+        return self.counts.total() - self.filtered
+
+    @property
+    def filtered(self) -> int:
+        """How many slots a filter has passed over, good or bad: no part of `bad`, nor of what it is a fraction of."""
+        return sum(self.counts[reason] for reason in FILTERED)
 
     def record(self, seen: int, bad: list[BadSample], end_of_pass: bool = False) -> None:
         """Count `seen` more samples, `bad` among them. DataError when more than the allowed fraction is bad."""
@@ -97,22 +106,26 @@ class Quarantine:
             if sample.reason not in REASONS:
                 raise ValueError(f"unknown reason {sample.reason!r}")
             self.counts[sample.reason] += 1
+            if sample.reason in FILTERED:
+                continue
             self._last = sample
             name = (sample.key, sample.shard, sample.reason)
             if name not in self._named:
                 self._named.add(name)
                 if self.path is not None:
                     storage.append_line(self.path, json.dumps(asdict(sample), ensure_ascii=False))
-        if self.seen and (self.seen >= self.minimum_seen or end_of_pass):
-            self._check()
+        judged = self.seen - self.filtered
+        if judged and (judged >= self.minimum_seen or end_of_pass):
+            self._check(judged)
 
-    def _check(self) -> None:
-        if self.bad <= self.max_fraction * self.seen:
+    def _check(self, judged: int) -> None:
+        if self.bad <= self.max_fraction * judged:
             return
-        reasons = ", ".join(f"{count} {reason} ({REASONS[reason]})" for reason, count in self.counts.most_common())
+        counts = [(reason, count) for reason, count in self.counts.most_common() if reason not in FILTERED]
+        reasons = ", ".join(f"{count} {reason} ({REASONS[reason]})" for reason, count in counts)
         example = f", for example {self._last.key} in {self._last.shard}" if self._last else ""
         listed = f"; they are listed in {self.path}" if self.path is not None else ""
         raise DataError(
-            f"{self.bad} of {self.seen} samples are bad: {reasons}{example}{listed}. max_bad_fraction is "
+            f"{self.bad} of {judged} samples are bad: {reasons}{example}{listed}. max_bad_fraction is "
             f"{self.max_fraction}: repair the data, or raise it"
         )

@@ -11,14 +11,14 @@ import json
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from cluster import storage
-from dataio import codec
+from dataio import codec, label_codec, label_quality
 from dataio.cache import Opener
 from dataio.header import EXTENSIONS
 from dataio.index import SampleEntry, ShardIndex
@@ -46,6 +46,7 @@ class ShardSource:
     opener: Opener = field(default_factory=Opener)
     quarantined: Mapping[str, str] = field(default_factory=dict)  # key -> reason: not read
     label_index: Any = None  # a function that returns the label shard's ShardIndex
+    min_quality: float | None = None  # of a label; below it a sample is passed over
 
     def open_tar(self, tar: str, start: int, stop: int) -> BinaryIO:
         """Bytes [start, stop) of the tar; a copy of it is checked."""
@@ -101,7 +102,8 @@ def read_samples(source: ShardSource, indices: Sequence[int], needs: RoleNeeds, 
             raise ValueError(f"{source.tar}: a target from a sidecar is needed, and no sidecar given")
         keys = {entry.key for entry in entries}
         label_entries = [entry for entry in source.label_index().samples if entry.key in keys]
-        labels = read_members(source.label_tar, label_entries, {"disparity.png", "json"}, source.opener)
+        wanted = {*label_codec.EXTENSIONS.values(), "json"}
+        labels = read_members(source.label_tar, label_entries, wanted, source.opener)
     return [
         Sample(key=e.key, problem=problems[e.key])
         if e.key in problems
@@ -183,14 +185,9 @@ def _sample(
     if needs.target == "none":
         return Sample(key=key, image=image)
     sky = members.get("sky.png")
+    if needs.sidecar:
+        return _pseudo_labelled(Sample(key=key, image=image, sky=sky), label or {}, source.min_quality)
     try:
-        if needs.sidecar:
-            if not label or "disparity.png" not in label or "json" not in label:
-                return Sample(key=key, problem="missing_target")
-            meta = _metadata(label)
-            code: AffineCode | None = codec.label_code(meta)
-            target = label["disparity.png"]
-            return Sample(key=key, image=image, target=target, code=code, quantity="disparity", sky=sky, meta=meta)
         meta = _metadata(members)
         code = codec.code_of(meta, source.code)
     except DataError:
@@ -209,6 +206,26 @@ def _sample(
             return Sample(key=key, problem="bad_target")
         return Sample(key=key, image=image, target=target, code=code, quantity=keeps, sky=sky, meta=meta)
     return Sample(key=key, problem="missing_target")
+
+
+def _pseudo_labelled(sample: Sample, label: Members, min_quality: float | None) -> Sample:
+    """The sample with its label, or with what is wrong with that. DataError when a package is missing."""
+    extension = label_codec.member_of(label)
+    if extension is None or "json" not in label:
+        return Sample(key=sample.key, problem="missing_target")
+    label_codec.check_available(extension)  # of what is not installed no sample is to blame
+    try:
+        meta = _metadata(label)
+        codec.label_code(meta)
+        if min_quality is not None and label_quality.of(meta) < min_quality:
+            return Sample(key=sample.key, problem="low_quality")
+    except DataError:
+        return Sample(key=sample.key, problem="bad_metadata")
+    try:
+        target, code = label_codec.as_png16(extension, label[extension], meta)
+    except DataError:
+        return Sample(key=sample.key, problem="bad_target")
+    return replace(sample, target=target, code=code, quantity="disparity", meta=meta)
 
 
 def _metadata(members: Members) -> dict[str, Any]:

@@ -17,11 +17,12 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from cluster import storage
-from dataio.codec import code_of, decode_npy, decode_png16, label_code
+from dataio import label_codec
+from dataio.codec import code_of, decode_npy, decode_png16
 from dataio.dataset import Dataset
 from dataio.header import EXTENSIONS, displayed
 from dataio.index import SampleEntry, read_member
-from dataio.labels import IMAGE, LabelStore
+from dataio.labels import LabelStore
 from dataio.spec import DataError
 from dataio.types import Quantity
 
@@ -137,10 +138,11 @@ def _target(dataset: Dataset, which: int, entry: SampleEntry, store: LabelStore 
         if found is None:
             raise DataError(f"not in label shard {shard.stem}")
         meta = _meta(read_member(store.tar(shard.stem), found, "json"))
-        png = read_member(store.tar(shard.stem), found, IMAGE)
-        if png is None:
+        extension = label_codec.member_of(found.members)
+        label = read_member(store.tar(shard.stem), found, extension) if extension else None
+        if extension is None or label is None:
             raise DataError(f"no label: {meta.get('failure', 'reason unknown')}")
-        return decode_png16(png, label_code(meta)), "disparity"
+        return label_codec.decode(extension, label, meta), "disparity"
     if info.quantity is None:
         return None
     array = shard.read(entry, "depth.npy")

@@ -68,6 +68,7 @@ class RoleSpec:
     batch: Count = 8  # samples per global batch
     lanes: Count = 2  # independent sequential readers; divides batch; bounds the number of ranks
     perturbation: Perturbation = field(default_factory=Perturbation)
+    min_quality: Fraction | None = None  # of pseudo-labels, which keep their slots with weight 0 below it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from dataio import label_quality
 from dataio.cache import Opener
 from dataio.dataset import Dataset
 from dataio.labels import LabelStore
 from dataio.mix import MixedPlan
 from dataio.plan import RolePlan, Slot, check_lanes, lanes_of
 from dataio.reader import LaneReader, ShardSource
-from dataio.spec import DataError, DataSpec, RoleNeeds
+from dataio.spec import DataError, DataSpec, RoleNeeds, RoleSpec
 from dataio.types import Sample
 
 
@@ -48,12 +49,12 @@ class RoleStream:
         lanes = lanes_of(role, spec.lanes, rank, world_size)
         self.role, self.spec, self.needs = role, spec, needs
         self.datasets = [Dataset.open(path) for path in spec.datasets]
-        self.labels = _open_labels(role, self.datasets, spec.labels, needs)
+        self.labels = _open_labels(role, self.datasets, spec, needs)
         opener = opener or Opener()
         self.sources = [
             source
             for number, dataset in enumerate(self.datasets)
-            for source in _sources(role, dataset, self.labels[number] if self.labels else None, needs, opener)
+            for source in _sources(role, dataset, self.labels[number] if self.labels else None, spec, needs, opener)
         ]
         # With weights every dataset has a plan of its own, else all of them together have one.
         groups = [[dataset] for dataset in self.datasets] if spec.weights else [self.datasets]
@@ -102,25 +103,28 @@ class RoleStream:
             "batch": self.plan.batch,
             "lanes": self.plan.lanes,
             **({"quotas": self.plan.quotas} if isinstance(self.plan, MixedPlan) else {}),
+            **({"min_quality": self.spec.min_quality} if self.spec.min_quality is not None else {}),
         }
 
 
-def _open_labels(role: str, datasets: list[Dataset], folders: tuple[str, ...], needs: RoleNeeds) -> list[LabelStore]:
-    if not needs.sidecar or needs.target == "none":
-        return []
-    if len(folders) != len(datasets):
-        raise DataError(
-            f"role {role!r}: {len(folders)} labels for {len(datasets)} datasets: name one folder of labels per "
-            "dataset; `fathom label run` makes them"
-        )
-    stores = [LabelStore.open(folder) for folder in folders]
-    for store, dataset in zip(stores, datasets, strict=True):
-        store.complete_for(dataset)
+def _open_labels(role: str, datasets: list[Dataset], spec: RoleSpec, needs: RoleNeeds) -> list[LabelStore]:
+    stores: list[LabelStore] = []
+    if needs.sidecar and needs.target != "none":
+        if len(spec.labels) != len(datasets):
+            raise DataError(
+                f"role {role!r}: {len(spec.labels)} labels for {len(datasets)} datasets: name one folder of labels per "
+                "dataset; `fathom label run` makes them"
+            )
+        stores = [LabelStore.open(folder) for folder in spec.labels]
+        for store, dataset in zip(stores, datasets, strict=True):
+            store.complete_for(dataset)
+    descriptions = {store.path: store.description for store in stores}
+    label_quality.check_filter(f"data.roles.{role}.min_quality", spec.min_quality, descriptions)
     return stores
 
 
 def _sources(
-    role: str, dataset: Dataset, store: LabelStore | None, needs: RoleNeeds, opener: Opener
+    role: str, dataset: Dataset, store: LabelStore | None, spec: RoleSpec, needs: RoleNeeds, opener: Opener
 ) -> list[ShardSource]:
     info = dataset.info
     if needs.target != "none" and store is None and info.quantity is None:
@@ -139,6 +143,7 @@ def _sources(
             quarantined=dataset.quarantined.get(shard.stem, {}),
             sha256=shard.sha256,
             opener=opener,
+            min_quality=spec.min_quality,
         )
         for shard in dataset.shards
     ]

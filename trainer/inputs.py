@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 from cluster import storage
 from cluster.storage import StorageError
 from dataio.dataset import Dataset
-from dataio.labels import LabelStore
+from dataio.label_quality import check_filter
+from dataio.labels import INFO_NAME, LabelStore
 from dataio.plan import pass_batches, skipped_batches
-from dataio.spec import DataError
+from dataio.spec import DataError, RoleSpec
 from model.types import WeightsError
 from trainer.config import ConfigError, parse_config
 from trainer.config_train import TrainConfig
@@ -62,6 +63,8 @@ def look_at_inputs(config: TrainConfig) -> tuple[dict[str, int], list[Problem]]:
                 attempt(check_labels, role, spec.labels[index], dataset)
             elif not spec.labels:
                 attempt(check_role, role, dataset)
+        needs = task.needs.get(role) if task else None
+        attempt(check_quality, role, spec, needs is None or needs.sidecar)
     if config.validation.datasets and task is not None:
         from trainer.validation import validation_of
 
@@ -161,6 +164,18 @@ def check_cut(dataset: Dataset, max_bad_fraction: float) -> None:
     if total > max_bad_fraction * dataset.info.samples:
         raise DataError(f"{found}, or raise data.max_bad_fraction ({max_bad_fraction})")
     print(f"warning: {found}", file=sys.stderr)
+
+
+def check_quality(role: str, spec: RoleSpec, reads_labels: bool) -> None:
+    """DataError when a role filters by a quality that its labels, as far as there are any, do not have."""
+    if spec.min_quality is None:
+        return
+    labels = {}
+    for folder in spec.labels if reads_labels else ():
+        if not storage.exists(storage.join(folder, INFO_NAME)):
+            return  # `check_labels` tells of it
+        labels[folder] = LabelStore.open(folder).description
+    check_filter(f"data.roles.{role}.min_quality", spec.min_quality, labels)
 
 
 def check_labels(role: str, folder: str, dataset: Dataset) -> None:

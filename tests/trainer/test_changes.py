@@ -31,6 +31,10 @@ from trainer.config import ConfigError
             {"data__roles__labelled__perturbation": {"jitter_p": 0.8}},
             "data.roles.labelled.perturbation.jitter_p: is 0.8, but the run to resume has 0.0;",
         ),
+        (
+            {"data__roles__labelled__min_quality": 0.5},
+            "data.roles.labelled.min_quality: is 0.5, but the run to resume has None;",
+        ),
     ],
 )
 def test_what_decides_the_order_and_the_lesson_is_fixed(tmp_path: Path, change: dict[str, Any], says: str) -> None:

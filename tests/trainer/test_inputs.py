@@ -103,6 +103,32 @@ def test_other_inputs_are_refused_by_name(places: dict[str, str], tmp_path: Path
         check_inputs(student(places, str(tmp_path / "empty"), tmp_path))
 
 
+def filtered(config: TrainConfig, **min_quality: float) -> TrainConfig:
+    values = config.model_dump(mode="json")
+    for role, least in min_quality.items():
+        values["data"]["roles"][role]["min_quality"] = least
+    return parse_config(TrainConfig, values)
+
+
+def test_a_filter_by_quality_needs_labels_that_have_one(places: dict[str, str], tmp_path: Path) -> None:
+    mine = Dataset.open(places["mine"])
+    config = student(places, places["mine_labels"], tmp_path)
+    with pytest.raises(DataError, match=r"^data\.roles\.unlabelled\.min_quality is 0\.5, .*label run --quality flip"):
+        check_inputs(filtered(config, unlabelled=0.5))
+    with pytest.raises(DataError, match=r"^data\.roles\.labelled\.min_quality is 0\.5, .*no pseudo-labels: remove it"):
+        check_inputs(filtered(config, labelled=0.5))
+    measured = LabelStore.create(str(tmp_path / "measured"), {"dataset": facts(mine), "quality": "flip"})
+    for shard in mine.shards:
+        ramp_HW = np.linspace(0, 1, 28 * 42, dtype=np.float32).reshape(28, 42)
+        measured.write_shard(shard.stem, [(e.key, ramp_HW, {"quality": 0.9}, None) for e in shard.index.samples])
+    assert check_inputs(filtered(student(places, measured.path, tmp_path), unlabelled=0.5))["unlabelled"] == 9
+    with pytest.raises(DataError) as caught:  # told once, by what it is
+        check_inputs(filtered(student(places, str(tmp_path / "nowhere"), tmp_path), unlabelled=0.5))
+    assert "fathom label run" in str(caught.value) and "min_quality" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"data\.roles\.unlabelled\.min_quality: found 1\.5"):
+        filtered(config, unlabelled=1.5)
+
+
 def test_there_must_be_a_run_to_resume(places: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="student: no run to resume; start it without --resume"):
         train(student(places, places["mine_labels"], tmp_path), resume=True)
