@@ -112,10 +112,10 @@ def write_data(folder: Path, images: int, shards: int = SHARDS) -> None:
                         depth_HW[: len(depth_HW) // 8] = np.nan  # a hole
                         members["depth.png"] = encode_png16(depth_HW, DEPTH_MM)[0]
                     else:
-                        labels.append((members["__key__"], label(depth_HW), {"quality": 1.0}, None))
+                        labels.append(LabelSample.encoded(members["__key__"], label(depth_HW), {"quality": 1.0}))
                     tar.write(members)
             if labels:
-                store.write_shard(f"{shard:06d}", labels)
+                store.commit(f"{shard:06d}", labels, keys=[sample.key for sample in labels])
         known = {"quantity": "depth_m", "code": DEPTH_MM} if role == "labelled" else {"quantity": None, "code": None}
         DatasetInfo(name=role, role=role, samples=len(seeds), **known).write(str(folder / role))  # type: ignore[arg-type]
 

@@ -49,10 +49,19 @@ def new_tag() -> str:
     return secrets.token_hex(4)
 
 
+@dataclass(frozen=True)
+class Stamp:
+    """Tells one content of a path from another without reading it. `size`: bytes."""
+
+    size: int
+    mark: str  # local: inode and time of the last change; URL: entity tag, or else when it was made
+
+
 class Draft:
     """An unfinished file: write to `file` (binary, seekable), then look at it with `reread`, then `place` it."""
 
     file: BinaryIO
+    stamp: Stamp | None = None  # of what `reread` and `place` speak of; behind a URL unknown: ask the store
 
     def reread(self) -> AbstractContextManager[BinaryIO]:
         """What was written, from its start; nothing may be written from here on.
@@ -65,7 +74,8 @@ class Draft:
     def place(self, *, over: bool = False) -> bool:
         """Give the file its name; False when the name is taken, unless `over` replaces what has it.
 
-        After False it may be tried again. Raises StorageError.
+        It may be called again, after False and also when somebody has removed the file since; a local draft keeps its
+        temporary name for that, beside the other one, until the block ends. Raises StorageError.
         """
         raise NotImplementedError
 
@@ -120,14 +130,6 @@ def write_if_absent(path: str, data: bytes | str, tag: str | None = None) -> boo
     with draft(path, tag) as unfinished:
         unfinished.file.write(data.encode() if isinstance(data, str) else data)
         return unfinished.place()
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """Tells one content of a path from another without reading it. `size`: bytes."""
-
-    size: int
-    mark: str  # local: inode and time of the last change; URL: entity tag, or else when it was made
 
 
 def stamp(path: str) -> Stamp | None:
@@ -223,9 +225,12 @@ def _beside(path: str, tag: str, kind: str = "") -> str:
 
 def _local_stamp(path: str) -> Stamp | None:
     try:
-        found = os.stat(path)
+        return _stamp_of(os.stat(path))
     except FileNotFoundError:
         return None
+
+
+def _stamp_of(found: os.stat_result) -> Stamp:
     return Stamp(found.st_size, f"{found.st_ino}-{found.st_mtime_ns}")
 
 
@@ -236,7 +241,6 @@ class _LocalDraft(Draft):
         ensure_folder(self._folder)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self.file = os.fdopen(handle, "wb")
-        self._synced = self._placed = False
 
     @contextmanager
     def reread(self) -> Iterator[BinaryIO]:
@@ -253,26 +257,23 @@ class _LocalDraft(Draft):
     def place(self, *, over: bool = False) -> bool:
         self._sync()
         self.file.close()
+        won = True
         try:
             if over:
                 os.replace(self._temporary, self._path)
-                self._placed = True
-            elif _link(self._temporary, self._path):
-                self._placed = True
-                with suppress(FileNotFoundError):  # renamed, or cleaned up by another run
-                    os.unlink(self._temporary)
+            else:
+                won = _link(self._temporary, self._path)
         except FileNotFoundError as error:
             raise self._gone() from error
         sync_folder(self._folder)
-        return self._placed
+        return won
 
     def discard(self) -> None:
-        """Leave nothing behind of what was not placed."""
+        """Leave nothing behind but what was placed."""
         with suppress(OSError):  # closing flushes, and fails again on a full disk
             self.file.close()
-        if not self._placed:
-            with suppress(OSError):
-                os.unlink(self._temporary)
+        with suppress(OSError):
+            os.unlink(self._temporary)
 
     def _gone(self) -> StorageError:
         return StorageError(
@@ -281,10 +282,10 @@ class _LocalDraft(Draft):
         )
 
     def _sync(self) -> None:
-        if not self._synced:
+        if self.stamp is None:
             self.file.flush()
             os.fsync(self.file.fileno())
-            self._synced = True
+            self.stamp = _stamp_of(os.fstat(self.file.fileno()))
 
 
 def _link(source: str, target: str) -> bool:

@@ -99,7 +99,12 @@ class ShardIndex:
     @classmethod
     def build(cls, tar: str) -> ShardIndex:
         """Scan the headers of `tar` (path or URL). DataError when it is cut or unfit for an index."""
-        return cls(_render(tar, _group(tar, _scan(tar))))
+        return cls.of(tar, _scan(tar))
+
+    @classmethod
+    def of(cls, tar: str, members: Iterable[Member]) -> ShardIndex:
+        """The index of members (name, offset of the data, size) in the tar's order. DataError when they are unfit."""
+        return cls(_render(tar, _group(tar, members)))
 
     @classmethod
     def open(cls, tar: str, *, write: bool = True) -> ShardIndex:

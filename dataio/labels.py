@@ -3,75 +3,53 @@
     labels.json                what made them; `label_format`, `digest` and the `description` that the digest is of
     shards/NNNNNN.tar .idx     same keys, same order as the source: KEY.disparity.png and KEY.json {scale, shift,
                                quality, ...}, or KEY.json {failure} alone
-    ledger/NNNNNN.json         written last: samples, failures by reason, sha256, bytes, seconds
+    ledger/NNNNNN.json         written last: samples, failures by reason, sha256, bytes, quality, seconds, by
 
 disparity = scale * (code - 16) + shift, code 0 is invalid. A shard without a ledger entry does not exist. The tar is
-a function of its samples, so a late duplicate of a worker that was given up for dead changes nothing.
-
-Shape suffixes: H W pixels.
+a function of its samples, so a late duplicate of a worker that was given up for dead changes nothing; how writers stay
+out of each other's way is in `dataio.label_commit`. While a run works, `leases/` and `telemetry/` are there as well.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, BinaryIO, cast
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from cluster import storage
-from dataio.codec import encode_label
 from dataio.dataset import SHARDS_NAME, Dataset, check_keys, read_json
-from dataio.index import ShardIndex, index_path
-from dataio.shards import tar_writer
+from dataio.index import SampleEntry, ShardIndex
+from dataio.label_commit import Commit, LabelSlot
+from dataio.label_ledger import LabelStatus, LedgerEntry, NodeStatus, parse_entry, sum_up
+from dataio.label_tar import FAILURE, IMAGE, LabelSample
 from dataio.spec import DataError
 
-LABEL_FORMAT = 1
+__all__ = [
+    "FAILURE",
+    "IMAGE",
+    "INFO_NAME",
+    "LABEL_FORMAT",
+    "LEDGER_NAME",
+    "WORKING",
+    "Commit",
+    "LabelSample",
+    "LabelStatus",
+    "LabelStore",
+    "LedgerEntry",
+    "NodeStatus",
+    "plan_digest",
+]
+
+LABEL_FORMAT = 2
 INFO_NAME = "labels.json"
 LEDGER_NAME = "ledger"
-IMAGE = "disparity.png"
-FAILURE = "failure"  # in KEY.json: why there is no disparity
-
-# key, disparity [H, W] (NaN invalid) or None, what KEY.json shall hold, why it failed or None
-LabelSample = tuple[str, npt.NDArray[np.float32] | None, Mapping[str, Any], str | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LedgerEntry:
-    """One committed label shard; `bytes` and `sha256` are of its tar, `failures` maps a reason to keys."""
-
-    stem: str
-    samples: int
-    failures: dict[str, list[str]]
-    sha256: str
-    bytes: int
-    seconds: float
-
-    @property
-    def failed(self) -> int:
-        """The number of samples without a label."""
-        return sum(len(keys) for keys in self.failures.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelStatus:
-    """What is committed: `failures` counts by reason, `seconds` is the work of all shards together.
-
-    `missing` are the stems that the dataset has and the labels have not: empty when no dataset was given.
-    """
-
-    shards: int
-    samples: int
-    bytes: int
-    seconds: float
-    failures: dict[str, int] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
+WORKING = ("leases", "telemetry")  # folders of runs at work
+_READERS = 16  # threads; a store, or a disk across a network, takes its time over each entry
+_CHUNK = 64  # entries a thread reads at a time
 
 
 def plan_digest(description: Mapping[str, Any]) -> str:
@@ -92,19 +70,19 @@ class LabelStore:
         """Start labels, or go on with them. DataError when the folder holds labels of another description."""
         path = storage.join(folder, INFO_NAME)
         description = json.loads(json.dumps(description, allow_nan=False))
-        if storage.exists(path):
-            store = cls.open(folder)
-            for key in sorted(store.description.keys() | description.keys()):
-                before, now = store.description.get(key), description.get(key)
-                if before != now:
-                    raise DataError(
-                        f"{path}: these labels were made otherwise: {key} is {json.dumps(before)}, now "
-                        f"{json.dumps(now)}: use another folder, so that labels of two kinds never mix"
-                    )
-            return store
         content = {"label_format": LABEL_FORMAT, "digest": plan_digest(description), "description": description}
-        storage.atomic_write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        return cls(folder, description)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        if not storage.exists(path) and storage.write_if_absent(path, text):
+            return cls(folder, description)
+        store = cls.open(folder)
+        for key in sorted(store.description.keys() | description.keys()):
+            before, now = store.description.get(key), description.get(key)
+            if before != now:
+                raise DataError(
+                    f"{path}: these labels were made otherwise: {key} is {json.dumps(before)}, now "
+                    f"{json.dumps(now)}: use another folder, so that labels of two kinds never mix"
+                )
+        return store
 
     @classmethod
     def open(cls, folder: str) -> LabelStore:
@@ -132,6 +110,10 @@ class LabelStore:
         """The path of a label shard."""
         return storage.join(self.path, SHARDS_NAME, f"{stem}.tar")
 
+    def ledger(self, stem: str) -> str:
+        """The path of a ledger entry."""
+        return storage.join(self.path, LEDGER_NAME, f"{stem}.json")
+
     def index(self, stem: str) -> ShardIndex:
         """The index of a committed label shard. DataError when it is not committed or damaged."""
         entry = self.entry(stem)
@@ -141,83 +123,121 @@ class LabelStore:
 
     def entry(self, stem: str) -> LedgerEntry | None:
         """The ledger entry of a shard, None when there is none. DataError when it is damaged."""
-        path = self._ledger(stem)
-        if not storage.exists(path):
+        path = self.ledger(stem)
+        try:
+            entry = parse_entry(path, storage.read_bytes(path))
+        except storage.FileMissing:
             return None
-        content = read_json(path)
-        check_keys(path, "", content, LedgerEntry.__dataclass_fields__)
-        return LedgerEntry(**content)
+        if entry.stem != stem:
+            raise DataError(f"{path}: is the entry of {entry.stem!r}: it was copied there; delete it")
+        return entry
+
+    def read(self, stem: str) -> Iterator[LabelSample]:
+        """The samples of a committed label shard, in order, failed ones included. DataError, StorageError."""
+        index = self.index(stem)
+        with storage.open_range(self.tar(stem), 0, index.end) as file:
+            for sample in index.samples:
+                file.seek(sample.start)
+                yield _label_sample(sample, file.read(sample.data_end - sample.start))
 
     def done(self, stem: str) -> bool:
         """Whether the shard is committed: it has a ledger entry, and its tar the size written there."""
-        entry = self.entry(stem)
-        return entry is not None and storage.exists(self.tar(stem)) and storage.size(self.tar(stem)) == entry.bytes
+        entry, seen = self._usable(stem), storage.stamp(self.tar(stem))
+        return entry is not None and seen is not None and seen.size == entry.bytes
 
-    def write_shard(
-        self, stem: str, samples: Iterable[LabelSample], seconds: float | None = None, *, replace: bool = False
-    ) -> LedgerEntry:
-        """Write and commit one label shard; samples stand in the source's order, failed ones included.
+    def done_stems(self) -> set[str]:
+        """The stems of all committed shards, found by two listings.
 
-        `seconds` is how long the work took; None measures this call, which is right when `samples` computes as it is
-        read. A disparity without a finite value fails with the reason "no_valid_disparity". A shard already committed
-        is left alone and its entry returned, unless `replace`. Nothing is left behind when this raises: DataError (no
-        samples, or not read back as written), StorageError, whatever `samples` raises.
+        Locally each entry is read as well, and must state the size of its tar. Behind a URL, where a file is whole or
+        not there, both names suffice. An entry that cannot be read is none. Raises StorageError.
         """
-        began = time.monotonic()
-        if not replace and self.done(stem):
-            return cast("LedgerEntry", self.entry(stem))
-        keys: list[str] = []
-        failures: dict[str, list[str]] = {}
-        with storage.atomic_writer(self.tar(stem)) as file:
-            hashed = _HashingFile(file)
-            with tar_writer(cast("BinaryIO", hashed)) as tar:
-                for key, members, failure in map(_encode, samples):
-                    keys.append(key)
-                    if failure is not None:
-                        failures.setdefault(failure, []).append(key)
-                    tar.write({"__key__": key, **members})
-            file.flush()
-            _verify(self.tar(stem), file, hashed.digest())
-        index = ShardIndex.build(self.tar(stem))
-        if [entry.key for entry in index.samples] != keys:
-            raise DataError(f"{self.tar(stem)}: the keys read back are not those written: use other keys")
-        index.write(index_path(self.tar(stem)))
-        entry = LedgerEntry(
-            stem=stem,
-            samples=len(keys),
-            failures=failures,
-            sha256=hashed.digest(),
-            bytes=hashed.size,
-            seconds=round(time.monotonic() - began if seconds is None else seconds, 3),
-        )
-        storage.atomic_write(self._ledger(stem), json.dumps(asdict(entry), ensure_ascii=False) + "\n")
-        return entry
+        stems, tar_bytes = self._named()
+        if storage.is_url(self.path):
+            return set(stems) & tar_bytes.keys()
+        return {stem for stem, entry in self._entries(stems) if entry.bytes == tar_bytes.get(stem)}
+
+    def commit(
+        self,
+        stem: str,
+        samples: Iterable[LabelSample],
+        *,
+        keys: Sequence[str],
+        seconds: float | None = None,
+        by: Mapping[str, Any] | None = None,
+        still_mine: Callable[[], bool] | None = None,
+        tag: str | None = None,
+    ) -> Commit:
+        """Write and commit one label shard, unless that was done; `keys` are those of the source shard, in order.
+
+        `samples` stand in that order, failed ones included; they are asked for only if there is work to do. `seconds`
+        is how long the work took; None measures this call, which is right when `samples` computes as it is read. `by`
+        says who did it (see `LedgerEntry`). `still_mine` is asked before the shard gets its name: False drops the
+        work. `tag` (eight hexadecimal digits) names this writer's temporary files, for `clean`.
+
+        When this raises, nothing of this writer is left under a name that counts: DataError (samples out of place, or
+        not read back as written), StorageError, whatever `samples` and `still_mine` raise.
+        """
+        return self._slot(stem, keys, by, tag).commit(samples, seconds, still_mine)
+
+    def replace(
+        self,
+        stem: str,
+        samples: Iterable[LabelSample],
+        *,
+        keys: Sequence[str],
+        seconds: float | None = None,
+        by: Mapping[str, Any] | None = None,
+        still_mine: Callable[[], bool] | None = None,
+        tag: str | None = None,
+    ) -> Commit:
+        """Commit a label shard in place of the one that is there, for failed samples that were tried again.
+
+        As `commit`; a shard of the same bytes is left alone ("duplicate"). A crash leaves the old one, or a shard
+        without an entry, which the next `commit` adopts. Nobody else should read the shard meanwhile: for a moment it
+        is not there.
+        """
+        return self._slot(stem, keys, by, tag).replace(samples, seconds, still_mine)
+
+    def clean(self, *, keep: Container[str] = (), older_than_s: float = 0.0) -> list[str]:
+        """Remove what writers left that died: temporary files whose tag is not in `keep` and that nobody has written
+        to for so long. Returns their paths."""
+        folders = (self.path, storage.join(self.path, SHARDS_NAME), storage.join(self.path, LEDGER_NAME))
+        return [
+            storage.join(folder, name)
+            for folder in folders
+            for name in storage.remove_temporaries(folder, keep=keep, older_than_s=older_than_s)
+        ]
 
     def committed(self) -> list[str]:
         """The stems that have a ledger entry, sorted."""
-        folder = storage.join(self.path, LEDGER_NAME)
-        names = storage.listdir(folder) if storage.exists(folder) else []
-        return [name.removesuffix(".json") for name in names if name.endswith(".json")]
+        return sorted(_stems(_sizes(storage.join(self.path, LEDGER_NAME)), ".json"))
+
+    def entries(self) -> Iterator[LedgerEntry]:
+        """The ledger entries that can be read, by rising stem, whatever is there of their tars. StorageError."""
+        for _, entry in self._entries(self.committed()):
+            yield entry
 
     def status(self, dataset: Dataset | None = None) -> LabelStatus:
-        """Sum up the ledger; with a dataset also what is missing."""
-        entries = [entry for stem in self.committed() if (entry := self.entry(stem)) is not None]
-        failures: dict[str, int] = {}
-        for entry in entries:
-            for reason, keys in entry.failures.items():
-                failures[reason] = failures.get(reason, 0) + len(keys)
-        return LabelStatus(
-            shards=len(entries),
-            samples=sum(entry.samples for entry in entries),
-            bytes=sum(entry.bytes for entry in entries),
-            seconds=sum(entry.seconds for entry in entries),
-            failures=failures,
-            missing=tuple(shard.stem for shard in dataset.shards if not self.done(shard.stem)) if dataset else (),
-        )
+        """Sum up the ledger entries of committed shards; with a dataset also what is missing. Raises StorageError."""
+        stems, tar_bytes = self._named()
+        entries = [entry for stem, entry in self._entries(stems) if entry.bytes == tar_bytes.get(stem)]
+        done = {entry.stem for entry in entries}
+        return sum_up(entries, [shard.stem for shard in dataset.shards if shard.stem not in done] if dataset else ())
 
     def complete_for(self, dataset: Dataset) -> None:
-        """DataError unless every shard of the dataset is labelled, sample for sample."""
-        missing = [shard.stem for shard in dataset.shards if not self.done(shard.stem)]
+        """DataError unless every shard of the dataset is labelled, sample for sample.
+
+        Labels that say they are of this very dataset need no entry read behind a URL: a shard of other keys was never
+        committed.
+        """
+        stems, tar_bytes = self._named()
+        entries: dict[str, LedgerEntry] = {}
+        if storage.is_url(self.path) and self._fingerprint() == dataset.fingerprint:
+            done = set(stems) & tar_bytes.keys()
+        else:
+            entries = {stem: entry for stem, entry in self._entries(stems) if entry.bytes == tar_bytes.get(stem)}
+            done = set(entries)
+        missing = [shard.stem for shard in dataset.shards if shard.stem not in done]
         if missing:
             names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise DataError(
@@ -225,61 +245,67 @@ class LabelStore:
                 f"({names}): `fathom label run` finishes them"
             )
         for shard in dataset.shards:
-            entry = self.entry(shard.stem)
+            entry = entries.get(shard.stem)
             if entry is not None and entry.samples != shard.samples:
                 raise DataError(
                     f"{self.tar(shard.stem)}: labels {entry.samples} samples, {shard.tar} has {shard.samples}: "
                     "these labels belong to another dataset; name its own"
                 )
 
-    def _ledger(self, stem: str) -> str:
-        return storage.join(self.path, LEDGER_NAME, f"{stem}.json")
+    def _slot(self, stem: str, keys: Sequence[str], by: Mapping[str, Any] | None, tag: str | None) -> LabelSlot:
+        tag = tag if tag is not None else storage.new_tag()
+        return LabelSlot(
+            stem=stem, tar=self.tar(stem), ledger=self.ledger(stem), keys=list(keys), by=dict(by or {}), tag=tag
+        )
+
+    def _fingerprint(self) -> object:
+        made_of = self.description.get("dataset")
+        return made_of.get("fingerprint") if isinstance(made_of, dict) else None
+
+    def _named(self) -> tuple[list[str], dict[str, int]]:
+        """The stems with an entry, and the bytes of each tar, by listing."""
+        tars = _sizes(storage.join(self.path, SHARDS_NAME))
+        return self.committed(), {stem: tars[f"{stem}.tar"] or 0 for stem in _stems(tars, ".tar")}
+
+    def _usable(self, stem: str) -> LedgerEntry | None:
+        try:
+            return self.entry(stem)
+        except DataError:
+            return None
+
+    def _entries(self, stems: Sequence[str]) -> Iterator[tuple[str, LedgerEntry]]:
+        """The usable ones among the entries of `stems`, in that order."""
+
+        def read(start: int) -> list[tuple[str, LedgerEntry | None]]:
+            return [(stem, self._usable(stem)) for stem in stems[start : start + _CHUNK]]
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            for part in pool.map(read, range(0, len(stems), _CHUNK)):
+                yield from ((stem, entry) for stem, entry in part if entry is not None)
 
 
-class _HashingFile:
-    """Hashes what passes through to `file`."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self._hash.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
+def _sizes(folder: str) -> dict[str, int | None]:
+    try:
+        return storage.sizes(folder)
+    except storage.FileMissing:
+        return {}
 
 
-def _encode(sample: LabelSample) -> tuple[str, dict[str, bytes], str | None]:
-    """Key, members, and why it failed."""
-    key, disparity_HW, meta, failure = sample
-    if failure is None and disparity_HW is not None and np.isfinite(disparity_HW).any():
-        png, code = encode_label(disparity_HW)
-        content = {**meta, "scale": code.scale, "shift": code.shift}
-        return key, {IMAGE: png, "json": json.dumps(content, ensure_ascii=False).encode()}, None
-    failure = failure or "no_valid_disparity"
-    return key, {"json": json.dumps({**meta, FAILURE: failure}, ensure_ascii=False).encode()}, failure
+def _stems(found: Mapping[str, int | None], ending: str) -> list[str]:
+    return [name.removesuffix(ending) for name in found if name.endswith(ending) and not storage.is_temporary(name)]
 
 
-def _verify(path: str, file: BinaryIO, expected: str) -> None:
-    """Read the still unnamed file back. DataError when the disk gives other bytes than it was given."""
-    with _reading(file) as again:
-        found = hashlib.file_digest(cast("Any", again), "sha256").hexdigest()
-    if found != expected:
-        raise DataError(f"{path}: the bytes read back differ from those written: check the disk, then run again")
-
-
-@contextmanager
-def _reading(file: BinaryIO) -> Iterator[BinaryIO]:
-    if file.readable():  # behind a URL: the spool that is about to be sent
-        place = file.tell()
-        file.seek(0)
-        yield file
-        file.seek(place)
-    else:
-        with open(f"/proc/self/fd/{file.fileno()}", "rb") as again:
-            yield again
+def _label_sample(sample: SampleEntry, data: bytes) -> LabelSample:
+    """From the bytes [sample.start, sample.data_end) of its tar. DataError when KEY.json is damaged."""
+    members = {
+        name: data[offset - sample.start : offset - sample.start + size]
+        for name, (offset, size) in sample.members.items()
+    }
+    try:
+        meta = json.loads(members.get("json", b""))
+        return LabelSample(sample.key, members, meta.get(FAILURE))
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{sample.key}.json is no JSON object ({error}): label the shard again") from error
 
 
 @lru_cache(maxsize=64)

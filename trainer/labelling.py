@@ -52,7 +52,8 @@ def run_labelling(
     description = describe(config, dataset)
     root = config.out or storage.join(config.dataset, "labels")
     store = LabelStore.create(storage.join(root, plan_digest(description)), description)
-    todo = [shard.stem for shard in dataset.shards if not store.done(shard.stem)]
+    finished = store.done_stems()
+    todo = [shard.stem for shard in dataset.shards if shard.stem not in finished]
     done, images, failed, began = len(dataset.shards) - len(todo), 0, 0, time.monotonic()
 
     def on_result(stem: str, entry: LedgerEntry) -> None:
@@ -152,23 +153,27 @@ class Labeller:
     def process(self, stem: str) -> LedgerEntry:
         """Label one shard; order and keys are the source's. Raises StorageError or DataError for the whole shard."""
         shard = next(s for s in self.dataset.shards if s.stem == stem)
-        return self.store.write_shard(stem, in_order(self._labels(read_frames(self.dataset, shard, self.sizer))))
+        keys = [entry.key for entry in shard.index.samples]
+        samples = in_order(self._labels(read_frames(self.dataset, shard, self.sizer)))
+        entry = self.store.commit(stem, samples, keys=keys).entry
+        assert entry is not None  # nobody asked to be fenced
+        return entry
 
     def _labels(self, frames: Iterator[Frame]) -> Iterator[tuple[int, LabelSample]]:
         for group in batches_by_shape(frames, self.config.batch):
             if group[0].problem:
-                yield group[0].index, (group[0].sample.key, None, {}, group[0].problem)
+                yield group[0].index, LabelSample.failed(group[0].sample.key, group[0].problem)
                 continue
             image_BCHW, good, bad = decode_frames(self.pipeline, group)
             for frame in bad:
-                yield frame.index, (frame.sample.key, None, {}, frame.problem)
+                yield frame.index, LabelSample.failed(frame.sample.key, frame.problem or "bad_image")
             if image_BCHW is None:
                 continue
             disparity_BHW, agreement_B = self.predictor(pad_batch(image_BCHW, self.config.batch))
             for row, frame in enumerate(good):
                 disparity_HW = disparity_BHW[row].cpu().numpy().astype(np.float32)
                 quality = {"quality": round(float(agreement_B[row]), 4)} if agreement_B is not None else {}
-                yield frame.index, (frame.sample.key, disparity_HW, quality, None)
+                yield frame.index, LabelSample.encoded(frame.sample.key, disparity_HW, quality)
 
 
 def pad_batch(image_BCHW: Any, batch: int) -> Any:

@@ -86,11 +86,12 @@ def _so_far(config: LabelConfig, dataset: Dataset, rate: float | None, found: li
     """What is labelled already tells what the rest takes."""
     description = describe(config, dataset)
     folder = storage.join(config.out or storage.join(config.dataset, "labels"), plan_digest(description))
-    done = labelled = stored = 0
+    done = labelled = stored = timed = 0
     seconds = 0.0
     if storage.exists(storage.join(folder, "labels.json")):
         status = LabelStore.open(folder).status(None)
         done, labelled, stored, seconds = status.shards, status.samples, status.bytes, status.seconds
+        timed = status.timed_samples
     left = dataset.info.samples - labelled
     # what a label takes depends on the images
     needed = int(stored / labelled * left) if labelled else None
@@ -107,7 +108,7 @@ def _so_far(config: LabelConfig, dataset: Dataset, rate: float | None, found: li
         found.append(f"out: {folder} has {gib(free)} free, and the labels to come take {gib(needed)}")
     source = "--rate"
     if rate is None and seconds:
-        rate, source = labelled / seconds * config.cluster.workers, f"{done} shards labelled so far"
+        rate, source = timed / seconds * config.cluster.workers, f"{done} shards labelled so far"
     if rate is None:
         return {"disk": disk, "time": {"images_per_second": None, "left_seconds": None}}
     return {

@@ -66,6 +66,20 @@ def test_who_lost_may_try_again_or_replace(base: str) -> None:
     assert storage.read_bytes(path) == b"newer"
 
 
+def test_who_won_may_place_it_again(base: str) -> None:
+    path = storage.join(base, "a.bin")
+    with storage.draft(path) as mine:
+        mine.file.write(b"mine")
+        assert mine.place()
+        seen = storage.stamp(path)
+        assert seen is not None and mine.stamp in (None, seen)
+        assert mine.place() == (not storage.is_url(path))  # a store does not say whose it is
+        assert storage.remove_if(path, seen)
+        assert mine.place()
+    assert storage.read_bytes(path) == b"mine"
+    assert list(storage.sizes(base)) == ["a.bin"]
+
+
 @pytest.mark.usefixtures("spool")
 def test_a_draft_is_read_again_before_anybody_sees_it(base: str) -> None:
     path = storage.join(base, "a.bin")
@@ -96,7 +110,7 @@ def test_what_was_not_placed_is_gone(base: str) -> None:
 
 
 def test_the_order_of_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Content before name, name before the folder is synced; and nothing of the temporary name after that."""
+    """Content before name, and the folder after it; the temporary name goes last."""
     events: list[str] = []
     fsync, link, unlink = os.fsync, os.link, os.unlink
 
@@ -117,7 +131,7 @@ def test_the_order_of_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(os, "link", recorded_link)
     monkeypatch.setattr(os, "unlink", recorded_unlink)
     storage.write_if_absent(str(tmp_path / "new" / "a.bin"), b"0123456789")
-    assert events == ["sync .", "sync 10 bytes", "link new/a.bin", "unlink the temporary", "sync new"]
+    assert events == ["sync .", "sync 10 bytes", "link new/a.bin", "sync new", "unlink the temporary"]
 
 
 # --- where the usual way does not work

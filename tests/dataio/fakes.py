@@ -12,7 +12,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from dataio.dataset import DatasetInfo
-from dataio.labels import LabelStore
+from dataio.labels import LabelSample, LabelStore
 from dataio.types import AffineCode
 
 
@@ -78,14 +78,15 @@ def write_labels(folder: Path, shards: Shards, height: int = 28, width: int = 42
     store = LabelStore.create(str(folder), {"teacher": "test"})
     for number, samples in enumerate(shards):
         rng = np.random.default_rng(number)
-        store.write_shard(
+        store.commit(
             f"{number:06d}",
             [
-                (key, None, {}, "teacher_failed")
+                LabelSample.failed(key, "teacher_failed")
                 if key in fail
-                else (key, rng.uniform(0, 5, (height, width)).astype(np.float32), {"quality": 1.0}, None)
+                else LabelSample.encoded(key, rng.uniform(0, 5, (height, width)).astype(np.float32), {"quality": 1.0})
                 for key in samples
             ],
+            keys=list(samples),
         )
     return str(folder)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from dataio.codec import DEPTH_MM, encode_png16
 from dataio.dataset import DatasetInfo
 from dataio.importers.folder import Folder, FolderOptions
-from dataio.labels import LabelStore
+from dataio.labels import LabelSample, LabelStore
 from dataio.pack import pack
 from dataio.pack_synth import pack_synth
 from dataio.shards import ShardWriter
@@ -71,7 +71,10 @@ def test_sheet_of_labels(scenes, tmp_path):
     ramp_HW = np.tile(np.linspace(0, 1, 42, dtype=np.float32), (42, 1))
     for i in range(3):
         keys = [f"labelled_{k:06d}" for k in (2 * i, 2 * i + 1) if k < 5]
-        store.write_shard(f"{i:06d}", [(key, ramp_HW, {}, None if i else "truncated_image") for key in keys])
+        samples = [
+            LabelSample.encoded(key, ramp_HW, {}) if i else LabelSample.failed(key, "truncated_image") for key in keys
+        ]
+        store.commit(f"{i:06d}", samples, keys=keys)
     with_labels = contact_sheet(scenes, 5, labels=store.path)
     assert not np.array_equal(np.array(with_labels), np.array(contact_sheet(scenes, 5)))
 

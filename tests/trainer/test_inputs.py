@@ -12,7 +12,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from dataio.dataset import Dataset
-from dataio.labels import LabelStore
+from dataio.labels import LabelSample, LabelStore
 from dataio.spec import DataError, DataSpec
 from tests.dataio.fakes import labelled, shards_of, unlabelled, write_dataset
 from trainer import run
@@ -28,7 +28,8 @@ def write_labels(folder: Path, dataset: Dataset, made_of: Mapping[str, Any] | No
     store = LabelStore.create(str(folder), description)
     disparity_HW = np.linspace(0, 1, 28 * 42, dtype=np.float32).reshape(28, 42)
     for shard in dataset.shards:
-        store.write_shard(shard.stem, [(entry.key, disparity_HW, {}, None) for entry in shard.index.samples])
+        keys = [entry.key for entry in shard.index.samples]
+        store.commit(shard.stem, [LabelSample.encoded(key, disparity_HW, {}) for key in keys], keys=keys)
     return str(folder)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dataio.codec import decode_png16, label_code
 from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset
-from dataio.labels import LabelStore, LedgerEntry, plan_digest
+from dataio.labels import LabelSample, LabelStore, LedgerEntry, plan_digest
 from dataio.loader import Loader
 from dataio.spec import DataSpec, RoleNeeds, RoleSpec
 from tests.dataio.fakes import jpeg, smooth, unlabelled, write_dataset
@@ -253,11 +253,11 @@ def test_a_short_batch_is_filled_up() -> None:
 
 def test_order_is_restored_as_soon_as_possible() -> None:
     def numbered(order: list[int]) -> Any:
-        return iter([(i, (f"k{i}", None, {}, None)) for i in order])
+        return iter([(i, LabelSample.failed(f"k{i}", "bad_image")) for i in order])
 
-    assert [sample[0] for sample in in_order(numbered([2, 0, 1, 4, 3]))] == ["k0", "k1", "k2", "k3", "k4"]
+    assert [sample.key for sample in in_order(numbered([2, 0, 1, 4, 3]))] == ["k0", "k1", "k2", "k3", "k4"]
     given = numbered([0, 2, 1])
-    assert next(in_order(given))[0] == "k0"
+    assert next(in_order(given)).key == "k0"
     assert len(list(given)) == 2
 
 

@@ -1,0 +1,206 @@
+"""How one label shard is committed: exactly once, by any number of writers, each of which may die at any step.
+
+    tar     appears under its name only if the name is free, whole and read back; from then on nobody changes it
+    index   derived from the tar
+    ledger  last, only if there is none; derived from the tar that is there
+
+Whoever comes later, or next, finds one of four states: an entry and its tar (done, nothing is written); a tar without
+an entry (its writer died, or is about to make the entry: it is read wholly and adopted, or removed when damaged); an
+entry whose tar is gone or has another size (both are removed, the entry first); nothing. `replace`, for failed samples
+that are redone, removes the entry, then renames over the tar: in between it is a tar without an entry, the old one or
+the new one.
+
+Two files cannot be changed at once, so each writer that has made an entry looks whether the tar is still the one that
+it describes, and takes the entry back otherwise. That happens only where a damaged or replaced shard meets a second
+writer. Removing goes by stamp (`storage.remove_if`): what somebody else placed meanwhile stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from cluster import storage
+from dataio.index import ShardIndex, index_path
+from dataio.label_ledger import LedgerEntry, parse_entry
+from dataio.label_tar import Contents, LabelSample, check_keys_of, check_written, read_tar, write_tar
+from dataio.spec import DataError
+
+Outcome = Literal["written", "adopted", "duplicate", "fenced"]
+_PATIENCE = 50  # looks at a shard that others keep changing
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What became of one writer's work on a shard.
+
+    `written`: it is committed. `adopted`: a tar of somebody else was there, and this writer made its entry.
+    `duplicate`: all of it was there, by somebody else. `fenced`: the work was no longer this writer's, and is dropped;
+    only then `entry` is None. `differs`: this writer did the work, too, and came to other bytes, a sign of unlike
+    hardware or software.
+    """
+
+    outcome: Outcome
+    entry: LedgerEntry | None
+    differs: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSlot:
+    """The place of one label shard, and one writer's view of it. `keys` are the source shard's, in order.
+
+    `by` goes into the ledger entry; `tag` names the writer's temporary files.
+    """
+
+    stem: str
+    tar: str
+    ledger: str
+    keys: Sequence[str]
+    by: Mapping[str, Any] = field(default_factory=dict)
+    tag: str = field(default_factory=storage.new_tag)
+
+    def commit(
+        self, samples: Iterable[LabelSample], seconds: float | None, still_mine: Callable[[], bool] | None
+    ) -> Commit:
+        """As `LabelStore.commit`."""
+        began = time.monotonic()
+        found = self._settled()
+        if found is not None:
+            return found
+        with storage.draft(self.tar, self.tag) as draft:
+            mine = self._write(draft, samples)
+            seconds = time.monotonic() - began if seconds is None else seconds
+            for attempt in range(_PATIENCE):
+                if still_mine is not None and not still_mine():
+                    return Commit("fenced", None)
+                placed = self._placed(draft, mine) if draft.place() else None
+                found = self._enter(placed, seconds, "written") if placed else None
+                found = found or self._settled(reindex=attempt > 0 or placed is not None)
+                if found is not None and found.entry is not None:
+                    return replace(found, differs=found.entry.sha256 != mine.sha256)
+        raise self._restless()
+
+    def replace(
+        self, samples: Iterable[LabelSample], seconds: float | None, still_mine: Callable[[], bool] | None
+    ) -> Commit:
+        """As `LabelStore.replace`."""
+        began = time.monotonic()
+        with storage.draft(self.tar, self.tag) as draft:
+            mine = self._write(draft, samples)
+            seconds = time.monotonic() - began if seconds is None else seconds
+            entry, seen = self._entry(), storage.stamp(self.tar)
+            if entry is not None and entry.sha256 == mine.sha256 and seen is not None and seen.size == entry.bytes:
+                return Commit("duplicate", entry)
+            if still_mine is not None and not still_mine():
+                return Commit("fenced", None)
+            while (ledger_seen := storage.stamp(self.ledger)) is not None:
+                storage.remove_if(self.ledger, ledger_seen, self.tag)
+            draft.place(over=True)
+            placed = self._placed(draft, mine)
+        for _ in range(_PATIENCE):
+            found = self._enter(placed, seconds, "written") if placed else None
+            if found is None and (placed is None or storage.stamp(self.tar) != placed.stamp):
+                found = self._settled(reindex=True)
+            if found is not None and found.entry is not None:
+                return replace(found, differs=found.entry.sha256 != mine.sha256)
+        raise self._restless()
+
+    def read(self, on_sample: Callable[[LabelSample], None] | None = None) -> Contents:
+        """All that is under the tar's name. FileMissing; DataError when it is damaged, or not of the source's keys."""
+        seen = storage.stamp(self.tar)
+        with storage.open_range(self.tar, 0, seen.size if seen else None) as file:
+            found = read_tar(file, self.tar, on_sample)
+        check_keys_of(self.tar, found, self.keys)
+        return replace(found, stamp=seen)
+
+    def _settled(self, *, reindex: bool = False) -> Commit | None:
+        """The shard, if it is committed or can be adopted; else None, and neither tar nor entry is there.
+
+        `reindex`: this writer may have written the index of a tar that is not there any more.
+        """
+        for _ in range(_PATIENCE):
+            # in this order: an entry is made after its tar
+            ledger_seen, tar_seen = storage.stamp(self.ledger), storage.stamp(self.tar)
+            if ledger_seen is not None:
+                entry = self._entry()
+                if entry is not None and tar_seen is not None and tar_seen.size == entry.bytes:
+                    if reindex:
+                        self._reindex()
+                    return Commit("duplicate", entry)
+                storage.remove_if(self.ledger, ledger_seen, self.tag)
+                if entry is not None and tar_seen is not None:
+                    storage.remove_if(self.tar, tar_seen, self.tag)
+                continue
+            if tar_seen is None:
+                return None
+            try:
+                there = self.read()
+            except storage.FileMissing:
+                continue
+            except DataError:
+                storage.remove_if(self.tar, tar_seen, self.tag)
+                continue
+            found = self._enter(there, None, "adopted")
+            if found is not None:
+                return found
+            reindex = True
+        raise self._restless()
+
+    def _enter(self, there: Contents, seconds: float | None, outcome: Outcome) -> Commit | None:
+        """Index and ledger entry of the tar that was read; None when it is not there any more, or an entry of
+        another one was, and is removed."""
+        if storage.stamp(self.tar) != there.stamp:
+            return None
+        storage.atomic_write(index_path(self.tar), there.index.text, self.tag)
+        entry = LedgerEntry.of(self.stem, there, seconds, self.by)
+        won = storage.write_if_absent(self.ledger, entry.to_json(), self.tag)
+        seen, found = storage.stamp(self.ledger), self._entry()
+        # behind a URL the attempt that arrived may not be the one that got an answer
+        is_mine = found == entry and (won or storage.is_url(self.ledger))
+        is_there = storage.stamp(self.tar) == there.stamp
+        if is_there and is_mine:
+            return Commit(outcome, entry)
+        if is_there and found is not None and found.sha256 == there.sha256:
+            return Commit("duplicate", found)
+        if seen is not None and (is_there or is_mine):  # it speaks of a tar that is not there
+            storage.remove_if(self.ledger, seen, self.tag)
+        return None
+
+    def _write(self, draft: storage.Draft, samples: Iterable[LabelSample]) -> Contents:
+        written = write_tar(draft.file, samples, self.keys, self.tar)
+        with draft.reread() as again:
+            found = read_tar(again, self.tar)
+        check_written(self.tar, written, found)
+        return found
+
+    def _placed(self, draft: storage.Draft, mine: Contents) -> Contents | None:
+        """What was placed, as it is there; None when another writer's is. DataError when the store holds other bytes
+        than it was sent."""
+        if draft.stamp is not None:
+            return replace(mine, stamp=draft.stamp)
+        try:
+            there = self.read()
+        except storage.FileMissing:
+            return None
+        except DataError as error:
+            seen = storage.stamp(self.tar)
+            if seen is not None:
+                storage.remove_if(self.tar, seen, self.tag)
+            raise DataError(f"{self.tar}: the bytes read back differ from those sent: run again ({error})") from error
+        return there if there.sha256 == mine.sha256 else None
+
+    def _entry(self) -> LedgerEntry | None:
+        """The entry, None when there is none, or none that can be used."""
+        with suppress(storage.FileMissing, DataError):
+            return parse_entry(self.ledger, storage.read_bytes(self.ledger))
+        return None
+
+    def _reindex(self) -> None:
+        with suppress(storage.FileMissing, DataError):
+            storage.atomic_write(index_path(self.tar), ShardIndex.build(self.tar).text, self.tag)
+
+    def _restless(self) -> DataError:
+        return DataError(f"{self.tar}: several writers keep changing it: run again")
