@@ -214,10 +214,11 @@ class Chain:
         """The sidecar of a teacher's labels."""
         weights = os.path.join(self.trained(teacher), "weights")
         self.pack(images)
-        values = {"dataset": self.folder("data", images), "weights": weights, "batch": 16, "cluster": {"workers": 2}}
+        values = {"dataset": self.folder("data", images), "weights": weights, "batch": 16, "cluster": {"workers": 2},
+                  "flip": True, "quality": "flip"}  # fmt: skip
         config = LabelConfig(**values, input_size=self.request.sizes.image)
         with self.timed(f"labels of {teacher}"), Progress(f"labels of {teacher}", None, "shards") as bar:
-            outcome = run_labelling(config, on_shard=lambda n, of, _: bar.update(n, of=of), stop=self.stop)
+            outcome = run_labelling(config, on_progress=lambda now: bar.update(now.done, of=now.total), stop=self.stop)
         if outcome.stopped:
             raise Stopped(outcome.stopped)
         return outcome.folder

@@ -27,6 +27,7 @@ _WAIT_S = 0.2
 _UNBORN = 5  # workers in a row that die before they can work
 _FRUITLESS = 6  # workers in a row, and twice as many as there are, that fail without any item done
 _CLOSE_S = 10.0
+_PART_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +139,19 @@ class _Crew:
                 working = any(not member.building for member in self._members.values())
                 late = stop.deadline is not None and time.time() >= stop.deadline
                 if view.finished or (stopping and (not working or late)):
+                    self._part(0.0 if late else _PART_S)
                     return LeasedResult(view=view, complete=view.finished)
             if not stopping:
                 self._fill(now)
             self._wait()
+
+    def _part(self, patience_s: float) -> None:
+        """Let workers that have nothing to do any more go by themselves: what they close is closed."""
+        import ray
+
+        working = [reference for reference, member in self._members.items() if not member.building]
+        if working:
+            ray.wait(working, num_returns=len(working), timeout=patience_s)
 
     def close(self) -> None:
         import ray

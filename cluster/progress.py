@@ -140,9 +140,7 @@ class Progress:
         rate = self._rate()
         if rate <= 0 or self._total is None or self._done >= self._total:
             return ""
-        minutes, seconds = divmod(int((self._total - self._done) / rate), 60)
-        days, hours = divmod(minutes // 60, 24)
-        return f"{f'{days} d ' if days else ''}{hours}:{minutes % 60:02d}:{seconds:02d} left"
+        return f"{duration_text((self._total - self._done) / rate)} left"
 
     def _values_text(self) -> str:
         shown = (
@@ -150,3 +148,10 @@ class Progress:
             for name, value in self._values.items()
         )
         return "  ".join(shown)
+
+
+def duration_text(duration_s: float) -> str:
+    """`1 d 2:03:04`."""
+    minutes, seconds = divmod(int(duration_s), 60)
+    days, hours = divmod(minutes // 60, 24)
+    return f"{f'{days} d ' if days else ''}{hours}:{minutes % 60:02d}:{seconds:02d}"

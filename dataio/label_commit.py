@@ -155,7 +155,7 @@ class LabelSlot:
         if storage.stamp(self.tar) != there.stamp:
             return None
         storage.atomic_write(index_path(self.tar), there.index.text, self.tag)
-        entry = LedgerEntry.of(self.stem, there, seconds, self.by)
+        entry = LedgerEntry.of(self.stem, there, seconds, {"finished": round(time.time(), 3), **self.by})
         won = storage.write_if_absent(self.ledger, entry.to_json(), self.tag)
         seen, found = storage.stamp(self.ledger), self._entry()
         # behind a URL the attempt that arrived may not be the one that got an answer

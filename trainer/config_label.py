@@ -10,6 +10,17 @@ from model.presets import PositionMode
 from trainer.config import Section
 from trainer.config_cluster import ClusterSection
 
+Quality = Literal["off", "flip", "flip+scale"]
+Encoding = Literal["png", "npy", "jxl"]
+CPU_BATCH, GPU_BATCH = 1, 16
+
+
+class LabelCluster(ClusterSection):
+    """Where labelling runs: `workers: null` is as many as there is room for, one on each GPU, or on `threads` CPUs."""
+
+    workers: int | None = Field(default=None, ge=1)  # type: ignore[assignment]
+    lease_s: float = Field(default=60.0, ge=1, description="a worker that says nothing for so long has lost its shard")
+
 
 class LabelConfig(Section):
     """One pseudo-labelling job: a teacher over an unlabelled dataset."""
@@ -20,7 +31,15 @@ class LabelConfig(Section):
     position_mode: PositionMode | None = None
     out: str | None = Field(default=None, description="folder of sidecars; default: labels/ inside the dataset")
     input_size: int = Field(default=518, multiple_of=14, gt=0)
-    flip: bool = Field(default=True, description="average the predictions of the image and its mirror image")
+    flip: bool = Field(default=False, description="average the predictions of the image and its mirror image")
+    quality: Quality = Field(default="off", description="how well predictions of one image agree, stored per label")
     precision: Literal["bf16", "fp32"] = "fp32"
-    batch: int = Field(default=8, ge=1)
-    cluster: ClusterSection = ClusterSection()
+    encoding: Encoding = Field(default="png", description="how labels are stored")
+    batch: int | None = Field(default=None, ge=1, description="images per forward pass; default: 1 on CPUs, 16 on GPUs")
+    compile: bool = Field(default=False, description="torch.compile for the usual aspect ratios")
+    cluster: LabelCluster = LabelCluster()
+
+    @property
+    def rows(self) -> int:
+        """Images per forward pass, at most."""
+        return self.batch or (GPU_BATCH if self.cluster.use_gpu else CPU_BATCH)

@@ -1,114 +1,233 @@
 """Offline pseudo-labelling: one image shard in, one label shard out, committed or not there.
 
-Actors (cluster/pool.py) take shards as they become free. A run that was stopped, or joined later, skips what the ledger
-says is done. Labels are disparities at the resolution of the network's output.
+The driver: it settles what is to be done and under which name, starts workers (trainer/label_worker.py) on a leased
+pool, and clears up. A run that was stopped, or joined later by another, skips what the ledger says is done.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from cluster import storage
+from cluster.claims import FOLDER as CLAIMS
+from cluster.claims import read_claims
+from cluster.lease_actor import View
+from cluster.leased_pool import Need, run_leased
 from cluster.stop import StopFlag
 from cluster.telemetry import Exporter
 from dataio.dataset import Dataset
-from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
-from dataio.labels import LabelSample, LabelStore, LedgerEntry, plan_digest
-from trainer.config import ConfigError
+from dataio.labels import INFO_NAME, LABEL_FORMAT, LabelStore, plan_digest
+from model.presets import Preset
+from trainer.config import ConfigError, parse_config
 from trainer.config_label import LabelConfig
+
+_STALE = 2  # times the length of a lease: a temporary file that nobody has written to for so long
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelOutcome:
-    """`folder` is the sidecar to name in a training configuration; `stopped` the reason of an early stop."""
+    """`folder` is the sidecar to name in a training configuration; `stopped` the reason of an early stop.
+
+    `images`, `failed` (without a label) and `differing` (other bytes than another worker's, for the same shard) count
+    what this run did; `given_up` are shards that could not be labelled, with the reason.
+    """
 
     folder: str
     shards: int
     images: int
     failed: int
     seconds: float
+    differing: int = 0
+    given_up: Mapping[str, str] = field(default_factory=dict)
     stopped: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelProgress:
+    """How a run stands: shards by state, of all runs together, and images of this one."""
+
+    done: int
+    total: int
+    leased: int
+    failed: int
+    images: int
+    others: int  # runs that work on the same labels
+    trouble: str | None  # what a store said that does not answer
+
+
+@dataclass
+class Listing:
+    """The shards that need no work: all of the ledger at first, then what has come in.
+
+    An entry that does not fit its tar is found at the first look, which is the thorough one, and stays out.
+    """
+
+    store: str
+    _damaged: set[str] | None = None
+
+    def __call__(self) -> Collection[str]:
+        store = LabelStore.open(self.store)
+        if self._damaged is None:
+            done = store.done_stems()
+            self._damaged = set(store.committed()) - done
+            return done
+        return set(store.committed()) - self._damaged
 
 
 def run_labelling(
     config: LabelConfig,
     *,
-    on_shard: Callable[[int, int, LedgerEntry], None] | None = None,
+    on_progress: Callable[[LabelProgress], None] | None = None,
     stop: StopFlag | None = None,
 ) -> LabelOutcome:
-    """Label every shard that has no ledger entry yet; `on_shard(done, total, entry)` after each.
+    """Label every shard that has no ledger entry yet; `on_progress` twice a second.
 
     Raises WeightsError, DataError, StorageError or ConfigError for what the user can mend.
     """
-    from cluster.pool import run_pool
-
-    dataset = Dataset.open(config.dataset)
-    description = describe(config, dataset)
+    dataset, teacher = Dataset.open(config.dataset), read_teacher(config)
+    description = describe(config, dataset, teacher)
     root = config.out or storage.join(config.dataset, "labels")
     store = LabelStore.create(storage.join(root, plan_digest(description)), description)
-    finished = store.done_stems()
-    todo = [shard.stem for shard in dataset.shards if shard.stem not in finished]
-    done, images, failed, began = len(dataset.shards) - len(todo), 0, 0, time.monotonic()
+    make = functools.partial(make_labeller, config.model_dump(mode="json"), store.path)
+    job = Job(store, [shard.stem for shard in dataset.shards], make, listed=Listing(store.path))
+    return work_on(config, job, preset=teacher.preset, on_progress=on_progress, stop=stop)
 
-    def on_result(stem: str, entry: LedgerEntry) -> None:
-        nonlocal done, images, failed
-        done, images, failed = done + 1, images + entry.samples, failed + entry.failed
-        exporter.metric("fathom_label_images_total").inc(entry.samples - entry.failed)
-        show_shards()
-        if on_shard:
-            on_shard(done, len(dataset.shards), entry)
 
-    def show_shards() -> None:
-        for state, count in (("done", done), ("open", len(dataset.shards) - done)):
-            exporter.metric("fathom_label_shards").labels(state=state).set(count)
+@dataclass(frozen=True)
+class Job:
+    """Shards to be worked on in one store. `make(owner)` is called in a worker, `listed` in the lease actor."""
 
-    stop = stop or StopFlag()
-    if todo:
-        discovery = None if storage.is_url(store.path) else storage.join(store.path, "telemetry")
-        exporter = Exporter(f"label-{store.digest}", 0, role="label", discovery=discovery)
-        workers = min(config.cluster.workers, len(todo))
-        with exporter:
-            show_shards()
-            run_pool(
-                functools.partial(Labeller, config.model_dump(mode="json"), store.path),
-                todo,
-                address=config.cluster.address,
-                workers=workers,
-                threads_per_worker=config.cluster.threads,
-                use_gpu=config.cluster.use_gpu,
-                on_result=on_result,
+    store: LabelStore
+    stems: Sequence[str]
+    make: Callable[[str], Any]
+    listed: Callable[[], Collection[str]]
+
+
+def work_on(
+    config: LabelConfig,
+    job: Job,
+    *,
+    preset: Preset | None = None,
+    on_progress: Callable[[LabelProgress], None] | None = None,
+    stop: StopFlag | None = None,
+) -> LabelOutcome:
+    """Have the shards of a job processed, and clear up. `preset`: the teacher's, where it is known."""
+    began, stop, store = time.monotonic(), stop or StopFlag(), job.store
+    account = _Account(len(job.stems), on_progress)
+    done = set(job.listed())
+    if not done.issuperset(job.stems):
+        need = need_of(config, preset or read_teacher(config).preset)
+        _sweep(store, config.cluster.lease_s)
+        with exporter(store, "label-driver") as account.exporter:
+            result = run_leased(
+                job.make,
+                job.stems,
+                listed=job.listed,
+                claims=storage.join(store.path, CLAIMS),
+                need=need,
+                workers=config.cluster.workers or workers_here(config, need),
+                on_look=account.on_look,
                 stop=stop,
+                address=config.cluster.address,
+                ttl_s=config.cluster.lease_s,
             )
+        account.on_look(replace(result.view, results=[]))
+        if result.complete and not result.view.others:
+            _clear_up(store)
+    left = len(job.stems) - account.done - len(account.given_up)
     return LabelOutcome(
         folder=store.path,
-        shards=done,
-        images=images,
-        failed=failed,
+        shards=account.done,
+        images=account.images,
+        failed=account.failed,
+        differing=account.differing,
+        given_up=account.given_up,
         seconds=round(time.monotonic() - began, 3),
-        stopped=stop.reason if done < len(dataset.shards) else None,
+        stopped=stop.reason if left else None,
     )
 
 
-def describe(config: LabelConfig, dataset: Dataset) -> dict[str, Any]:
-    """What decides the labels, in words and numbers: the digest of this names the folder.
+def make_labeller(config: dict[str, Any], store: str, owner: str) -> Any:
+    """In a worker: torch is imported there."""
+    from trainer.label_worker import Labeller
 
-    Raises WeightsError when the teacher cannot be read, ConfigError when it predicts metres.
-    """
+    return Labeller(config, store, owner)
+
+
+class _Account:
+    """What the driver adds up, shows and exports."""
+
+    def __init__(self, total: int, on_progress: Callable[[LabelProgress], None] | None) -> None:
+        self._total, self._on_progress = total, on_progress
+        self.exporter: Exporter | None = None
+        self.done, self.images, self.failed, self.differing = total, 0, 0, 0
+        self.given_up: Mapping[str, str] = {}
+        self._counted: dict[str, int] = {}
+
+    def on_look(self, view: View) -> None:
+        for _, result in view.results:
+            self.images += result["samples"]
+            self.failed += result["failed"]
+            self.differing += bool(result["differs"])
+        counts = view.counts
+        self.done, self.given_up = counts.done, view.given_up
+        if self.exporter is not None:
+            for state in ("todo", "leased", "foreign", "done", "given_up"):
+                self.exporter.metric("fathom_label_shards").labels(state=state).set(getattr(counts, state))
+            for name, value in (
+                ("fathom_label_leases_expired_total", counts.expired),
+                ("fathom_label_shards_speculated_total", counts.speculated),
+                ("fathom_label_shards_late_total", counts.late),
+                ("fathom_label_worker_deaths_total", counts.deaths),
+                ("fathom_label_shards_differing_total", self.differing),
+            ):
+                self.exporter.metric(name).inc(max(0, value - self._counted.get(name, 0)))
+                self._counted[name] = max(value, self._counted.get(name, 0))
+        if self._on_progress:
+            self._on_progress(
+                LabelProgress(
+                    done=counts.done,
+                    total=self._total,
+                    leased=counts.leased,
+                    failed=self.failed,
+                    images=self.images,
+                    others=view.others,
+                    trouble=view.trouble,
+                )
+            )
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What of the network names the labels, and says what a worker takes."""
+
+    preset: Preset
+    fingerprint: str
+
+
+def read_teacher(config: LabelConfig) -> Teacher:
+    """Raises WeightsError when the teacher cannot be read, ConfigError when it predicts metres."""
     from model import DepthAnything
 
-    teacher = DepthAnything.from_pretrained(config.weights, preset=config.preset, position_mode=config.position_mode)
-    if teacher.preset.head == "metric":
+    network = DepthAnything.from_pretrained(config.weights, preset=config.preset, position_mode=config.position_mode)
+    if network.preset.head == "metric":
         raise ConfigError(
             f"weights: {config.weights} predicts metres; pseudo-labels are disparities, name a relative network"
         )
+    return Teacher(network.preset, network.fingerprint())
+
+
+def describe(config: LabelConfig, dataset: Dataset, teacher: Teacher | None = None) -> dict[str, Any]:
+    """What decides the labels, in words and numbers: the digest of this names the folder. Raises as `read_teacher`."""
+    teacher = teacher or read_teacher(config)
     return {
-        "teacher": {"fingerprint": teacher.fingerprint(), "position_mode": teacher.preset.position_mode},
+        "label_format": LABEL_FORMAT,
+        "teacher": {"fingerprint": teacher.fingerprint, "position_mode": teacher.preset.position_mode},
         "dataset": {"name": dataset.info.name, "fingerprint": dataset.fingerprint, "samples": dataset.info.samples},
         "preprocessing": {
             "resize": "shorter side to input_size (lower bound), multiples of 14, cubic (a = -0.75), no antialias",
@@ -118,82 +237,89 @@ def describe(config: LabelConfig, dataset: Dataset) -> dict[str, Any]:
             "flip_average": config.flip,
         },
         "precision": config.precision,
-        "batch": config.batch,  # changes the last bits; so do threads and the kind of processor, which is not recorded
+        # what changes the last bits; the kind of processor does so too, and stands in the ledger
+        "batch": config.rows,
+        "device": "gpu" if config.cluster.use_gpu else "cpu",
+        "threads": None if config.cluster.use_gpu else config.cluster.threads,
+        "compile": config.compile,
+        "quality": config.quality,
+        "encoding": config.encoding,
         "quantity": "disparity, relative: scale and shift are the teacher's own",
         "resolution": "the network's input",
     }
 
 
-class Labeller:
-    """One actor: teacher and decoder are loaded once, `process` commits one shard."""
+def config_again(folder: str, dataset: str, weights: str, cluster: Mapping[str, Any]) -> LabelConfig:
+    """The configuration that made the labels in `folder`, to make them again. `cluster`: where, as in LabelCluster.
 
-    def __init__(self, config: dict[str, Any], store: str) -> None:
-        import torch
-
-        from dataio.dali_frames import FramePipeline
-        from trainer.inference import Predictor, sizer
-
-        self.config = LabelConfig.model_validate(config)
-        cluster = self.config.cluster
-        device = "cuda" if cluster.use_gpu else "cpu"
-        torch.set_num_threads(cluster.threads)
-        self.dataset = Dataset.open(self.config.dataset)
-        self.store = LabelStore.open(store)
-        self.pipeline = FramePipeline(self.config.batch, cluster.threads, device)
-        self.predictor = Predictor(
-            self.config.weights,
-            preset=self.config.preset,
-            position_mode=self.config.position_mode,
-            device=device,
-            precision=self.config.precision,
-            flip=self.config.flip,
+    Raises DataError when there are no labels, or another fathom made them; ConfigError when these are not their dataset
+    and teacher.
+    """
+    made = LabelStore.open(folder).description
+    preprocessing = made["preprocessing"]
+    on_gpu = made["device"] == "gpu"
+    values = {
+        "dataset": dataset,
+        "weights": weights,
+        "position_mode": made["teacher"]["position_mode"],
+        "input_size": preprocessing["input_size"],
+        "flip": preprocessing["flip_average"],
+        **{name: made[name] for name in ("precision", "batch", "compile", "quality", "encoding")},
+        "cluster": {**cluster, "use_gpu": on_gpu, **({} if on_gpu else {"threads": made["threads"]})},
+    }
+    config = parse_config(LabelConfig, values, source=storage.join(folder, INFO_NAME))
+    now = describe(config, Dataset.open(dataset))
+    if now != made:
+        field = next(name for name in made if now.get(name) != made[name])
+        raise ConfigError(
+            f"{'weights' if field == 'teacher' else field}: not what made {folder}: {field} was "
+            f"{json.dumps(made[field])}, now {json.dumps(now.get(field))}; name the same teacher and dataset"
         )
-        self.sizer = sizer(self.config.input_size, self.predictor.network.preset.multiple)
-
-    def process(self, stem: str) -> LedgerEntry:
-        """Label one shard; order and keys are the source's. Raises StorageError or DataError for the whole shard."""
-        shard = next(s for s in self.dataset.shards if s.stem == stem)
-        keys = [entry.key for entry in shard.index.samples]
-        samples = in_order(self._labels(read_frames(self.dataset, shard, self.sizer)))
-        entry = self.store.commit(stem, samples, keys=keys).entry
-        assert entry is not None  # nobody asked to be fenced
-        return entry
-
-    def _labels(self, frames: Iterator[Frame]) -> Iterator[tuple[int, LabelSample]]:
-        for group in batches_by_shape(frames, self.config.batch):
-            if group[0].problem:
-                yield group[0].index, LabelSample.failed(group[0].sample.key, group[0].problem)
-                continue
-            image_BCHW, good, bad = decode_frames(self.pipeline, group)
-            for frame in bad:
-                yield frame.index, LabelSample.failed(frame.sample.key, frame.problem or "bad_image")
-            if image_BCHW is None:
-                continue
-            disparity_BHW, agreement_B = self.predictor(pad_batch(image_BCHW, self.config.batch))
-            for row, frame in enumerate(good):
-                disparity_HW = disparity_BHW[row].cpu().numpy().astype(np.float32)
-                quality = {"quality": round(float(agreement_B[row]), 4)} if agreement_B is not None else {}
-                yield frame.index, LabelSample.encoded(frame.sample.key, disparity_HW, quality)
+    return config
 
 
-def pad_batch(image_BCHW: Any, batch: int) -> Any:
-    """Repeat the last image up to a fixed batch: rounding depends on the batch a network runs, and hardly on the place
-    in it, so an image's neighbours move its label by a last bit at most."""
-    missing = batch - len(image_BCHW)
-    if missing <= 0:
-        return image_BCHW
-    import torch
+def need_of(config: LabelConfig, preset: Preset) -> Need:
+    """What a worker takes, from the network's shapes alone."""
+    from trainer.plan_label import worker_bytes
 
-    return torch.cat([image_BCHW, image_BCHW[-1:].expand(missing, -1, -1, -1)])
+    return Need(
+        cpus=config.cluster.threads,
+        gpus=1 if config.cluster.use_gpu else 0,
+        memory_bytes=worker_bytes(config, preset),
+    )
 
 
-def in_order(numbered: Iterator[tuple[int, LabelSample]]) -> Iterator[LabelSample]:
-    """Samples by rising number: batches by shape come out of order, shards are written in it."""
-    waiting: dict[int, LabelSample] = {}
-    next_index = 0
-    for index, sample in numbered:
-        waiting[index] = sample
-        while next_index in waiting:
-            yield waiting.pop(next_index)
-            next_index += 1
-    assert not waiting, f"sample {next_index} was never labelled"
+def workers_here(config: LabelConfig, need: Need) -> int | None:
+    """On a cluster as many as find room (None), which may change; on this machine as many as it holds now."""
+    from cluster.leased_pool import room_here
+    from cluster.machine import free_memory
+    from cluster.runtime import usual_address
+
+    if config.cluster.address or usual_address() or config.cluster.use_gpu:
+        return None
+    return room_here(need, free_memory())
+
+
+def _clear_up(store: LabelStore) -> None:
+    """What nobody needs once all is done: half-written files, and addresses of workers that were killed."""
+    store.clean()
+    folder = _discovery(store)
+    if folder is not None and storage.exists(folder):
+        for name in storage.listdir(folder):
+            storage.remove(storage.join(folder, name))
+
+
+def _sweep(store: LabelStore, lease_s: float) -> None:
+    """Take away what writers that are gone have left half-written."""
+    claims = [claim for claim in read_claims(storage.join(store.path, CLAIMS)) if not claim.gone()]
+    working = {str(lease.get("worker")) for claim in claims for lease in claim.leased.values()}
+    store.clean(keep=working, older_than_s=_STALE * lease_s)
+
+
+def exporter(store: LabelStore, role: str) -> Exporter:
+    """The metrics of one process of a labelling job, to be found through the labels' folder where that is local."""
+    return Exporter(f"label-{store.digest}", 0, role=role, discovery=_discovery(store))
+
+
+def _discovery(store: LabelStore) -> str | None:
+    return None if storage.is_url(store.path) else storage.join(store.path, "telemetry")

@@ -15,9 +15,12 @@ from model.presets import Preset
 from model.weights import WeightsError
 from trainer.config import ConfigError
 from trainer.config_label import LabelConfig
-from trainer.labelling import describe
+from trainer.inference import OTHER_SCALE
+from trainer.labelling import describe, need_of, workers_here
 from trainer.plan import NO_RATE, Plan, free_bytes, gib
 from trainer.salvage import without_consequences
+
+_PROCESS_BYTES = 700 << 20  # Python, torch, DALI, and the images in hand
 
 
 def plan_label(
@@ -40,29 +43,33 @@ def plan_label(
     except (WeightsError, RuntimeError, ValueError, OSError) as error:
         found.append(str(error))
     actors = config.cluster.workers
+    if actors is None and teacher is not None:
+        actors = workers_here(config, need_of(config, teacher.preset))
     work: dict[str, Any] = {
-        "actors": actors,
-        "forward_pass_images": config.batch,
-        "forward_passes_of_an_image": 2 if config.flip else 1,
+        "actors": actors or "as many as the cluster has room for",
+        "forward_pass_images": config.rows,
+        "forward_passes_of_an_image": passes(config),
     }
     sections: dict[str, dict[str, Any]] = {"work": work}
     if teacher is not None:
         low = config.precision == "bf16"
-        sections["memory_of_an_actor"] = inference_section(teacher.preset, config.batch, config.input_size, low=low)
+        sections["memory_of_an_actor"] = inference_section(teacher.preset, config.rows, config.input_size, low=low)
     if dataset is not None:
         work |= {"shards": len(dataset.shards), "samples": dataset.info.samples}
-        if actors > len(dataset.shards):
+        if (config.cluster.workers or 0) > len(dataset.shards):
             found.append(
-                f"workers: is {actors}, but the dataset has {len(dataset.shards)} shards, and an actor takes a whole "
-                "one; use as many at most, or pack smaller shards"
+                f"workers: is {config.cluster.workers}, but the dataset has {len(dataset.shards)} shards, and an actor "
+                "takes a whole one; use as many at most, or pack smaller shards"
             )
     if dataset is not None and teacher is not None:
         try:
-            sections |= _so_far(config, dataset, rate, found)
+            sections |= _so_far(config, dataset, actors or 1, rate, found)
         except (ConfigError, RuntimeError) as error:
             found.append(str(error))
     found = [*problems, *without_consequences(found, wrong)]
     notes = () if sections.get("time", {}).get("images_per_second") else (NO_RATE.format("actors"),)
+    if actors is None:
+        notes += ("one worker is counted: how many the cluster has room for shows when the job runs",)
     return Plan(sections=sections, problems=tuple(found), notes=notes)
 
 
@@ -82,7 +89,23 @@ def inference_section(preset: Preset, rows: int, size: int, *, low: bool) -> dic
     }
 
 
-def _so_far(config: LabelConfig, dataset: Dataset, rate: float | None, found: list[str]) -> dict[str, dict[str, Any]]:
+def passes(config: LabelConfig) -> float:
+    """Forward passes of an image at full size that its label costs; a pass at a smaller size counts by its pixels."""
+    mirrored = config.flip or config.quality != "off"
+    return 1 + mirrored + (round(OTHER_SCALE**2, 2) if config.quality == "flip+scale" else 0)
+
+
+def worker_bytes(config: LabelConfig, preset: Preset) -> int:
+    """Main memory of a worker, at least: a process with its libraries, the weights, and on CPUs the activations of
+    images as wide as 16:9. Without running anything."""
+    section = inference_section(preset, config.rows, config.input_size, low=config.precision == "bf16")
+    at_work = 0 if config.cluster.use_gpu else section["activations_of_a_forward_pass_bytes"] * 16 // 9
+    return int(_PROCESS_BYTES + section["weights_bytes"] + at_work)
+
+
+def _so_far(
+    config: LabelConfig, dataset: Dataset, actors: int, rate: float | None, found: list[str]
+) -> dict[str, dict[str, Any]]:
     """What is labelled already tells what the rest takes."""
     description = describe(config, dataset)
     folder = storage.join(config.out or storage.join(config.dataset, "labels"), plan_digest(description))
@@ -108,7 +131,7 @@ def _so_far(config: LabelConfig, dataset: Dataset, rate: float | None, found: li
         found.append(f"out: {folder} has {gib(free)} free, and the labels to come take {gib(needed)}")
     source = "--rate"
     if rate is None and seconds:
-        rate, source = timed / seconds * config.cluster.workers, f"{done} shards labelled so far"
+        rate, source = timed / seconds * actors, f"{done} shards labelled so far"
     if rate is None:
         return {"disk": disk, "time": {"images_per_second": None, "left_seconds": None}}
     return {

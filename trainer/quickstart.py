@@ -248,11 +248,13 @@ def label_stage(request: Request, teacher: str, stop: StopFlag) -> str:
             "weights": RunFolder(teacher).weights,
             "input_size": request.sizes.image,
             "batch": 16,
+            "flip": True,
+            "quality": "flip",  # for nothing: the pass is made anyway
             "cluster": {"workers": min(2, whole_cpus())},
         },
     )
     with Progress("labels", None, "shards") as bar:
-        outcome = run_labelling(config, on_shard=lambda done, total, entry: bar.update(done, of=total), stop=stop)
+        outcome = run_labelling(config, on_progress=lambda now: bar.update(now.done, of=now.total), stop=stop)
     if outcome.stopped:
         raise Stopped(outcome.stopped)
     return outcome.folder

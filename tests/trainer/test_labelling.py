@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.lease_actor import Worker
+from cluster.leased_worker import Grip, LeaseLost
+from cluster.leases import Lease
 from dataio.codec import decode_png16, label_code
 from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset
@@ -23,8 +27,11 @@ from dataio.spec import DataSpec, RoleNeeds, RoleSpec
 from tests.dataio.fakes import jpeg, smooth, unlabelled, write_dataset
 from trainer.config import ConfigError, parse_config
 from trainer.config_label import LabelConfig
-from trainer.inference import Predictor
-from trainer.labelling import Labeller, describe, in_order, pad_batch
+from trainer.inference import Predictor, agreement, usual_shapes
+from trainer.label_retry import Retrier
+from trainer.label_worker import Labeller, batch_size, in_order, in_places
+from trainer.labelling import describe
+from trainer.plan_label import passes as plan_passes
 
 SIZES = [(48, 56), (70, 90), (48, 56), (56, 48), (70, 90), (48, 56), (90, 40)]
 INPUT = 28
@@ -60,15 +67,31 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(dataset: str, weights: str, **changes: Any) -> LabelConfig:
-    values = {"dataset": dataset, "weights": weights, "input_size": INPUT, "batch": 3}
+    values = {"dataset": dataset, "weights": weights, "input_size": INPUT, "batch": 4, "flip": True, "quality": "flip"}
     return parse_config(LabelConfig, values | changes)
+
+
+def grip(stem: str, ask: Callable[[float], bool] = lambda progress: True) -> Grip:
+    worker = Worker(owner="0badcafe", node="n", host="h", pid=1, device="test")
+    return Grip(Lease(item=stem, token=7, owner=worker.owner), worker, ask, 60.0)
+
+
+@contextlib.contextmanager
+def labeller(config: LabelConfig, store: LabelStore, make: type[Labeller] = Labeller, *more: Any) -> Iterator[Labeller]:
+    made = make(config.model_dump(mode="json"), store.path, "0badcafe", *more)
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 def label(config: LabelConfig, folder: Path) -> tuple[LabelStore, list[LedgerEntry]]:
     opened = Dataset.open(config.dataset)
     store = LabelStore.create(str(folder), describe(config, opened))
-    labeller = Labeller(config.model_dump(mode="json"), store.path)
-    return store, [labeller.process(shard.stem) for shard in opened.shards]
+    with labeller(config, store) as worker:
+        for shard in opened.shards:
+            worker.process(shard.stem, grip(shard.stem))
+    return store, list(store.entries())
 
 
 def read(store: LabelStore, stems: list[str]) -> dict[str, dict[str, bytes]]:
@@ -165,30 +188,150 @@ def test_another_batch_size_changes_rounding_only(
 
 
 def test_a_shard_that_is_there_is_not_labelled_again(
-    dataset: str, weights: str, labels: tuple[LabelStore, list[LedgerEntry]]
+    dataset: str, weights: str, labels: tuple[LabelStore, list[LedgerEntry]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    labeller = Labeller(config_of(dataset, weights).model_dump(mode="json"), labels[0].path)
-    assert labeller.process("000000") == labels[1][0]
+    with labeller(config_of(dataset, weights), labels[0]) as worker:
+        monkeypatch.setattr(worker, "predictor", None)
+        assert worker.process("000000", grip("000000")) == {
+            "outcome": "duplicate", "differs": False, "samples": 8, "failed": 2,
+        }  # fmt: skip
+    assert labels[0].entry("000000") == labels[1][0]
 
 
-def test_mirroring_is_averaged_and_gives_the_quality(weights: str, dataset: str, tmp_path: Path) -> None:
+def test_a_shard_that_is_somebody_else_s_by_now_is_dropped(dataset: str, weights: str, tmp_path: Path) -> None:
+    config = config_of(dataset, weights)
+    store = LabelStore.create(str(tmp_path / "labels"), describe(config, Dataset.open(dataset)))
+    with labeller(config, store) as worker:
+        with pytest.raises(LeaseLost):
+            worker.process("000000", grip("000000", lambda progress: False))
+        beaten = grip("000000", lambda progress: False)
+        beaten.beat()
+        with pytest.raises(LeaseLost):
+            worker.process("000000", beaten)
+        assert store.committed() == []
+        assert not store.clean()
+        assert worker.process("000000", grip("000000"))["outcome"] == "written"
+
+
+def test_one_image_at_a_time_a_label_is_a_function_of_its_image_alone(
+    dataset: str, weights: str, tmp_path: Path
+) -> None:
+    """Bit for bit: in other shards, in another order, beside others or alone."""
+    config = config_of(dataset, weights, batch=None)
+    assert config.rows == 1
+    expected = read(label(config, tmp_path / "labels")[0], ["000000", "000001"])
+    good = {key: members for key, members in reversed(samples().items()) if key not in BAD}
+    other = write_dataset(tmp_path / "other", [good], with_depth=False)
+    found = read(label(config_of(other, weights, batch=None), tmp_path / "again")[0], ["000000"])
+    assert {key: expected[key] for key in good} == found
+
+
+def test_what_fails_leaves_the_others_as_they_are(weights: str, tmp_path: Path) -> None:
+    """Bit for bit, in batches too: whoever cannot be decoded keeps a row."""
+    items = {f"k{i}": unlabelled(i, 48, 56) for i in range(7)}
+    broken = dict(items, k2={"jpg": items["k2"]["jpg"][:-400]})
+    found = []
+    for name, shard in (("whole", items), ("broken", broken)):
+        data = write_dataset(tmp_path / name, [shard], with_depth=False)
+        found.append(read(label(config_of(data, weights), tmp_path / f"labels-{name}")[0], ["000000"]))
+    whole, without = found
+    assert list(without["k2"]) == ["json"]
+    assert {key: members for key, members in whole.items() if key != "k2"} == {
+        key: members for key, members in without.items() if key != "k2"
+    }
+
+
+@pytest.mark.parametrize("batch", [None, 4])
+def test_trying_again_labels_what_failed_and_nothing_else(
+    weights: str, tmp_path: Path, batch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a repair the folder is as if nothing had ever been wrong."""
+    items = {f"k{i}": unlabelled(i, *SIZES[i % len(SIZES)]) for i in range(12)}
+    image = items["k2"]["jpg"]
+    table = image.index(b"\xff\xc4") + 5  # how many Huffman codes have each length: too many
+    damaged = image[:table] + b"\xff" * 16 + image[table + 16 :]  # of the same length: the fingerprint stays
+    shards = [dict(list(items.items())[:8]), dict(list(items.items())[8:])]
+    whole = write_dataset(tmp_path / "whole", shards, with_depth=False, name="photos")
+    expected, _ = label(config_of(whole, weights, batch=batch), tmp_path / "expected")
+    broken = write_dataset(
+        tmp_path / "broken", [{**shards[0], "k2": {"jpg": damaged}}, shards[1]], with_depth=False, name="photos"
+    )
+    config = config_of(broken, weights, batch=batch)
+    store, entries = label(config, tmp_path / "labels")
+    assert entries[0].failures == {"bad_image": ["k2"]}
+    tar = Path(broken) / "shards" / "000000.tar"
+    tar.write_bytes(tar.read_bytes().replace(damaged, image))
+    assert Dataset.open(broken).fingerprint == Dataset.open(whole).fingerprint
+    for reasons, outcome in ((["missing_image"], "duplicate"), (None, "written"), (None, "duplicate")):
+        with labeller(config, store, Retrier, reasons) as worker:
+            decoded = []
+            monkeypatch.setattr(worker.predictor, "_forward", counted(worker.predictor._forward, decoded))
+            assert worker.process("000000", grip("000000"))["outcome"] == outcome
+            assert len(decoded) == (2 if outcome == "written" else 0)  # one batch and its mirror image
+    assert [entry.content() for entry in store.entries()] == [entry.content() for entry in expected.entries()]
+    for stem in ("000000", "000001"):
+        assert Path(store.tar(stem)).read_bytes() == Path(expected.tar(stem)).read_bytes()
+
+
+def counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        calls.append(args)
+        return function(*args)
+
+    return call
+
+
+def test_mirroring_is_averaged(weights: str, dataset: str, tmp_path: Path) -> None:
     both, single = Predictor(weights, flip=True), Predictor(weights)
     image_BCHW = torch.randn(2, 3, 28, 42, generator=torch.Generator().manual_seed(0))
-    mean_BHW, quality_B = both(image_BCHW)
-    first_BHW, none = single(image_BCHW)
+    mean_BHW, none = both(image_BCHW)
+    first_BHW, _ = single(image_BCHW)
     mirrored_BHW = single(image_BCHW.flip(-1))[0].flip(-1)
-    assert none is None and quality_B is not None
+    assert none is None
     assert torch.allclose(mean_BHW, (first_BHW + mirrored_BHW) / 2)
     assert not torch.allclose(mean_BHW, first_BHW)
-    error_B = (first_BHW - mirrored_BHW).abs().mean((1, 2))
-    varies_B = (mean_BHW - mean_BHW.mean((1, 2), keepdim=True)).abs().mean((1, 2))
-    assert torch.allclose(quality_B, varies_B / (varies_B + error_B))
-    assert ((quality_B > 0) & (quality_B < 1)).all()
-    store, _ = label(config_of(dataset, weights, flip=False), tmp_path / "single")
+    assert (both.passes, single.passes) == (2, 2)
+    store, _ = label(config_of(dataset, weights, flip=False, quality="off"), tmp_path / "single")
     members = read(store, ["000000"])["k000"]
     assert "quality" not in json.loads(members["json"])
     expected_HW = alone(samples()["k000"]["jpg"], disparity(members).shape, single)  # type: ignore[arg-type]
     assert np.abs(disparity(members) - expected_HW).max() <= np.ptp(expected_HW) / 4000
+
+
+def test_agreement_is_of_what_an_affine_invariant_network_says() -> None:
+    torch.manual_seed(0)
+    first_BHW, other_BHW = torch.rand(3, 28, 42), torch.rand(3, 28, 42)
+    assert torch.allclose(agreement(first_BHW, 3 * first_BHW + 7), torch.ones(3), atol=1e-5)
+    a, b = ((x - x.mean()) / (x - x.mean()).abs().mean() for x in (first_BHW[1], other_BHW[1]))
+    assert torch.allclose(agreement(first_BHW, other_BHW)[1], 1 / (1 + (a - b).abs().mean()))
+    assert (agreement(first_BHW, -first_BHW) < 0.34).all()
+    assert agreement(torch.ones(1, 4, 4), torch.ones(1, 4, 4)).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("quality", "flip", "passes"), [("off", False, 1), ("flip", False, 2), ("flip", True, 2), ("flip+scale", True, 3)]
+)
+def test_a_level_of_quality_costs_the_passes_that_it_states(
+    weights: str, quality: str, flip: bool, passes: int
+) -> None:
+    predictor = Predictor(weights, quality=quality, flip=flip)
+    image_BCHW = torch.randn(2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
+    sizes: list[Any] = []
+    predictor._forward = counted(predictor._forward, sizes)  # type: ignore[method-assign]
+    value_BHW, quality_B = predictor(image_BCHW)
+    assert predictor.passes == passes == len(sizes)
+    assert value_BHW.shape == (2, 56, 84)
+    if quality == "off":
+        assert quality_B is None
+        return
+    assert quality_B is not None and ((quality_B > 0) & (quality_B <= 1)).all()
+    first_BHW = Predictor(weights)(image_BCHW)[0]
+    assert torch.equal(value_BHW, first_BHW) != flip
+    if quality == "flip+scale":
+        assert sizes[-1][0].shape[2:] == (42, 56)  # 63 lies between two multiples of 14, and the even one has it
+        assert (quality_B <= Predictor(weights, quality="flip")(image_BCHW)[1]).all()  # type: ignore[operator]
+    config = config_of("d", weights, quality=quality, flip=flip)
+    assert plan_passes(config) == pytest.approx(passes if quality != "flip+scale" else 2.56)
 
 
 def test_quality_stands_beside_every_label(labels: tuple[LabelStore, list[LedgerEntry]]) -> None:
@@ -219,7 +362,7 @@ def test_the_digest_is_of_what_decides_the_labels(dataset: str, weights: str, tm
         return plan_digest(describe(config_of(other.path, **({"weights": weights} | changes)), other))
 
     base = digest()
-    assert base == digest(out="/elsewhere", cluster={"workers": 4, "threads": 3, "address": "ray://x"})
+    assert base == digest(out="/elsewhere", cluster={"workers": 4, "address": "ray://x", "lease_s": 5})
     items = samples(13)
     fewer = Dataset.open(write_dataset(tmp_path / "photos", [dict(list(items.items())[:5])], with_depth=False))
     changed = [
@@ -227,10 +370,15 @@ def test_the_digest_is_of_what_decides_the_labels(dataset: str, weights: str, tm
         digest(flip=False),
         digest(input_size=42),
         digest(precision="bf16"),
-        digest(batch=4),
+        digest(batch=8),
+        digest(quality="off"),
+        digest(encoding="npy"),
+        digest(compile=True),
+        digest(cluster={"threads": 2}),
+        digest(cluster={"use_gpu": True}),
         digest(fewer),
     ]
-    assert len({base, *changed}) == 7
+    assert len({base, *changed}) == len(changed) + 1
 
 
 def test_a_teacher_of_metres_is_refused(dataset: str, tmp_path: Path) -> None:
@@ -242,13 +390,46 @@ def test_a_teacher_of_metres_is_refused(dataset: str, tmp_path: Path) -> None:
         describe(config_of(dataset, folder), Dataset.open(dataset))
 
 
-def test_a_short_batch_is_filled_up() -> None:
+def test_a_short_batch_is_filled_up_to_one_of_few_sizes() -> None:
+    assert [batch_size(frames, 16) for frames in (1, 2, 3, 4, 5, 8, 9, 16)] == [1, 2, 4, 4, 8, 8, 16, 16]
+    assert [batch_size(frames, 6) for frames in (1, 3, 5, 6)] == [1, 4, 6, 6]
     image_BCHW: Tensor = torch.randn(2, 3, 4, 4)
-    padded = pad_batch(image_BCHW, 5)
-    assert torch.equal(padded[:2], image_BCHW)
-    assert all(torch.equal(row, image_BCHW[1]) for row in padded[2:])
-    assert len(padded) == 5
-    assert pad_batch(image_BCHW, 2) is image_BCHW
+    padded = in_places(image_BCHW, (0, 3), 5)
+    assert torch.equal(padded[[0, 3]], image_BCHW)
+    assert not padded[[1, 2, 4]].any()
+    assert in_places(image_BCHW, (0, 1), 2) is image_BCHW
+
+
+def test_the_usual_shapes_are_those_of_photographs() -> None:
+    assert usual_shapes(518) == {
+        (518, 518), (518, 686), (686, 518), (518, 784), (784, 518), (518, 924), (924, 518),
+    }  # fmt: skip
+
+
+def test_only_usual_shapes_are_compiled(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[int, ...]] = []
+
+    def stand_in(network: Callable[[Tensor], Any], **options: Any) -> Callable[[Tensor], Any]:
+        assert options == {"dynamic": False}
+
+        def run(image_BCHW: Tensor) -> Any:
+            compiled.append(tuple(image_BCHW.shape[2:]))
+            return network(image_BCHW)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    predictor = Predictor(weights, compiled=usual_shapes(28))
+    for shape in ((28, 42), (28, 98), (28, 28)):
+        predictor(torch.zeros(1, 3, *shape))
+    assert compiled == [(28, 42), (28, 28)]
+
+
+@pytest.mark.slow
+def test_compiled_or_not_predictions_are_the_same_to_rounding(weights: str) -> None:
+    image_BCHW = torch.randn(2, 3, 28, 42, generator=torch.Generator().manual_seed(0))
+    plain_BHW, compiled_BHW = (Predictor(weights, compiled=shapes)(image_BCHW)[0] for shapes in ((), {(28, 42)}))
+    assert torch.allclose(plain_BHW, compiled_BHW, rtol=1e-4, atol=1e-5)
 
 
 def test_order_is_restored_as_soon_as_possible() -> None:
