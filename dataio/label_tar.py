@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.storage import Stamp
-from dataio.codec import encode_label
+from dataio.codec import encode_label, label_code
 from dataio.index import ShardIndex, split_name
 from dataio.shards import tar_writer
 from dataio.spec import DataError
@@ -42,6 +42,20 @@ def encode_png(disparity_HW: npt.NDArray[np.float32]) -> tuple[Mapping[str, byte
     """A 16-bit PNG of 12 significant bits, scale and shift. DataError when no pixel is valid."""
     png, code = encode_label(disparity_HW)
     return {IMAGE: png}, {"scale": code.scale, "shift": code.shift}
+
+
+def decode_label(members: Mapping[str, bytes]) -> npt.NDArray[np.float32]:
+    """The disparity of a sample that has one, [H, W], NaN at holes. DataError when any of it is damaged."""
+    from dataio.maps import decode_codes  # pulls in torch: slow, and not needed to look at labels
+
+    if IMAGE not in members:
+        raise DataError(f"no {IMAGE} among {', '.join(members)}")
+    code = label_code(json.loads(members["json"]))
+    try:
+        code_HW = decode_codes(members[IMAGE]).astype(np.float64)
+    except Exception as error:  # besides its own, it raises what Pillow and two libraries of zlib do
+        raise DataError(f"unreadable PNG ({error})") from error
+    return np.where(code_HW > 0, code.scale * (code_HW - code.zero) + code.shift, np.nan).astype(np.float32)
 
 
 @dataclass(frozen=True)
