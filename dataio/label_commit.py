@@ -30,6 +30,7 @@ from dataio.label_tar import Contents, LabelSample, check_keys_of, check_written
 from dataio.spec import DataError
 
 Outcome = Literal["written", "adopted", "duplicate", "fenced"]
+By = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 _PATIENCE = 50  # looks at a shard that others keep changing
 
 
@@ -52,14 +53,14 @@ class Commit:
 class LabelSlot:
     """The place of one label shard, and one writer's view of it. `keys` are the source shard's, in order.
 
-    `by` goes into the ledger entry; `tag` names the writer's temporary files.
+    `by` goes into the ledger entry, a function is asked when that is made; `tag` names the writer's temporary files.
     """
 
     stem: str
     tar: str
     ledger: str
     keys: Sequence[str]
-    by: Mapping[str, Any] = field(default_factory=dict)
+    by: By = field(default_factory=dict)
     tag: str = field(default_factory=storage.new_tag)
 
     def commit(
@@ -155,7 +156,7 @@ class LabelSlot:
         if storage.stamp(self.tar) != there.stamp:
             return None
         storage.atomic_write(index_path(self.tar), there.index.text, self.tag)
-        entry = LedgerEntry.of(self.stem, there, seconds, {"finished": round(time.time(), 3), **self.by})
+        entry = LedgerEntry.of(self.stem, there, seconds, self.by() if callable(self.by) else self.by)
         won = storage.write_if_absent(self.ledger, entry.to_json(), self.tag)
         seen, found = storage.stamp(self.ledger), self._entry()
         # behind a URL the attempt that arrived may not be the one that got an answer

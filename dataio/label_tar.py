@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.storage import Stamp
-from dataio.codec import encode_label, label_code
+from dataio import label_codec
 from dataio.index import ShardIndex, split_name
+from dataio.label_codec import LabelEncoding
 from dataio.shards import tar_writer
 from dataio.spec import DataError
 
@@ -33,29 +34,15 @@ _READ_BYTES = 1 << 20
 _BLOCK = 512
 _TAIL_BYTES = 2 * _BLOCK + tarfile.RECORDSIZE  # what may follow the last sample: two blocks, up to a whole record
 
-# a disparity map [H, W], NaN invalid -> the members that hold it, by extension, and what KEY.json must say of them
-Encode = Callable[[npt.NDArray[np.float32]], tuple[Mapping[str, bytes], Mapping[str, Any]]]
 Row = tuple[str, dict[str, int], str | None]  # key, extension -> bytes, why it failed
-
-
-def encode_png(disparity_HW: npt.NDArray[np.float32]) -> tuple[Mapping[str, bytes], Mapping[str, Any]]:
-    """A 16-bit PNG of 12 significant bits, scale and shift. DataError when no pixel is valid."""
-    png, code = encode_label(disparity_HW)
-    return {IMAGE: png}, {"scale": code.scale, "shift": code.shift}
 
 
 def decode_label(members: Mapping[str, bytes]) -> npt.NDArray[np.float32]:
     """The disparity of a sample that has one, [H, W], NaN at holes. DataError when any of it is damaged."""
-    from dataio.maps import decode_codes  # pulls in torch: slow, and not needed to look at labels
-
-    if IMAGE not in members:
-        raise DataError(f"no {IMAGE} among {', '.join(members)}")
-    code = label_code(json.loads(members["json"]))
-    try:
-        code_HW = decode_codes(members[IMAGE]).astype(np.float64)
-    except Exception as error:  # besides its own, it raises what Pillow and two libraries of zlib do
-        raise DataError(f"unreadable PNG ({error})") from error
-    return np.where(code_HW > 0, code.scale * (code_HW - code.zero) + code.shift, np.nan).astype(np.float32)
+    extension = label_codec.member_of(members)
+    if extension is None:
+        raise DataError(f"no label among {', '.join(members)}")
+    return label_codec.decode(extension, members[extension], json.loads(members["json"]))
 
 
 @dataclass(frozen=True)
@@ -68,7 +55,7 @@ class LabelSample:
 
     @classmethod
     def encoded(
-        cls, key: str, disparity_HW: npt.NDArray[np.float32], meta: Mapping[str, Any], encode: Encode = encode_png
+        cls, key: str, disparity_HW: npt.NDArray[np.float32], meta: Mapping[str, Any], encoding: LabelEncoding = "png"
     ) -> LabelSample:
         """A disparity map, NaN where invalid; `meta` goes into KEY.json beside what reads the map.
 
@@ -77,8 +64,8 @@ class LabelSample:
         """
         if not np.isfinite(disparity_HW).any():
             return cls.failed(key, NO_VALID_DISPARITY, meta)
-        members, content = encode(disparity_HW)
-        return cls(key, {**members, "json": _json({**meta, **content})})
+        label = label_codec.encode(disparity_HW, encoding)
+        return cls(key, {label.extension: label.data, "json": _json({**meta, **label.meta})})
 
     @classmethod
     def failed(cls, key: str, reason: str, meta: Mapping[str, Any] | None = None) -> LabelSample:

@@ -23,7 +23,7 @@ from typing import Any
 from cluster import storage
 from dataio.dataset import SHARDS_NAME, Dataset, check_keys, read_json
 from dataio.index import SampleEntry, ShardIndex
-from dataio.label_commit import Commit, LabelSlot
+from dataio.label_commit import By, Commit, LabelSlot
 from dataio.label_ledger import LabelStatus, LedgerEntry, NodeStatus, parse_entry, sum_up
 from dataio.label_tar import FAILURE, IMAGE, LabelSample
 from dataio.spec import DataError
@@ -163,7 +163,7 @@ class LabelStore:
         *,
         keys: Sequence[str],
         seconds: float | None = None,
-        by: Mapping[str, Any] | None = None,
+        by: By | None = None,
         still_mine: Callable[[], bool] | None = None,
         tag: str | None = None,
     ) -> Commit:
@@ -171,8 +171,9 @@ class LabelStore:
 
         `samples` stand in that order, failed ones included; they are asked for only if there is work to do. `seconds`
         is how long the work took; None measures this call, which is right when `samples` computes as it is read. `by`
-        says who did it (see `LedgerEntry`). `still_mine` is asked before the shard gets its name: False drops the
-        work. `tag` (eight hexadecimal digits) names this writer's temporary files, for `clean`.
+        says who did it (see `LedgerEntry`), at once or when asked at the end. `still_mine` is asked before the shard
+        gets its name: False drops the work. `tag` (eight hexadecimal digits) names this writer's temporary files, for
+        `clean`.
 
         When this raises, nothing of this writer is left under a name that counts: DataError (samples out of place, or
         not read back as written), StorageError, whatever `samples` and `still_mine` raise.
@@ -186,7 +187,7 @@ class LabelStore:
         *,
         keys: Sequence[str],
         seconds: float | None = None,
-        by: Mapping[str, Any] | None = None,
+        by: By | None = None,
         still_mine: Callable[[], bool] | None = None,
         tag: str | None = None,
     ) -> Commit:
@@ -252,10 +253,10 @@ class LabelStore:
                     "these labels belong to another dataset; name its own"
                 )
 
-    def _slot(self, stem: str, keys: Sequence[str], by: Mapping[str, Any] | None, tag: str | None) -> LabelSlot:
+    def _slot(self, stem: str, keys: Sequence[str], by: By | None, tag: str | None) -> LabelSlot:
         tag = tag if tag is not None else storage.new_tag()
         return LabelSlot(
-            stem=stem, tar=self.tar(stem), ledger=self.ledger(stem), keys=list(keys), by=dict(by or {}), tag=tag
+            stem=stem, tar=self.tar(stem), ledger=self.ledger(stem), keys=list(keys), by=by or {}, tag=tag
         )
 
     def _fingerprint(self) -> object:

@@ -165,7 +165,7 @@ def status_lines(found: JobState) -> list[str]:
     if found.images_per_second is not None:
         left = "" if found.left_s is None else f", {duration_text(found.left_s)} left"
         lines.append(f"rate: {found.images_per_second:.3g} images/s{left}")
-    if done.quality is not None and sum(done.quality):
+    if done.quality is not None and any(done.quality):
         lines.append(f"quality: {_quantiles(done.quality)}")
     for name, node in found.nodes.items():
         rate = "" if node.images_per_second is None else f", {node.images_per_second:.3g} images/s"
@@ -206,7 +206,7 @@ def verify(
     if report:
         storage.atomic_write(report, found.to_json())
     typer.echo(str(found))
-    return 0 if found.passed else 1
+    return 0 if found.ok else 1
 
 
 def _work(job: Any, config: LabelConfig) -> int:

@@ -44,12 +44,13 @@ def job_state(store: LabelStore, dataset: Dataset | None, now: float | None = No
     status = store.status(dataset)
     claims = [claim for claim in read_claims(storage.join(store.path, FOLDER)) if _works(claim, now)]
     leased = {item: lease for claim in claims for item, lease in claim.leased.items()}
-    nodes = _nodes(store.entries(), leased, now)
+    missing = set(status.missing)
+    nodes = _nodes((entry for entry in store.entries() if entry.stem not in missing), leased, now)
     rates = [node.images_per_second for node in nodes.values() if node.images_per_second is not None]
     rate = sum(rates) if rates else None
     todo = left_s = None
     if dataset is not None:
-        todo = len(set(status.missing) - leased.keys())
+        todo = len(missing - leased.keys())
         if rate:
             left_s = (dataset.info.samples - status.samples) / rate
     return JobState(

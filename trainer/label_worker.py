@@ -12,14 +12,14 @@ from __future__ import annotations
 import functools
 import platform
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,7 +28,6 @@ from cluster.machine import keep_freed_memory
 from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset, Shard
 from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
-from dataio.label_codec import encode
 from dataio.labels import Commit, LabelSample, LabelStore
 from trainer.config_label import LabelConfig
 from trainer.inference import Predictor, sizer, usual_shapes
@@ -104,9 +103,10 @@ class Labeller:
         )
         return self.told(commit, stem)
 
-    def by(self, grip: Grip) -> dict[str, Any]:
-        """Who does it, for the ledger."""
-        return {"node": socket.gethostname(), "worker": self.owner, "token": grip.token, "device": self.device}
+    def by(self, grip: Grip) -> Callable[[], dict[str, Any]]:
+        """Who has done it, for the ledger, which asks once it is done."""
+        who = {"node": socket.gethostname(), "worker": self.owner, "token": grip.token, "device": self.device}
+        return lambda: {**who, "finished": round(time.time(), 3)}
 
     def told(self, commit: Commit, stem: str) -> dict[str, Any]:
         """What the driver is told of a commit. Raises LeaseLost when the work was dropped."""
@@ -180,15 +180,11 @@ class Labeller:
             return frame.index, LabelSample.failed(frame.sample.key, frame.problem)
         predicted.arrived()
         value_HW = predicted.value_HW.numpy().astype(np.float32, copy=False)
-        meta = {}
+        meta: dict[str, Any] = {}
         if predicted.quality is not None:
             meta["quality"] = round(float(predicted.quality), 4)
             self._exporter.metric("fathom_label_quality").observe(meta["quality"])
-        return frame.index, LabelSample.encoded(frame.sample.key, value_HW, meta, self._encoder)
-
-    def _encoder(self, value_HW: npt.NDArray[np.float32]) -> tuple[Mapping[str, bytes], Mapping[str, Any]]:
-        encoded = encode(value_HW, self.config.encoding)
-        return {encoded.extension: encoded.data}, encoded.meta
+        return frame.index, LabelSample.encoded(frame.sample.key, value_HW, meta, self.config.encoding)
 
 
 def batch_size(frames: int, most: int) -> int:

@@ -67,7 +67,7 @@ def plan_label(
         except (ConfigError, RuntimeError) as error:
             found.append(str(error))
     found = [*problems, *without_consequences(found, wrong)]
-    notes = () if sections.get("time", {}).get("images_per_second") else (NO_RATE.format("actors"),)
+    notes: tuple[str, ...] = () if sections.get("time", {}).get("images_per_second") else (NO_RATE.format("actors"),)
     if actors is None:
         notes += ("one worker is counted: how many the cluster has room for shows when the job runs",)
     return Plan(sections=sections, problems=tuple(found), notes=notes)

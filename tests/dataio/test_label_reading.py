@@ -18,7 +18,7 @@ from dataio.codec import decode_png16
 from dataio.dataset import Dataset
 from dataio.index import ShardIndex
 from dataio.label_codec import EXTENSIONS, decode, encode
-from dataio.labels import LabelStore
+from dataio.labels import LabelSample, LabelStore
 from dataio.loader import Loader
 from dataio.png16 import decode_codes
 from dataio.quarantine import BadSample, Quarantine
@@ -141,7 +141,8 @@ def sidecar(
 ) -> str:
     store = LabelStore.create(str(folder), {"teacher": "test", **description})
     for number, samples in enumerate(shards):
-        store.write_shard(f"{number:06d}", [(key, RAMP_HW, {"quality": qualities[key]}, None) for key in samples])
+        labels = [LabelSample.encoded(key, RAMP_HW, {"quality": qualities[key]}) for key in samples]
+        store.commit(f"{number:06d}", labels, keys=list(samples))
     return str(folder)
 
 

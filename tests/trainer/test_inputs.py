@@ -121,7 +121,8 @@ def test_a_filter_by_quality_needs_labels_that_have_one(places: dict[str, str], 
     measured = LabelStore.create(str(tmp_path / "measured"), {"dataset": facts(mine), "quality": "flip"})
     for shard in mine.shards:
         ramp_HW = np.linspace(0, 1, 28 * 42, dtype=np.float32).reshape(28, 42)
-        measured.write_shard(shard.stem, [(e.key, ramp_HW, {"quality": 0.9}, None) for e in shard.index.samples])
+        keys = [entry.key for entry in shard.index.samples]
+        measured.commit(shard.stem, [LabelSample.encoded(key, ramp_HW, {"quality": 0.9}) for key in keys], keys=keys)
     assert check_inputs(filtered(student(places, measured.path, tmp_path), unlabelled=0.5))["unlabelled"] == 9
     with pytest.raises(DataError) as caught:  # told once, by what it is
         check_inputs(filtered(student(places, str(tmp_path / "nowhere"), tmp_path), unlabelled=0.5))

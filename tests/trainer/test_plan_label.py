@@ -9,8 +9,8 @@ import pytest
 from cluster import storage
 from dataio.dataset import Dataset
 from dataio.labels import LabelStore, plan_digest
-from tests.trainer.test_labelling import config_of, dataset, save_network, weights
-from trainer.labelling import Labeller, describe
+from tests.trainer.test_labelling import config_of, dataset, grip, labeller, save_network, weights
+from trainer.labelling import describe
 from trainer.plan_label import plan_label
 
 __all__ = ["dataset", "weights"]  # fixtures
@@ -29,7 +29,7 @@ def test_before_the_first_shard(dataset: str, weights: str, tmp_path: Path) -> N
 
 
 def test_a_rate_makes_a_time(dataset: str, weights: str, tmp_path: Path) -> None:
-    config = config_of(dataset, weights, out=str(tmp_path), flip=False)
+    config = config_of(dataset, weights, out=str(tmp_path), flip=False, quality="off")
     plan = plan_label(config, rate=0.01)  # 12 images: 20 minutes
     assert plan.sections["time"] == {"images_per_second": 0.01, "measured_by": "--rate", "left_seconds": 1200.0}
     assert plan.sections["work"]["forward_passes_of_an_image"] == 1 and plan.notes == ()
@@ -40,7 +40,9 @@ def test_what_is_labelled_tells_what_the_rest_takes(dataset: str, weights: str, 
     opened = Dataset.open(dataset)
     description = describe(config, opened)
     store = LabelStore.create(storage.join(str(tmp_path), plan_digest(description)), description)
-    entry = Labeller(config.model_dump(mode="json"), store.path).process(opened.shards[0].stem)
+    with labeller(config, store) as worker:
+        worker.process(opened.shards[0].stem, grip(opened.shards[0].stem))
+    (entry,) = store.entries()
     plan = plan_label(config)
     disk = plan.sections["disk"]
     assert (disk["folder"], disk["shards_done"], disk["samples_done"]) == (store.path, 1, 8)
@@ -64,7 +66,8 @@ def test_a_disk_that_is_too_small_is_said(
     opened = Dataset.open(dataset)
     description = describe(config, opened)
     store = LabelStore.create(storage.join(str(tmp_path), plan_digest(description)), description)
-    Labeller(config.model_dump(mode="json"), store.path).process(opened.shards[0].stem)
+    with labeller(config, store) as worker:
+        worker.process(opened.shards[0].stem, grip(opened.shards[0].stem))
     monkeypatch.setattr("trainer.plan_label.free_bytes", lambda folder: 10)
     (problem,) = plan_label(config).problems
     assert "free, and the labels to come take" in problem
