@@ -105,7 +105,7 @@ class Labeller:
 
     def by(self, grip: Grip) -> Callable[[], dict[str, Any]]:
         """Who has done it, for the ledger, which asks once it is done."""
-        who = {"node": socket.gethostname(), "worker": self.owner, "token": grip.token, "device": self.device}
+        who = {"node": socket.gethostname(), "token": grip.token, "device": self.device}
         return lambda: {**who, "finished": round(time.time(), 3)}
 
     def told(self, commit: Commit, stem: str) -> dict[str, Any]:
