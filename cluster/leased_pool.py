@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.failures import WorkerDied
@@ -28,7 +28,6 @@ _UNBORN = 5  # workers in a row that die before they can work
 _FRUITLESS = 6  # workers in a row, and twice as many as there are, that fail without any item done
 _CLOSE_S = 10.0
 _PART_S = 3.0
-_OTHERS = 1.5  # times `ttl_s`: how long other runs are waited for at the end, so that what they left can be cleared up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +139,6 @@ class _Crew:
                 late = stop.deadline is not None and time.time() >= stop.deadline
                 if view.finished or (stopping and (not working or late)):
                     self._part(0.0 if late else _PART_S)
-                    view = self._alone(view, stop) if view.finished else view
                     return LeasedResult(view=view, complete=view.finished)
             if not stopping:
                 self._fill(now)
@@ -154,13 +152,6 @@ class _Crew:
         except ray.exceptions.RayActorError as error:
             reason = " ".join(str(error).split())[:300]
             raise ClusterError(f"the actor that leases the work cannot be started again: {reason}") from None
-        return view
-
-    def _alone(self, view: View, stop: StopFlag) -> View:
-        """Wait for other runs to see that all is done, and to go; or for one that died to be taken for dead."""
-        ends = time.monotonic() + _OTHERS * self._settings.ttl_s
-        while view.others and time.monotonic() < ends and not stop.wait(_LOOK_EVERY_S):
-            view = replace(self._view(), results=[])
         return view
 
     def _part(self, patience_s: float) -> None:

@@ -301,12 +301,12 @@ def workers_here(config: LabelConfig, need: Need) -> int | None:
 
 
 def _clear_up(store: LabelStore) -> None:
-    """What nobody needs once all is done: half-written files, claims and addresses of what was killed."""
+    """What nobody needs once all is done: half-written files, and addresses of workers that were killed."""
     store.clean()
-    for folder in (storage.join(store.path, CLAIMS), _discovery(store)):
-        if folder is not None and storage.exists(folder):
-            for name in storage.listdir(folder):
-                storage.remove(storage.join(folder, name))
+    folder = _discovery(store)
+    if folder is not None and storage.exists(folder):
+        for name in storage.listdir(folder):
+            storage.remove(storage.join(folder, name))
 
 
 def _sweep(store: LabelStore, lease_s: float) -> None:
