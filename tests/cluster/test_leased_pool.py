@@ -191,7 +191,6 @@ def test_a_run_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
     run = Run(tmp_path, names(6), ttl_s=3.0)()
     assert run.result is not None and run.result.complete
     assert time.monotonic() - began < 60
-    assert not list((tmp_path / "leases").iterdir())
 
 
 def test_no_machine_is_large_enough(tmp_path: Path) -> None:
