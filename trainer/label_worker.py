@@ -25,10 +25,12 @@ from torch import Tensor
 
 from cluster.leased_worker import Grip, LeaseLost
 from cluster.machine import keep_freed_memory
+from cluster.storage import StorageError, Unreachable
 from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset, Shard
 from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
 from dataio.labels import Commit, LabelSample, LabelStore
+from dataio.spec import DataError
 from trainer.config_label import LabelConfig
 from trainer.inference import Predictor, sizer, usual_shapes
 from trainer.labelling import exporter
@@ -72,6 +74,7 @@ class Labeller:
         self.owner = owner
         self.dataset = Dataset.open(self.config.dataset)
         self.store = LabelStore.open(store)
+        check_dataset(self.store, self.dataset)
         self.device = device_name(device, cluster.threads)
         self._pipeline = FramePipeline(self.config.rows, cluster.threads, device)
         self.predictor = Predictor(
@@ -96,7 +99,7 @@ class Labeller:
     def process(self, stem: str, grip: Grip) -> dict[str, Any]:
         """Label and commit one shard. Raises LeaseLost, StorageError, DataError for the whole shard."""
         shard = self.shard(stem)
-        keys = [entry.key for entry in shard.index.samples]
+        keys = keys_of(shard)
         labels = self.watched(self.labels(shard), len(keys), grip)
         commit = self.store.commit(
             stem, labels, keys=keys, by=self.by(grip), still_mine=grip.still_mine, tag=self.owner
@@ -136,7 +139,8 @@ class Labeller:
 
     def inputs(self, shard: Shard, only: Collection[int] | None = None) -> Iterator[Ready]:
         """The batches of a shard as the network takes them; of those alone that hold one of the places `only`."""
-        for group in batches_by_shape(read_frames(self.dataset, shard, self._sizer), self.config.rows):
+        frames = read_frames(self.dataset, shard, self._sizer, targets=False)
+        for group in batches_by_shape(frames, self.config.rows):
             if only is not None and not any(frame.index in only for frame in group):
                 continue
             if group[0].problem:
@@ -152,8 +156,11 @@ class Labeller:
             yield Ready(good, in_places(image_BCHW, rows, batch_size(len(group), self.config.rows)), rows)
 
     def shard(self, stem: str) -> Shard:
-        """The source shard of that stem."""
-        return next(shard for shard in self.dataset.shards if shard.stem == stem)
+        """The source shard of that stem. DataError when there is none."""
+        found = next((shard for shard in self.dataset.shards if shard.stem == stem), None)
+        if found is None:
+            raise DataError(f"{self.store.tar(stem)}: {self.dataset.path} has no shard {stem!r}: move it away")
+        return found
 
     def watched(self, samples: Iterable[LabelSample], total: int, grip: Grip) -> Iterator[LabelSample]:
         """Says how far it is; ends with LeaseLost once the shard is somebody else's."""
@@ -184,6 +191,26 @@ class Labeller:
             meta["quality"] = round(float(predicted.quality), 4)
             self._exporter.metric("fathom_label_quality").observe(meta["quality"])
         return frame.index, LabelSample.encoded(frame.sample.key, value_HW, meta, self.config.encoding)
+
+
+def check_dataset(store: LabelStore, dataset: Dataset) -> None:
+    """DataError unless it is still the dataset that names the labels: a worker may begin days after the run did."""
+    made_of = store.description["dataset"]["fingerprint"]
+    if dataset.fingerprint != made_of:
+        raise DataError(
+            f"{dataset.path}: changed since the run began: its fingerprint is {dataset.fingerprint[:16]}..., was "
+            f"{made_of[:16]}...: restore it, or start again"
+        )
+
+
+def keys_of(shard: Shard) -> list[str]:
+    """The keys of a source shard, in order. DataError when it cannot be read: of that the others are not to blame."""
+    try:
+        return [entry.key for entry in shard.index.samples]
+    except Unreachable:
+        raise
+    except StorageError as error:
+        raise DataError(str(error)) from error
 
 
 def batch_size(frames: int, most: int) -> int:

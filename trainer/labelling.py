@@ -22,6 +22,7 @@ from cluster.stop import StopFlag
 from cluster.telemetry import Exporter
 from dataio.dataset import Dataset
 from dataio.labels import INFO_NAME, LABEL_FORMAT, LabelStore, plan_digest
+from dataio.spec import DataError
 from model.presets import Preset
 from trainer.config import ConfigError, parse_config
 from trainer.config_label import LabelConfig
@@ -249,24 +250,32 @@ def describe(config: LabelConfig, dataset: Dataset, teacher: Teacher | None = No
     }
 
 
-def config_again(folder: str, dataset: str, weights: str, cluster: Mapping[str, Any]) -> LabelConfig:
+def config_again(
+    folder: str, dataset: str, weights: str, cluster: Mapping[str, Any], preset: str | None = None
+) -> LabelConfig:
     """The configuration that made the labels in `folder`, to make them again. `cluster`: where, as in LabelCluster.
 
     Raises DataError when there are no labels, or another fathom made them; ConfigError when these are not their dataset
     and teacher.
     """
     made = LabelStore.open(folder).description
-    preprocessing = made["preprocessing"]
-    on_gpu = made["device"] == "gpu"
-    values = {
-        "dataset": dataset,
-        "weights": weights,
-        "position_mode": made["teacher"]["position_mode"],
-        "input_size": preprocessing["input_size"],
-        "flip": preprocessing["flip_average"],
-        **{name: made[name] for name in ("precision", "batch", "compile", "quality", "encoding")},
-        "cluster": {**cluster, "use_gpu": on_gpu, **({} if on_gpu else {"threads": made["threads"]})},
-    }
+    try:
+        on_gpu = made["device"] == "gpu"
+        values = {
+            "dataset": dataset,
+            "weights": weights,
+            "preset": preset,
+            "position_mode": made["teacher"]["position_mode"],
+            "input_size": made["preprocessing"]["input_size"],
+            "flip": made["preprocessing"]["flip_average"],
+            **{name: made[name] for name in ("precision", "batch", "compile", "quality", "encoding")},
+            "cluster": {**cluster, "use_gpu": on_gpu, **({} if on_gpu else {"threads": made["threads"]})},
+        }
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{storage.join(folder, INFO_NAME)}: description lacks {error}: another program made these labels, or "
+            "another fathom: label again"
+        ) from None
     config = parse_config(LabelConfig, values, source=storage.join(folder, INFO_NAME))
     now = describe(config, Dataset.open(dataset))
     if now != made:
