@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, cast
 
 from cluster import remote
 from cluster.places import (
-    StorageError,
+    Swept,
     ensure_folder,
     is_url,
     local_path,
@@ -75,7 +75,8 @@ class Draft:
         """Give the file its name; False when the name is taken, unless `over` replaces what has it.
 
         It may be called again, after False and also when somebody has removed the file since; a local draft keeps its
-        temporary name for that, beside the other one, until the block ends. Raises StorageError.
+        temporary name for that, beside the other one, until the block ends. Raises StorageError; Swept when
+        `remove_temporaries` has taken the file away.
         """
         raise NotImplementedError
 
@@ -241,6 +242,7 @@ class _LocalDraft(Draft):
         ensure_folder(self._folder)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self.file = os.fdopen(handle, "wb")
+        self._renamed = False
 
     @contextmanager
     def reread(self) -> Iterator[BinaryIO]:
@@ -261,6 +263,7 @@ class _LocalDraft(Draft):
         try:
             if over:
                 os.replace(self._temporary, self._path)
+                self._renamed = True
             else:
                 won = _link(self._temporary, self._path)
         except FileNotFoundError as error:
@@ -272,11 +275,12 @@ class _LocalDraft(Draft):
         """Leave nothing behind but what was placed."""
         with suppress(OSError):  # closing flushes, and fails again on a full disk
             self.file.close()
-        with suppress(OSError):
-            os.unlink(self._temporary)
+        if not self._renamed:
+            with suppress(OSError):
+                os.unlink(self._temporary)
 
-    def _gone(self) -> StorageError:
-        return StorageError(
+    def _gone(self) -> Swept:
+        return Swept(
             f"{self._path}: cannot write: its unfinished file {self._temporary} is gone: another run has cleaned up; "
             "run again"
         )

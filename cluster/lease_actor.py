@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.claims import Claims
+from cluster.failures import portable
 from cluster.leases import Counts, Later, Lease, LeaseTable
 from cluster.storage import StorageError
 
@@ -96,23 +97,15 @@ class LeaseActor:
     def ready(self) -> None:
         """Returns when the actor is up."""
 
-    def join(self, worker: Worker) -> None:
-        """A worker begins."""
+    def take(self, worker: Worker) -> Lease | Later | None:
+        """The next item of a worker; Later to ask again; None when he may go."""
         with self._lock:
             self._workers[worker.owner] = worker
             self._heard[worker.owner] = time.monotonic()
-        self._wake.set()
-
-    def take(self, owner: str) -> Lease | Later | None:
-        """The next item of a worker; Later to ask again; None when he may go."""
-        with self._lock:
-            self._heard[owner] = time.monotonic()
             if self._stopped or self._fatal is not None:
                 return None
-            got = self._table.take(owner, time.monotonic(), allowed=self._claimed)
-            if isinstance(got, Lease) and self._spare() < len(self._workers):
-                self._wake.set()
-            if isinstance(got, Later) and self._spare() == 0:
+            got = self._table.take(worker.owner, time.monotonic(), allowed=self._claimed)
+            if self._spare() < (len(self._workers) if isinstance(got, Lease) else 1):
                 self._wake.set()
             return got
 
@@ -141,9 +134,8 @@ class LeaseActor:
             self._progress.pop(token, None)
             if away is None:
                 self._table.drop(token, time.monotonic())
-            else:
+            elif self._table.away(token, away, time.monotonic()):
                 self._away[item] = away
-                self._table.away(token, away, time.monotonic())
 
     def give_up(self, item: str, reason: str) -> None:
         """An item cannot be done."""
@@ -195,8 +187,8 @@ class LeaseActor:
         return [owner for owner, at in self._heard.items() if now - at > _SILENT * self._settings.ttl_s]
 
     def _spare(self) -> int:
-        """Items that are claimed and that nobody has in hand."""
-        return len(self._claimed) - len({lease.item for lease in self._table.held()} & self._claimed)
+        """About how many items are claimed that nobody has in hand."""
+        return len(self._claimed) - self._table.leased
 
     def _keep_claims(self) -> None:
         every_s = self._settings.ttl_s / 4
@@ -208,6 +200,8 @@ class LeaseActor:
             except StorageError as error:  # nobody works on less for it: claims only spare double work
                 self._trouble = str(error)
                 self._closed.wait(1.0)
+            except Exception as error:  # noqa: BLE001  without this thread nobody would get an item, and nobody be told
+                self.fail(portable(error, "the lease actor"))
             self._closed.wait(_CLAIM_LEAST_S)
             self._wake.wait(timeout=min(every_s, 1.0) if self._claims.others else every_s)
 

@@ -17,7 +17,7 @@ from cluster.background import Background
 from cluster.failures import portable
 from cluster.lease_actor import Worker
 from cluster.leases import Later, Lease
-from cluster.storage import StorageError, Unreachable
+from cluster.storage import StorageError, Swept, Unreachable
 
 _CALL_S = 20.0  # of one call to the lease actor
 _PATIENCE_S = 120.0  # with an actor that does not answer: Ray may be starting it again
@@ -88,19 +88,15 @@ class _Beats(Background):
 class LeasedWorker:
     """The actor. `build` makes the processor, in a call of its own so that its exception comes back as one."""
 
-    def __init__(
-        self, make: Callable[[str], LeasedProcessor], owner: str, leases: Any, threads: int, ttl_s: float
-    ) -> None:
-        self._make, self._owner, self._leases, self._threads, self._ttl_s = make, owner, leases, threads, ttl_s
+    def __init__(self, make: Callable[[str], LeasedProcessor], owner: str, leases: Any, ttl_s: float) -> None:
+        self._make, self._owner, self._leases, self._ttl_s = make, owner, leases, ttl_s
         self._processor: LeasedProcessor | None = None
         self._worker: Worker | None = None
 
     def build(self) -> Worker:
         """Who this is, once it can work. Raises what `make` raises, made portable."""
         import ray
-        import torch
 
-        torch.set_num_threads(self._threads)
         try:
             self._processor = self._make(self._owner)
         except BaseException as error:  # noqa: BLE001  it is raised again, made portable
@@ -117,10 +113,9 @@ class LeasedWorker:
     def work(self) -> None:
         """Process items until there is none for it. Raises what a processor raises beyond the errors of one item."""
         assert self._processor is not None and self._worker is not None
-        self._call("join", self._worker)
         try:
             with _Beats(self._ttl_s / 4) as beats:
-                while (got := self._call("take", self._owner)) is not None:
+                while (got := self._call("take", self._worker)) is not None:
                     if isinstance(got, Later):
                         time.sleep(got.seconds)
                         continue
@@ -139,7 +134,7 @@ class LeasedWorker:
             result = self._processor.process(lease.item, grip)
         except LeaseLost:
             self._call("drop", lease.item, lease.token)
-        except Unreachable as error:
+        except (Unreachable, Swept) as error:  # not at once again, and not for ever
             self._call("drop", lease.item, lease.token, away=str(error))
         except StorageError as error:
             self._call("drop", lease.item, lease.token)
