@@ -412,7 +412,7 @@ def test_a_dataset_that_has_changed_is_none_for_these_labels(weights: str, tmp_p
     config = config_of(data, weights)
     store = LabelStore.create(str(tmp_path / "labels"), describe(config, Dataset.open(data)))
     write_tar(tar, entries_of({"other" if key == VICTIM else key: members for key, members in CLEAN.items()}))
-    with pytest.raises(DataError, match=r"photos: changed since the run began .* restore it, or start again"):
+    with pytest.raises(DataError, match=r"photos: changed since the run began: .* restore it, or start again"):
         Labeller(config.model_dump(mode="json"), store.path, "0badcafe")
     store = LabelStore.create(str(tmp_path / "anew"), describe(config, Dataset.open(data)))
     with labeller(config, store) as worker, pytest.raises(DataError, match=r"photos has no shard '000009': move it"):
