@@ -50,7 +50,8 @@ def job_state(store: LabelStore, dataset: Dataset | None, now: float | None = No
     rate = sum(rates) if rates else None
     todo = left_s = None
     if dataset is not None:
-        todo = len(missing - leased.keys())
+        # a run's file lags behind the ledger: where it names a shard that is done, its worker is at the next by now
+        todo = max(0, len(missing) - len(leased))
         if rate:
             left_s = (dataset.info.samples - status.samples) / rate
     return JobState(

@@ -89,6 +89,17 @@ def test_shards_by_state_and_machine(store: LabelStore, dataset: Dataset) -> Non
     assert state.images_per_second is None and state.left_s is None, "too few to tell"
 
 
+def test_a_file_that_lags_behind_the_ledger_makes_no_shard_out_of_nothing(store: LabelStore, dataset: Dataset) -> None:
+    for stem in STEMS[:3]:
+        commit(store, dataset, stem, node="a", finished=NOW - 1)
+    claim(store, leased=[("000002", "a")])
+    state = job_state(store, dataset, NOW)
+    assert state.status.shards + len(state.leased) + (state.todo or 0) == SHARDS
+    for stem in STEMS[3:]:
+        commit(store, dataset, stem, node="a", finished=NOW - 1)
+    assert job_state(store, dataset, NOW).todo == 0
+
+
 def test_the_rate_is_of_the_last_shards_of_machines_at_work(store: LabelStore, dataset: Dataset) -> None:
     """From the begin of the first of them until now, so that a machine that stands still is seen to."""
     for stem, ago in (("000000", 60), ("000001", 50), ("000002", 40)):
