@@ -188,7 +188,7 @@ class Labeller:
         value_HW = predicted.value_HW.numpy().astype(np.float32, copy=False)
         meta: dict[str, Any] = {}
         if predicted.quality is not None:
-            meta["quality"] = round(float(predicted.quality), 4)
+            meta["quality"] = round(float(predicted.quality.nan_to_num(0.0)), 4)  # a map with holes agrees with none
             self._exporter.metric("fathom_label_quality").observe(meta["quality"])
         return frame.index, LabelSample.encoded(frame.sample.key, value_HW, meta, self.config.encoding)
 
