@@ -22,6 +22,7 @@ from cluster.leased_pool import Need, run_leased
 from cluster.stop import StopFlag
 from cluster.telemetry import Exporter
 from dataio.dataset import Dataset
+from dataio.label_codec import EXTENSIONS, check_available
 from dataio.labels import INFO_NAME, LABEL_FORMAT, WORKING, LabelStore, plan_digest
 from dataio.spec import DataError
 from model.presets import Preset
@@ -91,6 +92,7 @@ def run_labelling(
 
     Raises WeightsError, DataError, StorageError or ConfigError for what the user can mend.
     """
+    check_available(EXTENSIONS[config.encoding])
     dataset, teacher = Dataset.open(config.dataset), read_teacher(config)
     description = describe(config, dataset, teacher)
     root = config.out or storage.join(config.dataset, "labels")
