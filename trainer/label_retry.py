@@ -9,7 +9,7 @@ from typing import Any
 from cluster import storage
 from cluster.leased_worker import Grip
 from cluster.stop import StopFlag
-from dataio.dataset import SHARDS_NAME
+from dataio.dataset import SHARDS_NAME, Dataset
 from dataio.label_tar import NO_VALID_DISPARITY
 from dataio.labels import LabelSample, LabelStore
 from dataio.quarantine import REASONS
@@ -39,7 +39,8 @@ def run_retry(
             raise ConfigError(f"reason: found {reason!r}; one of {', '.join(sorted(known))}")
     failed = {entry.stem for entry in store.entries() if wanted(entry.failures, reasons)}
     stems = sorted(failed | _half_replaced(store))
-    make = functools.partial(make_retrier, config.model_dump(mode="json"), folder, reasons)
+    dataset = Dataset.open(config.dataset)
+    make = functools.partial(make_retrier, config.model_dump(mode="json"), folder, dataset, reasons)
     return work_on(config, Job(store, stems, make, listed=nothing), on_progress=on_progress, stop=stop)
 
 
@@ -60,16 +61,20 @@ def nothing() -> Sequence[str]:
     return ()
 
 
-def make_retrier(config: dict[str, Any], folder: str, reasons: Collection[str] | None, owner: str) -> Retrier:
+def make_retrier(
+    config: dict[str, Any], folder: str, dataset: Dataset, reasons: Collection[str] | None, owner: str
+) -> Retrier:
     """In a worker."""
-    return Retrier(config, folder, owner, reasons)
+    return Retrier(config, folder, owner, dataset, reasons)
 
 
 class Retrier(Labeller):
     """Replaces a shard by one in which the samples that failed are as they come out now."""
 
-    def __init__(self, config: dict[str, Any], store: str, owner: str, reasons: Collection[str] | None) -> None:
-        super().__init__(config, store, owner)
+    def __init__(
+        self, config: dict[str, Any], store: str, owner: str, dataset: Dataset, reasons: Collection[str] | None
+    ) -> None:
+        super().__init__(config, store, owner, dataset)
         self._reasons = reasons
 
     def process(self, stem: str, grip: Grip) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class _Predicted:
 class Labeller:
     """Teacher and decoder are loaded once; `process` commits one shard. Made by cluster/leased_worker.py."""
 
-    def __init__(self, config: dict[str, Any], store: str, owner: str) -> None:
+    def __init__(self, config: dict[str, Any], store: str, owner: str, dataset: Dataset) -> None:
         self.config = LabelConfig.model_validate(config)
         cluster = self.config.cluster
         device = "cuda" if cluster.use_gpu else "cpu"
@@ -72,9 +72,9 @@ class Labeller:
         else:
             keep_freed_memory()
         self.owner = owner
-        self.dataset = Dataset.open(self.config.dataset)
+        self.dataset = dataset  # as the driver has opened it: a shard that has changed since is refused when it is read
+        self._shards = {shard.stem: shard for shard in dataset.shards}
         self.store = LabelStore.open(store)
-        check_dataset(self.store, self.dataset)
         self.device = device_name(device, cluster.threads)
         self._pipeline = FramePipeline(self.config.rows, cluster.threads, device)
         self.predictor = Predictor(
@@ -157,7 +157,7 @@ class Labeller:
 
     def shard(self, stem: str) -> Shard:
         """The source shard of that stem. DataError when there is none."""
-        found = next((shard for shard in self.dataset.shards if shard.stem == stem), None)
+        found = self._shards.get(stem)
         if found is None:
             raise DataError(f"{self.store.tar(stem)}: {self.dataset.path} has no shard {stem!r}: move it away")
         return found
@@ -191,16 +191,6 @@ class Labeller:
             meta["quality"] = round(float(predicted.quality.nan_to_num(0.0)), 4)  # a map with holes agrees with none
             self._exporter.metric("fathom_label_quality").observe(meta["quality"])
         return frame.index, LabelSample.encoded(frame.sample.key, value_HW, meta, self.config.encoding)
-
-
-def check_dataset(store: LabelStore, dataset: Dataset) -> None:
-    """DataError unless it is still the dataset that names the labels: a worker may begin days after the run did."""
-    made_of = store.description["dataset"]["fingerprint"]
-    if dataset.fingerprint != made_of:
-        raise DataError(
-            f"{dataset.path}: changed since the run began: its fingerprint is {dataset.fingerprint[:16]}..., was "
-            f"{made_of[:16]}...: restore it, or start again"
-        )
 
 
 def keys_of(shard: Shard) -> list[str]:

@@ -97,7 +97,7 @@ def run_labelling(
     description = describe(config, dataset, teacher)
     root = config.out or storage.join(config.dataset, "labels")
     store = LabelStore.create(storage.join(root, plan_digest(description)), description)
-    make = functools.partial(make_labeller, config.model_dump(mode="json"), store.path)
+    make = functools.partial(make_labeller, config.model_dump(mode="json"), store.path, dataset)
     job = Job(store, [shard.stem for shard in dataset.shards], make, listed=Listing(store.path))
     return work_on(config, job, preset=teacher.preset, on_progress=on_progress, stop=stop)
 
@@ -157,11 +157,11 @@ def work_on(
     )
 
 
-def make_labeller(config: dict[str, Any], store: str, owner: str) -> Any:
+def make_labeller(config: dict[str, Any], store: str, dataset: Dataset, owner: str) -> Any:
     """In a worker: torch is imported there."""
     from trainer.label_worker import Labeller
 
-    return Labeller(config, store, owner)
+    return Labeller(config, store, owner, dataset)
 
 
 class _Account:

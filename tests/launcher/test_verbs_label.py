@@ -186,9 +186,9 @@ def test_relative_paths_and_another_place_for_the_labels(fathom: Run, copy: Worl
     assert fathom("verify", str(other), "--dataset", "world/photos")[0] == 0
 
 
-def lost_at_work(stems: Sequence[str], config: dict[str, Any], store: str, owner: str) -> Any:
+def lost_at_work(stems: Sequence[str], config: dict[str, Any], store: str, dataset: Dataset, owner: str) -> Any:
     """In a worker: what makes it, and then shards are gone that were there when it looked."""
-    made = make_labeller(config, store, owner)
+    made = make_labeller(config, store, dataset, owner)
     for stem in stems:
         (Path(config["dataset"]) / "shards" / f"{stem}.tar").unlink(missing_ok=True)
     return made

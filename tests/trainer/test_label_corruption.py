@@ -41,7 +41,6 @@ from tests.dataio.cases import (
 from tests.dataio.fakes import png
 from tests.trainer.test_labelling import config_of, disparity, grip, label, labeller, save_network
 from trainer.label_retry import Retrier
-from trainer.label_worker import Labeller
 from trainer.labelling import describe
 
 pytestmark = pytest.mark.timeout(300)  # a hang is a failure
@@ -406,14 +405,14 @@ def test_what_a_cut_has_lost_is_labelled_by_a_retry(weights: str, labelled_one: 
         assert Path(store.tar(stem)).read_bytes() == Path(expected.tar(stem)).read_bytes()
 
 
-def test_a_dataset_that_has_changed_is_none_for_these_labels(weights: str, tmp_path: Path) -> None:
-    """A worker that begins later than the run finds another dataset under the path."""
+def test_a_shard_that_has_changed_since_the_run_began_is_refused(weights: str, tmp_path: Path) -> None:
+    """A worker begins later than the run, with the dataset as the run has seen it."""
     data, tar = three_shards(tmp_path)
     config = config_of(data, weights)
     store = LabelStore.create(str(tmp_path / "labels"), describe(config, Dataset.open(data)))
-    write_tar(tar, entries_of({"other" if key == VICTIM else key: members for key, members in CLEAN.items()}))
-    with pytest.raises(DataError, match=r"photos: changed since the run began: .* restore it, or start again"):
-        Labeller(config.model_dump(mode="json"), store.path, "0badcafe")
-    store = LabelStore.create(str(tmp_path / "anew"), describe(config, Dataset.open(data)))
-    with labeller(config, store) as worker, pytest.raises(DataError, match=r"photos has no shard '000009': move it"):
-        worker.process("000009", grip("000009"))
+    with labeller(config, store) as worker:
+        write_tar(tar, entries_of({"other" if key == VICTIM else key: members for key, members in CLEAN.items()}))
+        with pytest.raises(DataError, match=f"{tar.name}: changed since the dataset was opened: start again"):
+            worker.process(tar.stem, grip(tar.stem))
+        with pytest.raises(DataError, match=r"photos has no shard '000009': move it"):
+            worker.process("000009", grip("000009"))
