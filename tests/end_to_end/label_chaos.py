@@ -1,0 +1,439 @@
+"""A labelling job on several machines, and a monkey that breaks what it finds of it.
+
+The monkey's faults are drawn from a seed; when they come depends on the machine's speed as well, so a seed says which
+faults, not which microsecond. `MARKS` are what must have happened in a whole run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dataio.labels import LabelStore
+from tests.bed import Bed, Machine, wait_for
+from tests.dataio.fakes import unlabelled, write_dataset
+from tests.end_to_end.cli import REPOSITORY, json_lines
+
+LEASE_S = 5.0
+INPUT = 28
+SIZES = ((40, 44), (36, 52), (48, 40), (40, 44))
+CPUS = (2, 1, 1)
+WITH_RAY = ("head", "node1", "node2")
+WORKER, AT_WORK, LEASES = "ray::LeasedWorker", "ray::LeasedWorker.work", "ray::LeaseActor"
+DRIVER = "launcher.cli label run"
+_PATIENCE_S = 600.0
+_LEAST_S = 1.0  # between two faults
+
+
+def make_data(folder: Path, shards: int) -> str:
+    """Shards of three to five small photographs; every ninth image cannot be decoded or is none."""
+    made, number = [], 0
+    for shard in range(shards):
+        samples = {}
+        for place in range(3 + shard % 3):
+            members = unlabelled(number, *SIZES[number % len(SIZES)])
+            if number % 9 == 4:
+                members = {"jpg": members["jpg"][:-300]}  # its header is whole: only decoding tells
+            elif number % 27 == 8:
+                members = {"jpg": b"no image"} if number % 2 else {"txt": b"no image either"}
+            samples[f"s{shard:04d}_{place}"] = members
+            number += 1
+        made.append(samples)
+    return write_dataset(folder, made, with_depth=False)
+
+
+def make_weights(folder: Path) -> str:
+    """A teacher of random weights."""
+    import torch
+
+    from model import DepthAnything
+
+    torch.manual_seed(5)
+    DepthAnything.from_preset("tiny").save_pretrained(str(folder))
+    return str(folder)
+
+
+def run_words(data: str, weights: str, out: Path) -> list[str]:
+    """`fathom label run` and what decides its labels."""
+    return ["label", "run", data, "--weights", weights, "--input-size", str(INPUT), "--batch", "2", "--out", str(out)]
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All of a label folder that two runs over the same input agree in, by path; also what should not be there."""
+    found: dict[str, Any] = {}
+    store = LabelStore.open(str(folder))
+    for path in sorted(each for each in folder.rglob("*") if not each.is_dir()):
+        name = str(path.relative_to(folder))
+        entry = store.entry(path.stem) if name.startswith("ledger/") and path.suffix == ".json" else None
+        found[name] = entry.content() if entry else path.read_bytes()
+    return found
+
+
+def differences(folder: Path, other: Path) -> list[str]:
+    """What of one label folder is not as in the other; empty when they are equal."""
+    mine, theirs = contents(folder), contents(other)
+    return [
+        f"{name}: {'missing' if name not in mine else 'left over' if name not in theirs else 'other content'}"
+        for name in sorted(mine.keys() | theirs.keys())
+        if name not in mine or name not in theirs or mine[name] != theirs[name]
+    ]
+
+
+def sabotage(bed: Bed, events: Path, pace_s: float, step_s: float) -> None:
+    """Put the saboteur into every Python process that starts on the bed's machines from now on."""
+    script = Path(__file__).with_name("label_saboteur.py")
+    (bed.site / "sitecustomize.py").write_text(
+        f"import runpy\nrunpy.run_path({str(script)!r})['install']({str(events)!r}, {pace_s}, {step_s})\n"
+    )
+
+
+@dataclass
+class Job:
+    """One job on the bed, by any number of drivers. Their output goes to files in `folder`."""
+
+    bed: Bed
+    folder: Path
+    words: Sequence[str]
+    shards: int
+    drivers: dict[str, subprocess.Popen[str]] = field(default_factory=dict)  # machine -> `nsenter` around it
+
+    def start(self, name: str) -> None:
+        """A driver on a machine of the cluster."""
+        command = [sys.executable, "-m", "launcher.cli", *self.words, "--address", self.bed.address, "--lease"]
+        script = 'exec "$@" >>"$0" 2>&1'
+        self.drivers[name] = self.bed.machines[name].start(
+            "bash", "-c", script, str(self.log(name)), *command, str(LEASE_S), cwd=self.folder,
+            env={"PYTHONPATH": f"{REPOSITORY}:{self.bed.site}"},
+        )  # fmt: skip
+
+    def log(self, name: str) -> Path:
+        return self.folder / f"driver-{name}.log"
+
+    def driver(self, name: str) -> psutil.Process | None:
+        """The driver's process on a machine, while it runs."""
+        found = self.bed.machines[name].processes(DRIVER)
+        return found[0] if found and self.drivers[name].poll() is None else None
+
+    def done(self) -> int:
+        """Ledger entries so far."""
+        return sum(1 for _ in self.folder.glob("labels/*/ledger/*.json"))
+
+    @property
+    def labels(self) -> Path:
+        """The sidecar's folder."""
+        (found,) = (self.folder / "labels").iterdir()
+        return found
+
+    def end(self) -> None:
+        """Kill what still runs of it."""
+        for name, driver in self.drivers.items():
+            for process in self.bed.machines[name].processes(DRIVER):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            driver.kill()
+            driver.communicate()
+
+
+class Monkey:
+    """Breaks things until every driver has ended, then puts all in order again.
+
+    `deck`: how often each fault is drawn before any is drawn again. `every`: shards done between two of them, at least
+    and at most, and a second passes: a worker takes seconds to start, on a busy machine a minute, so faults by the
+    clock alone would hit nothing but starts, or nothing at all. `marks`: at which share of the shards something is due
+    that happens so often and no more: "driver" is killed and started again, a "second" one starts on another machine.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        seed: int,
+        *,
+        deck: Mapping[str, int],
+        every: tuple[int, int],
+        marks: Sequence[tuple[float, str]],
+    ) -> None:
+        self.job, self.bed, self.seed = job, job.bed, seed
+        self.done: Counter[str] = Counter()  # faults that hit
+        self.late: dict[tuple[str, int], float] = {}  # machine and pid there of who was stopped beyond his lease -> end
+        self._draw = random.Random(seed)
+        self._kinds, self._deck, self._every = dict(deck), list[str](), every
+        self._marks = sorted(marks)
+        self._later: list[tuple[float, int, Callable[[], None]]] = []
+        self._turns = count()
+        self._stopped: set[psutil.Process] = set()
+        self._broken: set[str] = set()  # machines that cannot be used now
+        self._repairs: list[threading.Thread] = []
+        self._failed: list[BaseException] = []
+        self._second: str | None = None
+        self._began = time.monotonic()
+
+    def run(self) -> None:
+        """Until all drivers have ended. AssertionError when one ended otherwise than well, or it takes too long."""
+        self.job.start("head")
+        ends = time.monotonic() + _PATIENCE_S
+        next_at, next_done = 0.0, 1
+        try:
+            while not self._ended():
+                assert time.monotonic() < ends, f"not ended after {_PATIENCE_S:.0f} s: {self.job.done()} done"
+                assert not self._failed, self._failed
+                self._due(time.monotonic())
+                done = self.job.done()
+                if done >= next_done and time.monotonic() >= next_at:
+                    self._act()
+                    next_at, next_done = time.monotonic() + _LEAST_S, done + self._draw.randint(*self._every)
+                time.sleep(0.05)
+            self.say(f"all drivers have ended: {dict(self.done)}")
+        finally:
+            self._put_in_order()
+
+    def say(self, text: str) -> None:
+        """To the test's output, with the time since the beginning and the shards done."""
+        print(f"{time.monotonic() - self._began:7.1f} s {self.job.done():4d} done  {text}", flush=True)
+
+    def _ended(self) -> bool:
+        states = {name: driver.poll() for name, driver in self.job.drivers.items()}
+        for name, state in states.items():
+            assert state in (None, 0), f"the driver on {name} ended with {state}"
+        return all(state == 0 for state in states.values()) and not any(kind == "second" for _, kind in self._marks)
+
+    def _due(self, now: float) -> None:
+        while self._later and self._later[0][0] <= now:
+            heapq.heappop(self._later)[2]()
+        share = self.job.done() / self.job.shards
+        if self._marks and share >= self._marks[0][0]:
+            kind = self._marks[0][1]
+            if (self._kill_driver if kind == "driver" else self._start_second)():
+                self._marks.pop(0)
+
+    def _act(self) -> None:
+        for _ in range(2 * sum(self._kinds.values())):
+            if not self._deck:
+                self._deck = [kind for kind, number in self._kinds.items() for _ in range(number)]
+                self._draw.shuffle(self._deck)
+            kind = self._deck.pop()
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it has just ended
+                if getattr(self, f"_{kind}")():
+                    self.done[kind] += 1
+                    return
+
+    def _in(self, seconds: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._later, (time.monotonic() + seconds, next(self._turns), action))
+
+    def _machines(self) -> list[Machine]:
+        return [self.bed.machines[name] for name in WITH_RAY if name not in self._broken]
+
+    def _one(self, word: str) -> tuple[Machine, psutil.Process] | None:
+        """One of the processes called so, that is not stopped."""
+        found = [(machine, process) for machine in self._machines() for process in machine.processes(word)]
+        found = [pair for pair in found if pair[1] not in self._stopped]
+        return self._draw.choice(found) if found else None
+
+    def _kill_worker(self) -> bool:
+        found = self._one(AT_WORK if self._draw.random() < 0.8 else WORKER)
+        if found is None:
+            return False
+        what = title(found[1])
+        found[1].kill()
+        self.say(f"kill -9 {what} {found[1].pid} on {found[0].name}")
+        return True
+
+    def _kill_leases(self) -> bool:
+        found = self._one(LEASES)
+        if found is None:
+            return False
+        found[1].kill()
+        self.say(f"kill -9 the lease actor {found[1].pid} on {found[0].name}")
+        return True
+
+    def _stop_worker(self) -> bool:
+        found = self._one(AT_WORK)
+        if found is None:
+            return False
+        machine, process = found
+        seconds = self._draw.uniform(1.3, 2.8) * LEASE_S
+        process.send_signal(signal.SIGSTOP)
+        self._stopped.add(process)
+        inside = pid_inside(process)
+        self.say(f"stop the worker {process.pid} on {machine.name} for {seconds:.1f} s")
+
+        def go_on() -> None:
+            self._stopped.discard(process)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
+                self.late[machine.name, inside] = time.time()
+                self.say(f"the worker {process.pid} on {machine.name} goes on")
+
+        self._in(seconds, go_on)
+        return True
+
+    def _free(self) -> list[str]:
+        """Machines beside the head that hold no driver, and can be broken: one at a time."""
+        if self._broken:
+            return []
+        return [name for name in WITH_RAY[1:] if name != self._second]
+
+    def _kill_raylet(self) -> bool:
+        names = self._free()
+        if not names:
+            return False
+        name = self._draw.choice(names)
+        raylets = [each for each in self.bed.machines[name].processes("raylet/raylet") if each.name() == "raylet"]
+        if not raylets:
+            return False
+        workers = len(self.bed.machines[name].processes(WORKER))
+        self._broken.add(name)
+        raylets[0].kill()
+        anew = self._draw.random() < 0.3
+        self.say(f"kill -9 the raylet on {name}, with {workers} workers")
+        self._in(self._draw.uniform(3, 8), lambda: self._repair(name, anew))
+        return True
+
+    def _cut(self) -> bool:
+        names = [name for name in WITH_RAY[1:] if not self._broken]
+        if not names:
+            return False
+        name = self._draw.choice(names)
+        seconds = self._draw.uniform(6, 9) if name == self._second else self._draw.uniform(7, 20)
+        self._broken.add(name)
+        self.bed.cut(name)
+        self.say(f"cut the network of {name} for {seconds:.1f} s")
+
+        def mend() -> None:
+            self.bed.mend(name)
+            self._broken.discard(name)
+            self.say(f"mend the network of {name}")
+
+        self._in(seconds, mend)
+        return True
+
+    def _kill_driver(self) -> bool:
+        names = [name for name in self.job.drivers if name not in self._broken and self.job.driver(name)]
+        if not names:
+            return False
+        name = self._draw.choice(names)
+        process = self.job.driver(name)
+        if process is None:
+            return False
+        process.kill()
+        self.job.drivers[name].communicate()
+        self.done["kill_driver"] += 1
+        self.say(f"kill -9 the driver on {name}; it is started again")
+        self.job.start(name)
+        return True
+
+    def _start_second(self) -> bool:
+        names = self._free()
+        if not names:
+            return False
+        self._second = self._draw.choice(names)
+        self.job.start(self._second)
+        self.done["second_driver"] += 1
+        self.say(f"a second driver on {self._second}")
+        return True
+
+    def _repair(self, name: str, anew: bool) -> None:
+        """Ray again on a machine, in a thread, for it takes some seconds: on the same one, or on a new one."""
+        self.say(f"{'a new machine' if anew else 'Ray again'} for {name}")
+
+        def work() -> None:
+            try:
+                restore(self.bed, name, anew)
+                self._broken.discard(name)
+                self.say(f"{name} is back")
+            except BaseException as error:  # noqa: BLE001  the main thread tells
+                self._failed.append(error)
+
+        thread = threading.Thread(target=work)
+        self._repairs.append(thread)
+        thread.start()
+
+    def _put_in_order(self) -> None:
+        """All go on, all is mended: also what was to happen later."""
+        while self._later:
+            heapq.heappop(self._later)[2]()
+        for thread in self._repairs:
+            thread.join()
+
+
+def restore(bed: Bed, name: str, anew: bool) -> None:
+    """Ray on a machine whose raylet is dead."""
+    if anew:
+        bed.replace(name)
+        return
+    for process in bed.machines[name].processes("ray"):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    bed.start_ray(name, CPUS[WITH_RAY.index(name)])
+
+
+def title(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())[:40]
+
+
+def pid_inside(process: psutil.Process) -> int:
+    """The number that the process has on its machine."""
+    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        if line.startswith("NSpid:"):
+            return int(line.split()[-1])
+    raise AssertionError("no NSpid")
+
+
+def provoked(events: Path, monkey: Monkey) -> Counter[str]:
+    """What the faults have led to, by the saboteur's notes."""
+    found: Counter[str] = Counter()
+    late = dict(monkey.late)
+    for note in json_lines(events):
+        kind = note["kind"]
+        if kind == "commit":
+            found[note["outcome"]] += 1
+            found["differs"] += bool(note["differs"])
+        elif kind == "raised":
+            found["lost" if note["error"].startswith("LeaseLost") else "raised"] += 1
+        elif kind == "expired":
+            found["expired"] += note["number"]
+        elif kind == "buried":
+            found["died_at_work"] += bool(note["items"])
+        elif kind == "lease":
+            found["leases"] += 1
+            found["speculative"] += bool(note["speculative"])
+        else:
+            found[kind] += 1
+        who = (note["machine"], note["pid"])
+        if kind in ("commit", "raised") and who in late and note["at"] >= late[who]:
+            del late[who]
+            found["late_writer"] += 1
+            found[f"late_{note.get('outcome', 'lost')}"] += 1
+    return found
+
+
+def workers_left(bed: Bed) -> list[psutil.Process]:
+    """Workers and lease actors that still run on any machine."""
+    return [
+        process
+        for name in WITH_RAY
+        for word in (WORKER, LEASES)
+        for process in bed.machines[name].processes(word)
+        if process.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def show(found: Mapping[str, int]) -> str:
+    return json.dumps(dict(sorted(found.items())))
+
+
+__all__ = ["wait_for"]
