@@ -241,6 +241,7 @@ class _LocalDraft(Draft):
         ensure_folder(self._folder)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self.file = os.fdopen(handle, "wb")
+        self._renamed = False
 
     @contextmanager
     def reread(self) -> Iterator[BinaryIO]:
@@ -261,6 +262,7 @@ class _LocalDraft(Draft):
         try:
             if over:
                 os.replace(self._temporary, self._path)
+                self._renamed = True
             else:
                 won = _link(self._temporary, self._path)
         except FileNotFoundError as error:
@@ -272,8 +274,9 @@ class _LocalDraft(Draft):
         """Leave nothing behind but what was placed."""
         with suppress(OSError):  # closing flushes, and fails again on a full disk
             self.file.close()
-        with suppress(OSError):
-            os.unlink(self._temporary)
+        if not self._renamed:
+            with suppress(OSError):
+                os.unlink(self._temporary)
 
     def _gone(self) -> StorageError:
         return StorageError(

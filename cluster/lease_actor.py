@@ -96,23 +96,15 @@ class LeaseActor:
     def ready(self) -> None:
         """Returns when the actor is up."""
 
-    def join(self, worker: Worker) -> None:
-        """A worker begins."""
+    def take(self, worker: Worker) -> Lease | Later | None:
+        """The next item of a worker; Later to ask again; None when he may go."""
         with self._lock:
             self._workers[worker.owner] = worker
             self._heard[worker.owner] = time.monotonic()
-        self._wake.set()
-
-    def take(self, owner: str) -> Lease | Later | None:
-        """The next item of a worker; Later to ask again; None when he may go."""
-        with self._lock:
-            self._heard[owner] = time.monotonic()
             if self._stopped or self._fatal is not None:
                 return None
-            got = self._table.take(owner, time.monotonic(), allowed=self._claimed)
-            if isinstance(got, Lease) and self._spare() < len(self._workers):
-                self._wake.set()
-            if isinstance(got, Later) and self._spare() == 0:
+            got = self._table.take(worker.owner, time.monotonic(), allowed=self._claimed)
+            if self._spare() < (len(self._workers) if isinstance(got, Lease) else 1):
                 self._wake.set()
             return got
 
@@ -195,8 +187,8 @@ class LeaseActor:
         return [owner for owner, at in self._heard.items() if now - at > _SILENT * self._settings.ttl_s]
 
     def _spare(self) -> int:
-        """Items that are claimed and that nobody has in hand."""
-        return len(self._claimed) - len({lease.item for lease in self._table.held()} & self._claimed)
+        """About how many items are claimed that nobody has in hand."""
+        return len(self._claimed) - self._table.leased
 
     def _keep_claims(self) -> None:
         every_s = self._settings.ttl_s / 4

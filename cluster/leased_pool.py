@@ -18,7 +18,7 @@ from cluster.failures import WorkerDied
 from cluster.lease_actor import LeaseActor, Settings, View
 from cluster.leased_worker import LeasedProcessor, LeasedWorker
 from cluster.machine import whole_cpus
-from cluster.runtime import ClusterAddressError, own_node, ray_session
+from cluster.runtime import ClusterAddressError, ClusterError, own_node, ray_session
 from cluster.stop import StopFlag
 
 _LOOK_EVERY_S = 0.5
@@ -119,7 +119,6 @@ class _Crew:
         self._wanted = 0
 
     def run(self, on_look: Callable[[View], None], stop: StopFlag) -> LeasedResult:
-        import ray
 
         stopping = False
         while True:
@@ -129,7 +128,7 @@ class _Crew:
             now = time.monotonic()
             if now - self._looked >= _LOOK_EVERY_S:
                 self._looked = now
-                view: View = ray.get(self._leases.look.remote())
+                view = self._view()
                 if view.results:
                     self._fruitless = 0
                 on_look(view)
@@ -144,6 +143,16 @@ class _Crew:
             if not stopping:
                 self._fill(now)
             self._wait()
+
+    def _view(self) -> View:
+        import ray
+
+        try:
+            view: View = ray.get(self._leases.look.remote())
+        except ray.exceptions.RayActorError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ClusterError(f"the actor that leases the work cannot be started again: {reason}") from None
+        return view
 
     def _part(self, patience_s: float) -> None:
         """Let workers that have nothing to do any more go by themselves: what they close is closed."""

@@ -117,10 +117,9 @@ class LeasedWorker:
     def work(self) -> None:
         """Process items until there is none for it. Raises what a processor raises beyond the errors of one item."""
         assert self._processor is not None and self._worker is not None
-        self._call("join", self._worker)
         try:
             with _Beats(self._ttl_s / 4) as beats:
-                while (got := self._call("take", self._owner)) is not None:
+                while (got := self._call("take", self._worker)) is not None:
                     if isinstance(got, Later):
                         time.sleep(got.seconds)
                         continue

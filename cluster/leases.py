@@ -106,9 +106,14 @@ class LeaseTable:
         """Whether every item is done or given up."""
         return len(self._done) + len(self.given_up) == len(self._all)
 
+    @property
+    def leased(self) -> int:
+        """Items in somebody's hands."""
+        return len(self._holders)
+
     def counts(self) -> Counts:
         """Items by state."""
-        leased = len(self._holders)
+        leased = self.leased
         settled = len(self._done) + len(self.given_up)
         return Counts(
             todo=len(self._all) - settled - leased - len(self._foreign),

@@ -18,7 +18,7 @@ writer. Removing goes by stamp (`storage.remove_if`): what somebody else placed 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -32,6 +32,10 @@ from dataio.spec import DataError
 Outcome = Literal["written", "adopted", "duplicate", "fenced"]
 By = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 _PATIENCE = 50  # looks at a shard that others keep changing
+
+
+class _Moved(Exception):
+    """The tar was replaced or removed while it was read."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class LabelSlot:
         with storage.draft(self.tar, self.tag) as draft:
             mine = self._write(draft, samples)
             seconds = time.monotonic() - began if seconds is None else seconds
-            for attempt in range(_PATIENCE):
+            for attempt in _attempts():
                 if still_mine is not None and not still_mine():
                     return Commit("fenced", None)
                 placed = self._placed(draft, mine) if draft.place() else None
@@ -101,20 +105,29 @@ class LabelSlot:
                 storage.remove_if(self.ledger, ledger_seen, self.tag)
             draft.place(over=True)
             placed = self._placed(draft, mine)
-        for _ in range(_PATIENCE):
-            found = self._enter(placed, seconds, "written") if placed else None
-            if found is None and (placed is None or storage.stamp(self.tar) != placed.stamp):
-                found = self._settled(reindex=True)
-            if found is not None and found.entry is not None:
-                return replace(found, differs=found.entry.sha256 != mine.sha256)
+            for _ in _attempts():
+                found = self._enter(placed, seconds, "written") if placed else None
+                if found is None and (placed is None or storage.stamp(self.tar) != placed.stamp):
+                    found = self._settled(reindex=True)
+                    if found is None and draft.stamp is None and draft.place():  # behind a URL: removed meanwhile
+                        placed = self._placed(draft, mine)
+                if found is not None and found.entry is not None:
+                    return replace(found, differs=found.entry.sha256 != mine.sha256)
         raise self._restless()
 
-    def read(self, on_sample: Callable[[LabelSample], None] | None = None) -> Contents:
-        """All that is under the tar's name. FileMissing; DataError when it is damaged, or not of the source's keys."""
-        seen = storage.stamp(self.tar)
-        with storage.open_range(self.tar, 0, seen.size if seen else None) as file:
-            found = read_tar(file, self.tar, on_sample)
-        check_keys_of(self.tar, found, self.keys)
+    def _read(self, seen: storage.Stamp) -> Contents:
+        """All that is under the tar's name. DataError when it is damaged, or not of the source's keys; _Moved when it
+        is another one by now, or none."""
+        try:
+            with storage.open_range(self.tar, 0, seen.size) as file:
+                found = read_tar(file, self.tar)
+            check_keys_of(self.tar, found, self.keys)
+        except (DataError, storage.StorageError) as error:
+            if storage.stamp(self.tar) != seen:
+                raise _Moved from error
+            raise
+        if storage.stamp(self.tar) != seen:
+            raise _Moved
         return replace(found, stamp=seen)
 
     def _settled(self, *, reindex: bool = False) -> Commit | None:
@@ -122,7 +135,7 @@ class LabelSlot:
 
         `reindex`: this writer may have written the index of a tar that is not there any more.
         """
-        for _ in range(_PATIENCE):
+        for _ in _attempts():
             # in this order: an entry is made after its tar
             ledger_seen, tar_seen = storage.stamp(self.ledger), storage.stamp(self.tar)
             if ledger_seen is not None:
@@ -138,8 +151,8 @@ class LabelSlot:
             if tar_seen is None:
                 return None
             try:
-                there = self.read()
-            except storage.FileMissing:
+                there = self._read(tar_seen)
+            except _Moved:
                 continue
             except DataError:
                 storage.remove_if(self.tar, tar_seen, self.tag)
@@ -153,14 +166,13 @@ class LabelSlot:
     def _enter(self, there: Contents, seconds: float | None, outcome: Outcome) -> Commit | None:
         """Index and ledger entry of the tar that was read; None when it is not there any more, or an entry of
         another one was, and is removed."""
-        if storage.stamp(self.tar) != there.stamp:
-            return None
         storage.atomic_write(index_path(self.tar), there.index.text, self.tag)
-        entry = LedgerEntry.of(self.stem, there, seconds, self.by() if callable(self.by) else self.by)
-        won = storage.write_if_absent(self.ledger, entry.to_json(), self.tag)
+        by = self.by() if callable(self.by) else self.by
+        entry = LedgerEntry.of(self.stem, there, seconds, {**by, "tag": self.tag})
+        storage.write_if_absent(self.ledger, entry.to_json(), self.tag)
+        # whether it is there by this very call says nothing: an earlier attempt may have arrived whose answer got lost
         seen, found = storage.stamp(self.ledger), self._entry()
-        # behind a URL the attempt that arrived may not be the one that got an answer
-        is_mine = found == entry and (won or storage.is_url(self.ledger))
+        is_mine = found == entry
         is_there = storage.stamp(self.tar) == there.stamp
         if is_there and is_mine:
             return Commit(outcome, entry)
@@ -182,16 +194,16 @@ class LabelSlot:
         than it was sent."""
         if draft.stamp is not None:
             return replace(mine, stamp=draft.stamp)
+        seen = storage.stamp(self.tar)
         try:
-            there = self.read()
-        except storage.FileMissing:
+            there = self._read(seen) if seen is not None else None
+        except _Moved:
             return None
         except DataError as error:
-            seen = storage.stamp(self.tar)
-            if seen is not None:
-                storage.remove_if(self.tar, seen, self.tag)
+            if seen is not None and not storage.remove_if(self.tar, seen, self.tag):
+                return None
             raise DataError(f"{self.tar}: the bytes read back differ from those sent: run again ({error})") from error
-        return there if there.sha256 == mine.sha256 else None
+        return there if there is not None and there.sha256 == mine.sha256 else None
 
     def _entry(self) -> LedgerEntry | None:
         """The entry, None when there is none, or none that can be used."""
@@ -205,3 +217,11 @@ class LabelSlot:
 
     def _restless(self) -> DataError:
         return DataError(f"{self.tar}: several writers keep changing it: run again")
+
+
+def _attempts() -> Iterator[int]:
+    """Looks at a shard that somebody else is changing, which takes him a moment."""
+    for attempt in range(_PATIENCE):
+        if attempt > 1:
+            time.sleep(min(0.0005 * 2**attempt, 0.1))
+        yield attempt

@@ -18,8 +18,9 @@ class LedgerEntry:
     """One committed label shard; `bytes` and `sha256` are of its tar, `failures` maps a reason to keys.
 
     `quality` counts samples in 20 equal bins over [0, 1], None when no sample has a quality. `seconds` is how long the
-    work took, None when nobody knows: its writer died. `by` says who, freely; `status` understands `node` (text) and
-    `finished` (seconds since 1970). Two runs over the same input may differ in `seconds` and `by` alone.
+    work took, None when nobody knows: its writer died. `by` says who, freely; `tag` is the writer's own, as in the
+    names of its temporary files, and `status` understands `node` (text) and `finished` (seconds since 1970). Two runs
+    over the same input may differ in `seconds` and `by` alone.
     """
 
     stem: str

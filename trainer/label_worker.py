@@ -39,7 +39,7 @@ _ENCODED_AHEAD = 2  # batches whose labels are being encoded
 
 
 @dataclass(frozen=True)
-class _Ready:
+class Ready:
     """A batch for the network; without `image_BCHW` its frames have all failed. `rows` of `frames` in the batch."""
 
     frames: list[Frame]
@@ -126,17 +126,30 @@ class Labeller:
 
     def labels(self, shard: Shard, only: Collection[int] | None = None) -> Iterator[LabelSample]:
         """The labels of a shard's samples in their order; of those at the places `only`, as all of them would be."""
-        batches = batches_by_shape(read_frames(self.dataset, shard, self._sizer), self.config.rows)
-        if only is not None:
-            batches = (group for group in batches if any(frame.index in only for frame in group))
-        with ahead(self._decoded(batches), _BATCHES_AHEAD, "decode") as ready:
+        with ahead(self.inputs(shard, only), _BATCHES_AHEAD, "decode") as ready:
             predicted = self._predicted(ready)
-            depth = _ENCODED_AHEAD * self.config.rows
-            encoded = mapped(self._encode, predicted, self._encoders, depth)
+            encoded = mapped(self._encode, predicted, self._encoders, _ENCODED_AHEAD * self.config.rows)
             if only is not None:
                 yield from (sample for index, sample in sorted(encoded, key=lambda pair: pair[0]) if index in only)
                 return
             yield from in_order(encoded)
+
+    def inputs(self, shard: Shard, only: Collection[int] | None = None) -> Iterator[Ready]:
+        """The batches of a shard as the network takes them; of those alone that hold one of the places `only`."""
+        for group in batches_by_shape(read_frames(self.dataset, shard, self._sizer), self.config.rows):
+            if only is not None and not any(frame.index in only for frame in group):
+                continue
+            if group[0].problem:
+                yield Ready(group)
+                continue
+            image_BCHW, good, bad = decode_frames(self._pipeline, group)
+            if bad:
+                yield Ready(bad)
+            if image_BCHW is None:
+                continue
+            places = {frame.index: row for row, frame in enumerate(group)}
+            rows = tuple(places[frame.index] for frame in good)
+            yield Ready(good, in_places(image_BCHW, rows, batch_size(len(group), self.config.rows)), rows)
 
     def shard(self, stem: str) -> Shard:
         """The source shard of that stem."""
@@ -148,21 +161,7 @@ class Labeller:
             grip.progress(done / total)
             yield sample
 
-    def _decoded(self, batches: Iterable[list[Frame]]) -> Iterator[_Ready]:
-        for group in batches:
-            if group[0].problem:
-                yield _Ready(group)
-                continue
-            image_BCHW, good, bad = decode_frames(self._pipeline, group)
-            if bad:
-                yield _Ready(bad)
-            if image_BCHW is None:
-                continue
-            places = {frame.index: row for row, frame in enumerate(group)}
-            rows = tuple(places[frame.index] for frame in good)
-            yield _Ready(good, in_places(image_BCHW, rows, batch_size(len(group), self.config.rows)), rows)
-
-    def _predicted(self, ready: Iterable[_Ready]) -> Iterator[_Predicted]:
+    def _predicted(self, ready: Iterable[Ready]) -> Iterator[_Predicted]:
         for batch in ready:
             if batch.image_BCHW is None:
                 yield from map(_Predicted, batch.frames)

@@ -110,10 +110,11 @@ def test_a_shard_reads_back_in_order(any_store: LabelStore) -> None:
     store = any_store
     hollow = LabelSample.encoded("hollow", np.full((2, 2), np.nan, np.float32), {})
     samples = [label("b", 1), LabelSample.failed("bad", "truncated_image"), hollow, label("a", 2, quality=None)]
-    entry = write(store, samples, seconds=12.5, by={"node": "n1", "token": 7})
+    entry = write(store, samples, seconds=12.5, by={"node": "n1", "token": 7}, tag=TAG)
     assert (entry.stem, entry.samples, entry.failed) == (STEM, 4, 2)
     assert entry.failures == {"truncated_image": ["bad"], "no_valid_disparity": ["hollow"]}
-    assert (entry.seconds, entry.bytes, entry.by) == (12.5, storage.size(store.tar(STEM)), {"node": "n1", "token": 7})
+    assert (entry.seconds, entry.bytes) == (12.5, storage.size(store.tar(STEM)))
+    assert entry.by == {"node": "n1", "token": 7, "tag": TAG}
     assert entry.quality == [1 if bin == 10 else 0 for bin in range(20)]
     assert entry.sha256 == storage.sha256_file(store.tar(STEM))
     assert store.entry(STEM) == entry
@@ -315,7 +316,7 @@ def test_a_tar_without_an_entry_is_adopted(any_store: LabelStore) -> None:
     assert commit.outcome == "adopted" and commit.entry is not None
     entry = commit.entry
     assert (entry.sha256, entry.samples, entry.failures) == (sha256, 2, {"bad_image": ["b"]})
-    assert (entry.seconds, entry.by) == (None, {"node": "n2"})  # who did the work took the time along
+    assert (entry.seconds, entry.by["node"]) == (None, "n2")  # who did the work took the time along
     assert store.done(STEM) and store.index(STEM).text == ShardIndex.build(store.tar(STEM)).text
     assert storage.exists(index_path(store.tar(STEM)))
 
