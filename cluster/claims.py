@@ -15,7 +15,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from cluster import storage
 
 FOLDER = "leases"
 _KEPT = 10  # times `ttl_s` that the file of a run which is gone stays, for people to see
+_LOOK_EVERY_S = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +162,37 @@ def read_claims(folder: str) -> list[Claim]:
             continue
         try:
             content = json.loads(storage.read_bytes(storage.join(folder, name)))
-            found.append(Claim(**{key: content[key] for key in Claim.__dataclass_fields__}))
+            claim = Claim(**{key: content[key] for key in Claim.__dataclass_fields__})
         except (storage.FileMissing, ValueError, KeyError, TypeError):
             continue  # it has just gone, or is none of ours
+        if _is_sound(claim):
+            found.append(claim)
     return found
+
+
+def _is_sound(claim: Claim) -> bool:
+    numbers = [claim.pid, claim.born, claim.beat, claim.written, claim.ends]
+    if not all(isinstance(each, Mapping) for each in (claim.items, claim.leased, claim.done)):
+        return False
+    return all(isinstance(each, int | float) for each in [*numbers, *claim.items.values()])
+
+
+def alone(folder: str, ttl_s: float, stopped: Callable[[], bool] = lambda: False) -> bool:
+    """Whether no run is at work in a folder: asked by one that is not, or not any more.
+
+    Of a file that is there either its run goes on and changes it, or it was killed: which of the two is known after
+    `ttl_s` at the latest, or as long as that run's own leases last. False also when `stopped()`. Raises StorageError.
+    """
+    began, beats = time.monotonic(), dict[str, int]()
+    while not stopped():
+        there = [claim for claim in read_claims(folder) if not claim.gone() and claim.ends + ttl_s >= time.time()]
+        if any(beats.setdefault(claim.owner, claim.beat) != claim.beat for claim in there):
+            return False
+        silence_s = max((claim.ends - claim.written for claim in there), default=0.0)
+        if not there or time.monotonic() - began > max(ttl_s, silence_s):
+            return True
+        time.sleep(min(_LOOK_EVERY_S, ttl_s / 10))
+    return False
 
 
 def _born(pid: int) -> float:

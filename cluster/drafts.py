@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, cast
 
 from cluster import remote
 from cluster.places import (
-    StorageError,
+    Swept,
     ensure_folder,
     is_url,
     local_path,
@@ -75,7 +75,8 @@ class Draft:
         """Give the file its name; False when the name is taken, unless `over` replaces what has it.
 
         It may be called again, after False and also when somebody has removed the file since; a local draft keeps its
-        temporary name for that, beside the other one, until the block ends. Raises StorageError.
+        temporary name for that, beside the other one, until the block ends. Raises StorageError; Swept when
+        `remove_temporaries` has taken the file away.
         """
         raise NotImplementedError
 
@@ -278,8 +279,8 @@ class _LocalDraft(Draft):
             with suppress(OSError):
                 os.unlink(self._temporary)
 
-    def _gone(self) -> StorageError:
-        return StorageError(
+    def _gone(self) -> Swept:
+        return Swept(
             f"{self._path}: cannot write: its unfinished file {self._temporary} is gone: another run has cleaned up; "
             "run again"
         )

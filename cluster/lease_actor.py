@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.claims import Claims
+from cluster.failures import portable
 from cluster.leases import Counts, Later, Lease, LeaseTable
 from cluster.storage import StorageError
 
@@ -133,9 +134,8 @@ class LeaseActor:
             self._progress.pop(token, None)
             if away is None:
                 self._table.drop(token, time.monotonic())
-            else:
+            elif self._table.away(token, away, time.monotonic()):
                 self._away[item] = away
-                self._table.away(token, away, time.monotonic())
 
     def give_up(self, item: str, reason: str) -> None:
         """An item cannot be done."""
@@ -200,6 +200,8 @@ class LeaseActor:
             except StorageError as error:  # nobody works on less for it: claims only spare double work
                 self._trouble = str(error)
                 self._closed.wait(1.0)
+            except Exception as error:  # noqa: BLE001  without this thread nobody would get an item, and nobody be told
+                self.fail(portable(error, "the lease actor"))
             self._closed.wait(_CLAIM_LEAST_S)
             self._wake.wait(timeout=min(every_s, 1.0) if self._claims.others else every_s)
 

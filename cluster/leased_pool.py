@@ -105,8 +105,8 @@ class _Crew:
         import ray
 
         self._make, self._settings, self._need, self._limit = make, settings, need, limit
-        # beside the driver, whose end is its end
-        place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(own_node(), soft=True)
+        # beside the driver, whose end is its end; Ray puts an actor that takes no resources anywhere if `soft`
+        place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(own_node(), soft=False)
         self._leases = (
             ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=place)(LeaseActor)
             .options(max_concurrency=1)

@@ -17,7 +17,7 @@ from cluster.background import Background
 from cluster.failures import portable
 from cluster.lease_actor import Worker
 from cluster.leases import Later, Lease
-from cluster.storage import StorageError, Unreachable
+from cluster.storage import StorageError, Swept, Unreachable
 
 _CALL_S = 20.0  # of one call to the lease actor
 _PATIENCE_S = 120.0  # with an actor that does not answer: Ray may be starting it again
@@ -138,7 +138,7 @@ class LeasedWorker:
             result = self._processor.process(lease.item, grip)
         except LeaseLost:
             self._call("drop", lease.item, lease.token)
-        except Unreachable as error:
+        except (Unreachable, Swept) as error:  # not at once again, and not for ever
             self._call("drop", lease.item, lease.token, away=str(error))
         except StorageError as error:
             self._call("drop", lease.item, lease.token)

@@ -211,16 +211,19 @@ class LeaseTable:
         """The holder gives an item back, and nothing is wrong with it."""
         self._let_go(token, again_at=now)
 
-    def away(self, token: int, reason: str, now: float) -> None:
-        """The item's store did not answer: it is tried again, later each time, and given up at last."""
+    def away(self, token: int, reason: str, now: float) -> bool:
+        """The item's store did not answer: it is tried again, later each time, and given up at last. Whether the lease
+        still held."""
         held = self._held.get(token)
-        if held is not None:
-            item = held.lease.item
-            self._tries[item] += 1
-            wait_s = min(_AWAY_LONGEST_S, _AWAY_FIRST_S * 2.0 ** (self._tries[item] - 1))
-            self._let_go(token, again_at=now + wait_s)
-            if self._tries[item] >= _AWAY_MOST and not self._holders.get(item):
-                self.give_up(item, f"tried {self._tries[item]} times: {reason}")
+        if held is None:
+            return False
+        item = held.lease.item
+        self._tries[item] += 1
+        wait_s = min(_AWAY_LONGEST_S, _AWAY_FIRST_S * 2.0 ** (self._tries[item] - 1))
+        self._let_go(token, again_at=now + wait_s)
+        if self._tries[item] >= _AWAY_MOST and not self._holders.get(item):
+            self.give_up(item, f"tried {self._tries[item]} times: {reason}")
+        return True
 
     def give_up(self, item: str, reason: str) -> None:
         """The item cannot be done."""

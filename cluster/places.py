@@ -48,6 +48,10 @@ class Unreachable(StorageError):
     """A store behind a URL failed or refused, after the last attempt: no fault of the file."""
 
 
+class Swept(StorageError):
+    """An unfinished file was taken away by somebody who took its writer for dead."""
+
+
 class FileMissing(StorageError, FileNotFoundError):
     """The file or folder to read does not exist."""
 

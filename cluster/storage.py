@@ -36,6 +36,7 @@ from cluster.drafts import (
 from cluster.places import (
     FileMissing,
     StorageError,
+    Swept,
     Unreachable,
     ensure_folder,
     is_url,
@@ -51,6 +52,7 @@ __all__ = [
     "FileMissing",
     "Stamp",
     "StorageError",
+    "Swept",
     "Unreachable",
     "append_line",
     "atomic_write",

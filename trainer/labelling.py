@@ -10,18 +10,19 @@ import functools
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster import storage
 from cluster.claims import FOLDER as CLAIMS
-from cluster.claims import read_claims
+from cluster.claims import alone, read_claims
 from cluster.lease_actor import View
 from cluster.leased_pool import Need, run_leased
 from cluster.stop import StopFlag
 from cluster.telemetry import Exporter
 from dataio.dataset import Dataset
-from dataio.labels import INFO_NAME, LABEL_FORMAT, LabelStore, plan_digest
+from dataio.labels import INFO_NAME, LABEL_FORMAT, WORKING, LabelStore, plan_digest
 from model.presets import Preset
 from trainer.config import ConfigError, parse_config
 from trainer.config_label import LabelConfig
@@ -118,6 +119,7 @@ def work_on(
 ) -> LabelOutcome:
     """Have the shards of a job processed, and clear up. `preset`: the teacher's, where it is known."""
     began, stop, store = time.monotonic(), stop or StopFlag(), job.store
+    claims = storage.join(store.path, CLAIMS)
     account = _Account(len(job.stems), on_progress)
     done = set(job.listed())
     if not done.issuperset(job.stems):
@@ -128,7 +130,7 @@ def work_on(
                 job.make,
                 job.stems,
                 listed=job.listed,
-                claims=storage.join(store.path, CLAIMS),
+                claims=claims,
                 need=need,
                 workers=config.cluster.workers or workers_here(config, need),
                 on_look=account.on_look,
@@ -137,9 +139,9 @@ def work_on(
                 ttl_s=config.cluster.lease_s,
             )
         account.on_look(replace(result.view, results=[]))
-        if result.complete and not result.view.others:
-            _clear_up(store)
     left = len(job.stems) - account.done - len(account.given_up)
+    if not left and alone(claims, config.cluster.lease_s, lambda: stop.reason is not None):
+        _clear_up(store)
     return LabelOutcome(
         folder=store.path,
         shards=account.done,
@@ -301,12 +303,14 @@ def workers_here(config: LabelConfig, need: Need) -> int | None:
 
 
 def _clear_up(store: LabelStore) -> None:
-    """What nobody needs once all is done: half-written files, and addresses of workers that were killed."""
+    """What nobody needs once all is done and nobody is at work: half-written files, and what those who were killed have
+    told of themselves."""
     store.clean()
-    folder = _discovery(store)
-    if folder is not None and storage.exists(folder):
-        for name in storage.listdir(folder):
-            storage.remove(storage.join(folder, name))
+    for folder in (storage.join(store.path, name) for name in WORKING):
+        with suppress(storage.FileMissing):
+            for name, size in storage.sizes(folder).items():
+                if size is not None:
+                    storage.remove(storage.join(folder, name))
 
 
 def _sweep(store: LabelStore, lease_s: float) -> None:

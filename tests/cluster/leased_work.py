@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.leased_worker import Grip
-from cluster.storage import StorageError, Unreachable
+from cluster.storage import StorageError, Swept, Unreachable
 from tests.cluster.work import UserError
 
 
@@ -37,6 +37,8 @@ class Processor:
             raise StorageError(f"{item}: cannot write: the disk is full")
         if name == "away" and not again:
             raise Unreachable(f"{item}: no answer")
+        if name == "swept" and not again:
+            raise Swept(f"{item}: its unfinished file is gone")
         if name == "broken":
             raise RuntimeError("of no item in particular")
         if name == "stuck" and not again:
@@ -54,6 +56,15 @@ class Processor:
 def listed(folder: str) -> Collection[str]:
     done = Path(folder) / "done"
     return os.listdir(done) if done.exists() else []
+
+
+def listed_once(folder: str) -> Collection[str]:
+    """Raises when it is asked again."""
+    asked = Path(folder) / "asked"
+    if asked.exists():
+        raise ValueError("labels.json is gone")
+    asked.touch()
+    return listed(folder)
 
 
 def no_processor(owner: str) -> Processor:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster import claims as module
-from cluster.claims import Claims, read_claims
+from cluster.claims import Claims, alone, read_claims
 
 
 class Clocks:
@@ -24,6 +24,9 @@ class Clocks:
 
     def monotonic(self) -> float:
         return self.now + 77
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
 @pytest.fixture
@@ -117,7 +120,13 @@ def test_a_dead_process_of_this_machine_is_gone_at_once(tmp_path: Path) -> None:
 
 def test_files_that_are_none_of_ours_are_passed_over(tmp_path: Path) -> None:
     a, _, _ = three(str(tmp_path))
-    for name, text in (("x.json", "{"), ("y.json", "[]"), ("z.txt", "{}"), ("w.json", '{"owner": "w"}')):
+    a.claim([])
+    whole = json.loads((tmp_path / "aaaaaaaa.json").read_text())
+    for name, text in (
+        ("x.json", "{"), ("y.json", "[]"), ("z.txt", "{}"), ("w.json", '{"owner": "w"}'),
+        ("u.json", json.dumps(whole | {"owner": "u", "items": ["s0"]})),
+        ("v.json", json.dumps(whole | {"owner": "v", "ends": "soon"})),
+    ):  # fmt: skip
         (tmp_path / name).write_text(text)
     assert not a.claim(["s0"]).claimed
     assert [claim.owner for claim in read_claims(str(tmp_path))] == ["aaaaaaaa"]
@@ -134,3 +143,29 @@ def test_in_an_object_store(s3: str) -> None:
     a.withdraw()
     a.withdraw()
     assert b.claim(["s0"]).left and set(b.items) == {"s0"}
+
+
+def test_who_is_alone_and_who_is_not(tmp_path: Path, clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was killed elsewhere is silent; one that works writes again; two that end at once see nobody."""
+    folder = str(tmp_path)
+    assert alone(folder, 10.0) and clocks.now == 1000.0
+    a, b, _ = three(folder)
+    a.claim(["s0"])
+    assert alone(folder, 10.0) and 1010 < clocks.now < 1012
+    assert not alone(folder, 10.0, lambda: True)
+    clocks.now += 10
+    assert alone(folder, 10.0) and clocks.now < 1022  # its time was over before
+
+    def sleep(seconds: float) -> None:
+        clocks.now += seconds
+        b.claim([])
+
+    b.claim([])
+    monkeypatch.setattr(clocks, "sleep", sleep)
+    assert not alone(folder, 10.0) and clocks.now < 1023
+    b.withdraw()
+    assert alone(folder, 10.0) and clocks.now < 1023
+    Claims(folder, "dddddddd", 100.0).claim([])  # of longer leases
+    monkeypatch.setattr(clocks, "sleep", Clocks.sleep.__get__(clocks))
+    before = clocks.now
+    assert alone(folder, 10.0) and clocks.now - before > 100

@@ -109,6 +109,24 @@ def test_what_was_not_placed_is_gone(base: str) -> None:
     assert list(storage.sizes(base)) == ["b"]
 
 
+def test_a_draft_that_was_swept_away_is_told_from_a_disk_that_fails(tmp_path: Path) -> None:
+    def reread() -> None:
+        with storage.draft(str(tmp_path / "a")) as mine:
+            storage.remove_temporaries(str(tmp_path))
+            with mine.reread():
+                pass
+
+    def place(over: bool) -> None:
+        with storage.draft(str(tmp_path / "a")) as mine:
+            storage.remove_temporaries(str(tmp_path))
+            mine.place(over=over)
+
+    for each in (reread, lambda: place(over=False), lambda: place(over=True)):
+        with pytest.raises(storage.Swept, match=r"a: cannot write: its unfinished file .* is gone"):
+            each()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_order_of_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Content before name, and the folder after it; the temporary name goes last."""
     events: list[str] = []

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cluster.claims import read_claims
+from cluster.claims import Claims, read_claims
 from cluster.failures import WorkerDied
 from cluster.lease_actor import View
 from cluster.leased_pool import LeasedResult, Need, run_leased
@@ -101,6 +101,24 @@ def test_items_with_wrong_data_are_named_and_a_store_that_is_away_is_asked_again
     assert dict(run.result.view.given_up) == {"wrong-0": "wrong-0: found 1, allowed 2"}
     assert {item for item, _ in run.results} == {"away-0", *names(3)}
     assert any(view.trouble == "away-0: no answer" for view in run.views)
+
+
+def test_a_file_that_another_run_has_swept_away_is_no_full_disk(tmp_path: Path) -> None:
+    run = Run(tmp_path, ["swept-0", *names(3)])()
+    assert run.result is not None and run.result.complete and not run.result.view.given_up
+    assert {item for item, _ in run.results} == {"swept-0", *names(3)}
+    assert run.began()["swept-0"] == 2
+
+
+def test_a_ledger_that_cannot_be_read_any_more_ends_the_run(tmp_path: Path) -> None:
+    """It is read again in a thread, once another run has left, and nobody would get an item without that thread."""
+    other = Claims(str(tmp_path / "leases"), "0badc0de", 60.0)
+    other.claim([])
+    options: dict[str, Any] = {"listed": functools.partial(leased_work.listed_once, str(tmp_path))}
+    run = Run(tmp_path, names(200, "slow10"), workers=1, **options)
+    run.look = lambda view: other.withdraw() if view.others else None  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"labels\.json is gone"):
+        run()
 
 
 def test_a_full_disk_ends_the_run_as_itself(tmp_path: Path) -> None:

@@ -141,6 +141,14 @@ def test_a_store_that_does_not_answer_is_asked_later_and_later_and_not_for_ever(
     assert it.finished
 
 
+def test_who_has_lost_his_lease_says_nothing_of_its_store() -> None:
+    it = table(1)
+    lease = given(it.take("a", 0))
+    assert take(it, "b", 11) == "s0"
+    assert not it.away(lease.token, "no answer", 12)
+    assert [held.owner for held in it.held()] == ["b"]
+
+
 def test_an_item_given_back_comes_next() -> None:
     it = table(2)
     lease = given(it.take("a", 0))

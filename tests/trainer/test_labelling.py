@@ -15,6 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster import storage
+from cluster.background import Background
+from cluster.claims import Claims
 from cluster.lease_actor import Worker
 from cluster.leased_worker import Grip, LeaseLost
 from cluster.leases import Lease
@@ -30,7 +33,7 @@ from trainer.config_label import LabelConfig
 from trainer.inference import Predictor, agreement, usual_shapes
 from trainer.label_retry import Retrier
 from trainer.label_worker import Labeller, batch_size, in_order, in_places
-from trainer.labelling import describe
+from trainer.labelling import describe, run_labelling
 from trainer.plan_label import passes as plan_passes
 
 SIZES = [(48, 56), (70, 90), (48, 56), (56, 48), (70, 90), (48, 56), (90, 40)]
@@ -464,3 +467,35 @@ def test_a_shard_without_samples_has_a_label_shard_without_labels(weights: str, 
         DataSpec(roles={"r": role}, input_size=28), {"r": RoleNeeds(sidecar=True)}, views=("clean",), seed=0
     ) as it:
         assert next(it).weight_B.tolist() == [1, 1, 1]
+
+
+def test_what_others_left_is_cleared_away_once_all_is_done(tmp_path: Path, dataset: str, weights: str) -> None:
+    """By the run that finds everything done, too; but not while another is at work."""
+    config = config_of(dataset, weights, out=str(tmp_path), cluster={"lease_s": 1.0})
+    digest = plan_digest(describe(config, Dataset.open(dataset)))
+    store, _ = label(config, tmp_path / digest)
+    left = [".x.0badcafe.tmp", "shards/.x.0badcafe.tmp", "leases/.x.0badcafe.tmp", "telemetry/label-0-1-x.json"]
+    before = sorted(path for path in Path(store.path).rglob("*.*"))
+    other = Claims(storage.join(store.path, "leases"), "0badc0de", 1.0)
+    other.claim([])
+    for name in left:
+        (Path(store.path) / name).parent.mkdir(exist_ok=True)
+        (Path(store.path) / name).touch()
+    with Renewed(other):
+        outcome = run_labelling(config)
+    assert outcome.shards == 2 and all((Path(store.path) / name).exists() for name in left)
+    outcome = run_labelling(config)
+    assert (outcome.shards, outcome.images, outcome.folder) == (2, 0, store.path)
+    assert sorted(path for path in Path(store.path).rglob("*.*")) == before
+
+
+class Renewed(Background):
+    """The claims of another run, while it works."""
+
+    def __init__(self, claims: Claims) -> None:
+        super().__init__("claims", join_s=5)
+        self._claims = claims
+
+    def _run(self) -> None:
+        while not self._closed.wait(0.05):
+            self._claims.claim([])
