@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from dataio.labels import LabelStore
-from tests.bed import Bed, Machine, wait_for
+from tests.bed import Bed, Machine
 from tests.dataio.fakes import unlabelled, write_dataset
 from tests.end_to_end.cli import REPOSITORY, json_lines
 
@@ -256,6 +256,7 @@ class Monkey:
         found = self._one(LEASES)
         if found is None:
             return False
+        assert found[0].name in self.job.drivers, f"a lease actor on {found[0].name}, and no driver there"
         found[1].kill()
         self.say(f"kill -9 the lease actor {found[1].pid} on {found[0].name}")
         return True
@@ -434,6 +435,3 @@ def workers_left(bed: Bed) -> list[psutil.Process]:
 
 def show(found: Mapping[str, int]) -> str:
     return json.dumps(dict(sorted(found.items())))
-
-
-__all__ = ["wait_for"]

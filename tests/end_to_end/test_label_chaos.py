@@ -117,7 +117,9 @@ def test_whatever_breaks_the_labels_are_those_of_a_run_left_alone(
     events, draw = tmp_path / "events.jsonl", random.Random(1000 + seed)
     sabotage(machines, events, pace_s=0.3, step_s=0.6)
     job = Job(machines, tmp_path, run_words(many.data, many.weights, tmp_path / "labels"), many.shards)
-    marks = [(draw.uniform(0.1, 0.35), "driver"), (draw.uniform(0.5, 0.8), "driver"), (draw.uniform(0.15, 0.4), "second")]
+    marks = [
+        (draw.uniform(0.1, 0.35), "driver"), (draw.uniform(0.5, 0.8), "driver"), (draw.uniform(0.15, 0.4), "second"),
+    ]  # fmt: skip
     deck = {"kill_worker": 4, "stop_worker": 3, "kill_leases": 2, "kill_raylet": 1, "cut": 1}
     monkey = Monkey(job, seed, deck=deck, every=(2, 9), marks=marks)
     chaos(monkey, many, events)
