@@ -184,6 +184,7 @@ class Monkey:
 
     def run(self) -> None:
         """Until all drivers have ended. AssertionError when one ended otherwise than well, or it takes too long."""
+        heal(self.bed)
         self.job.start("head")
         ends = time.monotonic() + _PATIENCE_S
         next_at, next_done = 0.0, 1
@@ -263,24 +264,37 @@ class Monkey:
 
     def _stop_worker(self) -> bool:
         found = self._one(AT_WORK)
-        if found is None:
-            return False
-        machine, process = found
-        seconds = self._draw.uniform(1.3, 2.8) * LEASE_S
+        if found is not None:
+            self._stop(*found, self._draw.uniform(1.3, 2.8) * LEASE_S, "worker")
+        return found is not None
+
+    def _stop_leases(self) -> bool:
+        found = self._one(LEASES)
+        if found is not None:
+            self._stop(*found, self._draw.uniform(1.1, 1.8) * LEASE_S, "lease actor")
+        return found is not None
+
+    def _stop_driver(self) -> bool:
+        found = self._one(DRIVER)
+        if found is not None:
+            self._stop(*found, self._draw.uniform(1.1, 1.8) * LEASE_S, "driver")
+        return found is not None
+
+    def _stop(self, machine: Machine, process: psutil.Process, seconds: float, what: str) -> None:
+        """As on a machine that swaps, or is moved: it goes on later, and knows nothing of it."""
         process.send_signal(signal.SIGSTOP)
         self._stopped.add(process)
         inside = pid_inside(process)
-        self.say(f"stop the worker {process.pid} on {machine.name} for {seconds:.1f} s")
+        self.say(f"stop the {what} {process.pid} on {machine.name} for {seconds:.1f} s")
 
         def go_on() -> None:
             self._stopped.discard(process)
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
                 self.late[machine.name, inside] = time.time()
-                self.say(f"the worker {process.pid} on {machine.name} goes on")
+                self.say(f"the {what} {process.pid} on {machine.name} goes on")
 
         self._in(seconds, go_on)
-        return True
 
     def _free(self) -> list[str]:
         """Machines beside the head that hold no driver, and can be broken: one at a time."""
@@ -371,6 +385,13 @@ class Monkey:
             thread.join()
 
 
+def heal(bed: Bed) -> None:
+    """New machines for those that an earlier test has left without Ray."""
+    for name in WITH_RAY:
+        if not bed.machines[name].processes("raylet/raylet"):
+            bed.replace(name)
+
+
 def restore(bed: Bed, name: str, anew: bool) -> None:
     """Ray on a machine whose raylet is dead."""
     if anew:
@@ -404,7 +425,7 @@ def provoked(events: Path, monkey: Monkey) -> Counter[str]:
             found[note["outcome"]] += 1
             found["differs"] += bool(note["differs"])
         elif kind == "raised":
-            found["lost" if note["error"].startswith("LeaseLost") else "raised"] += 1
+            found[note["error"].split(":")[0].lower()] += 1
         elif kind == "expired":
             found["expired"] += note["number"]
         elif kind == "buried":
@@ -418,7 +439,7 @@ def provoked(events: Path, monkey: Monkey) -> Counter[str]:
         if kind in ("commit", "raised") and who in late and note["at"] >= late[who]:
             del late[who]
             found["late_writer"] += 1
-            found[f"late_{note.get('outcome', 'lost')}"] += 1
+            found[f"late_{note.get('outcome', 'raised')}"] += 1
     return found
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-_SHARE = 0.25  # of the steps of a commit that are slowed down
+_SHARE = 0.5  # of the steps of a commit that are slowed down
 
 
 class Saboteur(importlib.abc.MetaPathFinder):

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 
 from tests.bed import Bed, bed, wait_for
-from tests.end_to_end.cli import REPOSITORY, Done, succeed
+from tests.end_to_end.cli import REPOSITORY, TIMEOUT_S, Done, json_lines, succeed
 from tests.end_to_end.label_chaos import (
     CPUS,
     Job,
     Monkey,
     differences,
+    heal,
     make_data,
     make_weights,
     provoked,
@@ -102,6 +103,9 @@ def chaos(monkey: Monkey, known: Undisturbed, events: Path) -> dict[str, int]:
     finally:
         job.end()
         found = provoked(events, monkey)
+        for note in json_lines(events):
+            if note["kind"] == "raised" and not note["error"].startswith("LeaseLost"):
+                print(note)
         print(f"faults {show(monkey.done)}\nprovoked {show(found)}", flush=True)
     if "FATHOM_CHAOS" in os.environ:
         with open(os.environ["FATHOM_CHAOS"], "a") as file:
@@ -115,12 +119,15 @@ def test_whatever_breaks_the_labels_are_those_of_a_run_left_alone(
     tmp_path: Path, machines: Bed, many: Undisturbed, seed: int
 ) -> None:
     events, draw = tmp_path / "events.jsonl", random.Random(1000 + seed)
-    sabotage(machines, events, pace_s=0.3, step_s=0.6)
+    sabotage(machines, events, pace_s=0.2, step_s=0.8)
     job = Job(machines, tmp_path, run_words(many.data, many.weights, tmp_path / "labels"), many.shards)
     marks = [
         (draw.uniform(0.1, 0.35), "driver"), (draw.uniform(0.5, 0.8), "driver"), (draw.uniform(0.15, 0.4), "second"),
     ]  # fmt: skip
-    deck = {"kill_worker": 4, "stop_worker": 3, "kill_leases": 2, "kill_raylet": 1, "cut": 1}
+    deck = {
+        "kill_worker": 4, "stop_worker": 3, "kill_leases": 2, "kill_raylet": 1, "cut": 1, "stop_leases": 1,
+        "stop_driver": 1,
+    }  # fmt: skip
     monkey = Monkey(job, seed, deck=deck, every=(2, 9), marks=marks)
     chaos(monkey, many, events)
     assert monkey.done["kill_driver"] == 2 and monkey.done["second_driver"] == 1
@@ -128,10 +135,49 @@ def test_whatever_breaks_the_labels_are_those_of_a_run_left_alone(
 
 def test_a_small_job_survives_what_breaks_it(tmp_path: Path, machines: Bed, few: Undisturbed) -> None:
     events = tmp_path / "events.jsonl"
-    sabotage(machines, events, pace_s=0.4, step_s=0.6)
+    sabotage(machines, events, pace_s=0.4, step_s=0.8)
     job = Job(machines, tmp_path, run_words(few.data, few.weights, tmp_path / "labels"), few.shards)
     marks = [(0.2, "second"), (0.5, "driver")]
     deck = {"kill_worker": 1, "stop_worker": 1, "kill_leases": 1}
     monkey = Monkey(job, 0, deck=deck, every=(1, 3), marks=marks)
     chaos(monkey, few, events)
     assert monkey.done["kill_driver"] == 1 and monkey.done["second_driver"] == 1
+
+
+@pytest.mark.slow
+def test_machines_come_and_go(tmp_path: Path, machines: Bed, few: Undisturbed) -> None:
+    """One that joins gets work; one that leaves in order and one that is lost take nothing with them."""
+    heal(machines)
+    events = tmp_path / "events.jsonl"
+    sabotage(machines, events, pace_s=1.5, step_s=0.1)
+    job = Job(machines, tmp_path, run_words(few.data, few.weights, tmp_path / "labels"), few.shards)
+    stop_ray(machines, "node2")
+    try:
+        job.start("head")
+        wait_for(lambda: job.done() >= 2, "two shards", TIMEOUT_S)
+        assert at_work(events) <= {"head", "node1"}
+        machines.start_ray("node2", CPUS[2])
+        wait_for(lambda: "node2" in at_work(events), "work on node2", TIMEOUT_S)
+        stop_ray(machines, "node1")
+        done = job.done()
+        wait_for(lambda: job.done() > done, "another shard", TIMEOUT_S)
+        machines.machines["node2"].kill()
+        assert job.done() < few.shards, "the job was over too soon"
+        assert job.drivers["head"].wait(TIMEOUT_S) == 0
+        wait_for(lambda: not workers_left(machines), "end of the workers")
+        check(job, few)
+    finally:
+        print(job.log("head").read_text())
+        job.end()
+        heal(machines)
+
+
+def at_work(events: Path) -> set[str]:
+    """The machines whose workers have been ready."""
+    return {note["machine"] for note in json_lines(events) if note["kind"] == "built"}
+
+
+def stop_ray(machines: Bed, name: str) -> None:
+    """As who takes a machine out of the cluster does."""
+    done = machines.machines[name].run("ray", "stop", "--grace-period", "10", cwd=machines.folder)
+    assert done.returncode == 0, done.stderr
