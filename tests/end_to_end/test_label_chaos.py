@@ -17,10 +17,9 @@ import pytest
 
 from tests.bed import Bed, bed, wait_for
 from tests.end_to_end.cli import REPOSITORY, TIMEOUT_S, Done, json_lines, succeed
-from tests.end_to_end.label_chaos import (
+from tests.end_to_end.label_job import (
     CPUS,
     Job,
-    Monkey,
     differences,
     heal,
     make_data,
@@ -31,6 +30,7 @@ from tests.end_to_end.label_chaos import (
     show,
     workers_left,
 )
+from tests.end_to_end.label_monkey import Monkey
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -102,7 +102,7 @@ def chaos(monkey: Monkey, known: Undisturbed, events: Path) -> dict[str, int]:
         raise
     finally:
         job.end()
-        found = provoked(events, monkey)
+        found = provoked(events, monkey.late)
         for note in json_lines(events):
             if note["kind"] == "raised" and not note["error"].startswith("LeaseLost"):
                 print(note)
@@ -128,7 +128,7 @@ def test_whatever_breaks_the_labels_are_those_of_a_run_left_alone(
         "kill_worker": 4, "stop_worker": 3, "kill_leases": 2, "kill_raylet": 1, "cut": 1, "stop_leases": 1,
         "stop_driver": 1,
     }  # fmt: skip
-    monkey = Monkey(job, seed, deck=deck, every=(2, 9), marks=marks)
+    monkey = Monkey(job, seed, deck=deck, every=(3, 10), marks=marks)
     chaos(monkey, many, events)
     assert monkey.done["kill_driver"] == 2 and monkey.done["second_driver"] == 1
 

@@ -1,152 +1,29 @@
-"""A labelling job on several machines, and a monkey that breaks what it finds of it.
+"""Breaks what it finds of a labelling job: at random, by a seed.
 
-The monkey's faults are drawn from a seed; when they come depends on the machine's speed as well, so a seed says which
-faults, not which microsecond. `MARKS` are what must have happened in a whole run.
+The seed says which faults come in which order; whom they hit, and in the middle of what, is decided by the machine's
+speed as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import heapq
-import json
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from dataio.labels import LabelStore
-from tests.bed import Bed, Machine
-from tests.dataio.fakes import unlabelled, write_dataset
-from tests.end_to_end.cli import REPOSITORY, json_lines
+from tests.bed import Machine
+from tests.end_to_end.label_job import AT_WORK, DRIVER, LEASE_S, LEASES, WITH_RAY, WORKER, Job, heal, restore
 
-LEASE_S = 5.0
-INPUT = 28
-SIZES = ((40, 44), (36, 52), (48, 40), (40, 44))
-CPUS = (2, 1, 1)
-WITH_RAY = ("head", "node1", "node2")
-WORKER, AT_WORK, LEASES = "ray::LeasedWorker", "ray::LeasedWorker.work", "ray::LeaseActor"
-DRIVER = "launcher.cli label run"
 _PATIENCE_S = 600.0
 _LEAST_S = 1.0  # between two faults
-
-
-def make_data(folder: Path, shards: int) -> str:
-    """Shards of three to five small photographs; every ninth image cannot be decoded or is none."""
-    made, number = [], 0
-    for shard in range(shards):
-        samples = {}
-        for place in range(3 + shard % 3):
-            members = unlabelled(number, *SIZES[number % len(SIZES)])
-            if number % 9 == 4:
-                members = {"jpg": members["jpg"][:-300]}  # its header is whole: only decoding tells
-            elif number % 27 == 8:
-                members = {"jpg": b"no image"} if number % 2 else {"txt": b"no image either"}
-            samples[f"s{shard:04d}_{place}"] = members
-            number += 1
-        made.append(samples)
-    return write_dataset(folder, made, with_depth=False)
-
-
-def make_weights(folder: Path) -> str:
-    """A teacher of random weights."""
-    import torch
-
-    from model import DepthAnything
-
-    torch.manual_seed(5)
-    DepthAnything.from_preset("tiny").save_pretrained(str(folder))
-    return str(folder)
-
-
-def run_words(data: str, weights: str, out: Path) -> list[str]:
-    """`fathom label run` and what decides its labels."""
-    return ["label", "run", data, "--weights", weights, "--input-size", str(INPUT), "--batch", "2", "--out", str(out)]
-
-
-def contents(folder: Path) -> dict[str, Any]:
-    """All of a label folder that two runs over the same input agree in, by path; also what should not be there."""
-    found: dict[str, Any] = {}
-    store = LabelStore.open(str(folder))
-    for path in sorted(each for each in folder.rglob("*") if not each.is_dir()):
-        name = str(path.relative_to(folder))
-        entry = store.entry(path.stem) if name.startswith("ledger/") and path.suffix == ".json" else None
-        found[name] = entry.content() if entry else path.read_bytes()
-    return found
-
-
-def differences(folder: Path, other: Path) -> list[str]:
-    """What of one label folder is not as in the other; empty when they are equal."""
-    mine, theirs = contents(folder), contents(other)
-    return [
-        f"{name}: {'missing' if name not in mine else 'left over' if name not in theirs else 'other content'}"
-        for name in sorted(mine.keys() | theirs.keys())
-        if name not in mine or name not in theirs or mine[name] != theirs[name]
-    ]
-
-
-def sabotage(bed: Bed, events: Path, pace_s: float, step_s: float) -> None:
-    """Put the saboteur into every Python process that starts on the bed's machines from now on."""
-    script = Path(__file__).with_name("label_saboteur.py")
-    (bed.site / "sitecustomize.py").write_text(
-        f"import runpy\nrunpy.run_path({str(script)!r})['install']({str(events)!r}, {pace_s}, {step_s})\n"
-    )
-
-
-@dataclass
-class Job:
-    """One job on the bed, by any number of drivers. Their output goes to files in `folder`."""
-
-    bed: Bed
-    folder: Path
-    words: Sequence[str]
-    shards: int
-    drivers: dict[str, subprocess.Popen[str]] = field(default_factory=dict)  # machine -> `nsenter` around it
-
-    def start(self, name: str) -> None:
-        """A driver on a machine of the cluster."""
-        command = [sys.executable, "-m", "launcher.cli", *self.words, "--address", self.bed.address, "--lease"]
-        script = 'exec "$@" >>"$0" 2>&1'
-        self.drivers[name] = self.bed.machines[name].start(
-            "bash", "-c", script, str(self.log(name)), *command, str(LEASE_S), cwd=self.folder,
-            env={"PYTHONPATH": f"{REPOSITORY}:{self.bed.site}"},
-        )  # fmt: skip
-
-    def log(self, name: str) -> Path:
-        return self.folder / f"driver-{name}.log"
-
-    def driver(self, name: str) -> psutil.Process | None:
-        """The driver's process on a machine, while it runs."""
-        found = self.bed.machines[name].processes(DRIVER)
-        return found[0] if found and self.drivers[name].poll() is None else None
-
-    def done(self) -> int:
-        """Ledger entries so far."""
-        return sum(1 for _ in self.folder.glob("labels/*/ledger/*.json"))
-
-    @property
-    def labels(self) -> Path:
-        """The sidecar's folder."""
-        (found,) = (self.folder / "labels").iterdir()
-        return found
-
-    def end(self) -> None:
-        """Kill what still runs of it."""
-        for name, driver in self.drivers.items():
-            for process in self.bed.machines[name].processes(DRIVER):
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-            driver.kill()
-            driver.communicate()
 
 
 class Monkey:
@@ -291,6 +168,8 @@ class Monkey:
             self._stopped.discard(process)
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
+                if what == "driver":  # `nsenter` stops with it
+                    self.job.drivers[machine.name].send_signal(signal.SIGCONT)
                 self.late[machine.name, inside] = time.time()
                 self.say(f"the {what} {process.pid} on {machine.name} goes on")
 
@@ -337,14 +216,11 @@ class Monkey:
         return True
 
     def _kill_driver(self) -> bool:
-        names = [name for name in self.job.drivers if name not in self._broken and self.job.driver(name)]
-        if not names:
+        found = self._one(DRIVER)
+        if found is None:
             return False
-        name = self._draw.choice(names)
-        process = self.job.driver(name)
-        if process is None:
-            return False
-        process.kill()
+        name = found[0].name
+        found[1].kill()
         self.job.drivers[name].communicate()
         self.done["kill_driver"] += 1
         self.say(f"kill -9 the driver on {name}; it is started again")
@@ -385,24 +261,6 @@ class Monkey:
             thread.join()
 
 
-def heal(bed: Bed) -> None:
-    """New machines for those that an earlier test has left without Ray."""
-    for name in WITH_RAY:
-        if not bed.machines[name].processes("raylet/raylet"):
-            bed.replace(name)
-
-
-def restore(bed: Bed, name: str, anew: bool) -> None:
-    """Ray on a machine whose raylet is dead."""
-    if anew:
-        bed.replace(name)
-        return
-    for process in bed.machines[name].processes("ray"):
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    bed.start_ray(name, CPUS[WITH_RAY.index(name)])
-
-
 def title(process: psutil.Process) -> str:
     return " ".join(process.cmdline())[:40]
 
@@ -413,46 +271,3 @@ def pid_inside(process: psutil.Process) -> int:
         if line.startswith("NSpid:"):
             return int(line.split()[-1])
     raise AssertionError("no NSpid")
-
-
-def provoked(events: Path, monkey: Monkey) -> Counter[str]:
-    """What the faults have led to, by the saboteur's notes."""
-    found: Counter[str] = Counter()
-    late = dict(monkey.late)
-    for note in json_lines(events):
-        kind = note["kind"]
-        if kind == "commit":
-            found[note["outcome"]] += 1
-            found["differs"] += bool(note["differs"])
-        elif kind == "raised":
-            found[note["error"].split(":")[0].lower()] += 1
-        elif kind == "expired":
-            found["expired"] += note["number"]
-        elif kind == "buried":
-            found["died_at_work"] += bool(note["items"])
-        elif kind == "lease":
-            found["leases"] += 1
-            found["speculative"] += bool(note["speculative"])
-        else:
-            found[kind] += 1
-        who = (note["machine"], note["pid"])
-        if kind in ("commit", "raised") and who in late and note["at"] >= late[who]:
-            del late[who]
-            found["late_writer"] += 1
-            found[f"late_{note.get('outcome', 'raised')}"] += 1
-    return found
-
-
-def workers_left(bed: Bed) -> list[psutil.Process]:
-    """Workers and lease actors that still run on any machine."""
-    return [
-        process
-        for name in WITH_RAY
-        for word in (WORKER, LEASES)
-        for process in bed.machines[name].processes(word)
-        if process.status() != psutil.STATUS_ZOMBIE
-    ]
-
-
-def show(found: Mapping[str, int]) -> str:
-    return json.dumps(dict(sorted(found.items())))
