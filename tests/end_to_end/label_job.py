@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from cluster.claims import read_claims
 from dataio.labels import LabelStore
 from tests.bed import Bed
 from tests.dataio.fakes import unlabelled, write_dataset
@@ -99,11 +101,13 @@ class Job:
     words: Sequence[str]
     shards: int
     drivers: dict[str, subprocess.Popen[str]] = field(default_factory=dict)  # machine -> `nsenter` around it
+    started: dict[str, float] = field(default_factory=dict)
 
     def start(self, name: str) -> None:
         """A driver on a machine of the cluster."""
         command = [sys.executable, "-m", "launcher.cli", *self.words, "--address", self.bed.address, "--lease"]
         script = 'exec "$@" >>"$0" 2>&1'
+        self.started[name] = time.time()
         self.drivers[name] = self.bed.machines[name].start(
             "bash", "-c", script, str(self.log(name)), *command, str(LEASE_S), cwd=self.folder,
             env={"PYTHONPATH": f"{REPOSITORY}:{self.bed.site}"},
@@ -115,6 +119,11 @@ class Job:
     def done(self) -> int:
         """Ledger entries so far."""
         return sum(1 for _ in self.folder.glob("labels/*/ledger/*.json"))
+
+    def at_work(self) -> set[str]:
+        """The machines whose drivers say that they are at work: one that has not got so far ends when it is cut off."""
+        claims = [claim for each in self.folder.glob("labels/*/leases") for claim in read_claims(str(each))]
+        return {claim.host for claim in claims if claim.born > self.started.get(claim.host, 0.0)}
 
     @property
     def labels(self) -> Path:

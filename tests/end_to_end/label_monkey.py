@@ -198,8 +198,8 @@ class Monkey:
         return True
 
     def _cut(self) -> bool:
-        names = [name for name in WITH_RAY[1:] if not self._broken]
-        if not names:
+        names = [name for name in WITH_RAY[1:] if name not in self.job.drivers or name in self.job.at_work()]
+        if not names or self._broken:
             return False
         name = self._draw.choice(names)
         seconds = self._draw.uniform(6, 9) if name == self._second else self._draw.uniform(7, 20)

@@ -119,7 +119,7 @@ def test_whatever_breaks_the_labels_are_those_of_a_run_left_alone(
     tmp_path: Path, machines: Bed, many: Undisturbed, seed: int
 ) -> None:
     events, draw = tmp_path / "events.jsonl", random.Random(1000 + seed)
-    sabotage(machines, events, pace_s=0.2, step_s=0.8)
+    sabotage(machines, events, pace_s=0.12, step_s=0.6)
     job = Job(machines, tmp_path, run_words(many.data, many.weights, tmp_path / "labels"), many.shards)
     marks = [
         (draw.uniform(0.1, 0.35), "driver"), (draw.uniform(0.5, 0.8), "driver"), (draw.uniform(0.15, 0.4), "second"),
@@ -129,8 +129,10 @@ def test_whatever_breaks_the_labels_are_those_of_a_run_left_alone(
         "stop_driver": 1,
     }  # fmt: skip
     monkey = Monkey(job, seed, deck=deck, every=(3, 10), marks=marks)
-    chaos(monkey, many, events)
+    found = chaos(monkey, many, events)
     assert monkey.done["kill_driver"] == 2 and monkey.done["second_driver"] == 1
+    assert all(monkey.done[kind] for kind in deck), monkey.done
+    assert found["died_at_work"] >= 3 and found["expired"] and found["late_writer"], found
 
 
 def test_a_small_job_survives_what_breaks_it(tmp_path: Path, machines: Bed, few: Undisturbed) -> None:
@@ -138,10 +140,11 @@ def test_a_small_job_survives_what_breaks_it(tmp_path: Path, machines: Bed, few:
     sabotage(machines, events, pace_s=0.4, step_s=0.8)
     job = Job(machines, tmp_path, run_words(few.data, few.weights, tmp_path / "labels"), few.shards)
     marks = [(0.2, "second"), (0.5, "driver")]
-    deck = {"kill_worker": 1, "stop_worker": 1, "kill_leases": 1}
+    deck = {"kill_worker": 2, "stop_worker": 2, "kill_leases": 1, "kill_raylet": 1, "cut": 1}
     monkey = Monkey(job, 0, deck=deck, every=(1, 3), marks=marks)
-    chaos(monkey, few, events)
+    found = chaos(monkey, few, events)
     assert monkey.done["kill_driver"] == 1 and monkey.done["second_driver"] == 1
+    assert found["died_at_work"] and monkey.done["kill_leases"], found
 
 
 @pytest.mark.slow
