@@ -186,7 +186,7 @@ def many_of(work: Work, process: int) -> dict[str, Callable[[], None]]:
     """Labelling and the bare network, in one process of several."""
     dataset, config = work.shards(process), work.config(process)
     store = LabelStore.create(os.path.join(config.dataset, "labels"), describe(config, dataset))
-    labeller = Labeller(config.model_dump(mode="json"), store.path, f"{process:08x}")
+    labeller = Labeller(config.model_dump(mode="json"), store.path, f"{process:08x}", dataset)
     stems = iter(shard.stem for shard in dataset.shards)
     inputs = [ready.image_BCHW for ready in labeller.inputs(dataset.shards[0]) if ready.image_BCHW is not None]
 

@@ -9,12 +9,13 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
-TESTS_S=180
-KERNELS_S=145
+TESTS_S=170
+KERNELS_S=120
 STEP_S=45
 LOSSES_S=30
 MODEL_S=60
 DATA_S=60
+LABEL_S=35
 SMALL_S=15 # 535 in all
 
 [ -x .venv/bin/python ] && default=.venv/bin/python || default=python3
@@ -67,6 +68,8 @@ step bench_losses "$LOSSES_S" "$PYTHON" benchmarks/bench_losses.py --device cuda
 step bench_losses_small "$SMALL_S" "$PYTHON" benchmarks/bench_losses.py --device cuda --preset v2-vits --batch 32 --repeats 5
 step bench_data "$DATA_S" "$PYTHON" benchmarks/bench_data.py --device cuda --threads "$(nproc)" --batch 24 \
     --images 192 --repeats 1
+step bench_label "$LABEL_S" "$PYTHON" benchmarks/bench_label.py --device cuda --preset v2-vits --precision bf16 --images 64 \
+    --repeats 1 --threads "$(nproc)" --workers 1 --no-levels
 step bench_model "$MODEL_S" "$PYTHON" benchmarks/bench_model.py --device cuda --batch 8 --repeats 15
 
 echo

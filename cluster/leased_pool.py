@@ -189,7 +189,7 @@ class _Crew:
         options |= {"memory": self._need.memory_bytes} if self._need.memory_bytes else {}
         variables = {"OMP_NUM_THREADS": str(self._need.cpus)}
         actor = ray.remote(**options, runtime_env={"env_vars": variables})(LeasedWorker).remote(
-            self._make, owner, self._leases, self._need.cpus, self._settings.ttl_s
+            self._make, owner, self._leases, self._settings.ttl_s
         )
         self._members[actor.build.remote()] = _Member(owner, actor)
 

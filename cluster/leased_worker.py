@@ -88,19 +88,15 @@ class _Beats(Background):
 class LeasedWorker:
     """The actor. `build` makes the processor, in a call of its own so that its exception comes back as one."""
 
-    def __init__(
-        self, make: Callable[[str], LeasedProcessor], owner: str, leases: Any, threads: int, ttl_s: float
-    ) -> None:
-        self._make, self._owner, self._leases, self._threads, self._ttl_s = make, owner, leases, threads, ttl_s
+    def __init__(self, make: Callable[[str], LeasedProcessor], owner: str, leases: Any, ttl_s: float) -> None:
+        self._make, self._owner, self._leases, self._ttl_s = make, owner, leases, ttl_s
         self._processor: LeasedProcessor | None = None
         self._worker: Worker | None = None
 
     def build(self) -> Worker:
         """Who this is, once it can work. Raises what `make` raises, made portable."""
         import ray
-        import torch
 
-        torch.set_num_threads(self._threads)
         try:
             self._processor = self._make(self._owner)
         except BaseException as error:  # noqa: BLE001  it is raised again, made portable

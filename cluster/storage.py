@@ -169,26 +169,27 @@ def size(path: str) -> int:
 
 def listdir(path: str) -> list[str]:
     """The sorted names in a folder, without files still being written. Raises FileMissing, StorageError."""
-    return sorted(name for name in _names(path, detail=False) if not is_temporary(name))
+    return sorted(name for name in _names(path, False) if not is_temporary(name))
 
 
-def sizes(path: str) -> dict[str, int | None]:
+def sizes(path: str, ending: str = "") -> dict[str, int | None]:
     """Name -> bytes, None for a folder, of all that is in a folder, files still being written included.
 
-    One walk through the folder, or one listing of the store, which comes in pages: no request for each file. Raises
-    FileMissing, StorageError.
+    `ending`: of the names that end so only. One walk through the folder, or one listing of the store, which comes in
+    pages: no request for each file. Raises FileMissing, StorageError.
     """
-    return _names(path, detail=True)
+    return _names(path, True, ending)
 
 
-def _names(path: str, detail: bool) -> dict[str, int | None]:
+def _names(path: str, detail: bool, ending: str = "") -> dict[str, int | None]:
     with told(path, "read"):
         if not is_url(path):
             found: dict[str, int | None] = {}
             with os.scandir(local_path(path)) as entries:
                 for each in entries:
-                    with suppress(FileNotFoundError):  # renamed or removed since
-                        found[each.name] = each.stat().st_size if detail and not each.is_dir() else None
+                    if each.name.endswith(ending):
+                        with suppress(FileNotFoundError):  # renamed or removed since
+                            found[each.name] = each.stat().st_size if detail and not each.is_dir() else None
             return found
         fs, name = remote_store(path)
         fs.invalidate_cache()
@@ -198,7 +199,7 @@ def _names(path: str, detail: bool) -> dict[str, int | None]:
         if entry["type"] == "directory"
         else int(entry["size"] or 0)
         for entry in listed
-        if str(entry["name"]).strip("/") != name.strip("/")
+        if str(entry["name"]).strip("/") != name.strip("/") and str(entry["name"]).rstrip("/").endswith(ending)
     }
 
 

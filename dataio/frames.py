@@ -40,10 +40,11 @@ Sizer = Callable[[int, int], tuple[int, int]]  # (h, w) of an image -> (H, W) of
 
 
 def read_frames(
-    dataset: Dataset, shard: Shard, sizer: Sizer, begin: int = 0, end: int | None = None
+    dataset: Dataset, shard: Shard, sizer: Sizer, begin: int = 0, end: int | None = None, *, targets: bool = True
 ) -> Iterator[Frame]:
     """The samples [begin, end) of a shard of a dataset, by default all, in order, read once from front to back.
 
+    Without `targets` a labelled dataset's depth is neither read nor missed: a sample is as good as its image is.
     Raises DataError when the shard is missing; a bad sample is a frame with a `problem`.
     """
     info = dataset.info
@@ -54,7 +55,7 @@ def read_frames(
         shard=shard,
         quarantined=dataset.quarantined.get(shard.stem, {}),
     )
-    needs = RoleNeeds(target="none" if info.quantity is None else "disparity")
+    needs = RoleNeeds(target="disparity" if targets and info.quantity is not None else "none")
     end = shard.samples if end is None else min(end, shard.samples)
     for start in range(begin, end, _CHUNK):
         indices = range(start, min(start + _CHUNK, end))

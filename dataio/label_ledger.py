@@ -99,7 +99,8 @@ def parse_entry(path: str, data: bytes) -> LedgerEntry:
         raise DataError(f"{path}: not valid JSON ({error}): {_REMEDY}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds {type(content).__name__}, a JSON object is needed: {_REMEDY}")
-    check_keys(path, "", content, [each.name for each in fields(LedgerEntry)])
+    if content.keys() != _NAMES.keys():
+        check_keys(path, "", content, _NAMES)
     for name, good in _GOOD.items():
         if not good(content[name]):
             raise DataError(f"{path}: {name} is {_short(content[name])}: {_REMEDY}")
@@ -149,22 +150,28 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _are_bins(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != QUALITY_BINS or {type(each) for each in value} != {int}:
+        return False
+    return min(value) >= 0
+
+
 def _are_failures(value: object) -> bool:
     return isinstance(value, dict) and all(
         isinstance(keys, list) and keys and all(isinstance(key, str) for key in keys) for keys in value.values()
     )
 
 
+_NAMES = dict.fromkeys(each.name for each in fields(LedgerEntry))
+_SHA256 = re.compile("[0-9a-f]{64}")
 _REMEDY = "it is damaged; delete it, and `fathom label run` makes it again from its shard"
 _GOOD = {
     "stem": lambda value: isinstance(value, str),
     "samples": _is_count,
     "failures": _are_failures,
-    "sha256": lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+    "sha256": lambda value: isinstance(value, str) and _SHA256.fullmatch(value) is not None,
     "bytes": _is_count,
-    "quality": lambda value: (
-        value is None or (isinstance(value, list) and len(value) == QUALITY_BINS and all(map(_is_count, value)))
-    ),
+    "quality": lambda value: value is None or _are_bins(value),
     "seconds": lambda value: value is None or (_is_number(value) and value >= 0),
     "by": lambda value: isinstance(value, dict),
 }

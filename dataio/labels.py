@@ -48,7 +48,7 @@ LABEL_FORMAT = 2
 INFO_NAME = "labels.json"
 LEDGER_NAME = "ledger"
 WORKING = ("leases", "telemetry")  # folders of runs at work
-_READERS = 16  # threads; a store, or a disk across a network, takes its time over each entry
+_READERS, _REMOTE_READERS = 8, 16  # threads; a disk across a network takes its time over each entry, and a store more
 _CHUNK = 64  # entries a thread reads at a time
 
 
@@ -211,7 +211,11 @@ class LabelStore:
 
     def committed(self) -> list[str]:
         """The stems that have a ledger entry, sorted."""
-        return sorted(_stems(_sizes(storage.join(self.path, LEDGER_NAME)), ".json"))
+        folder = storage.join(self.path, LEDGER_NAME)
+        try:
+            return [name.removesuffix(".json") for name in storage.listdir(folder) if name.endswith(".json")]
+        except storage.FileMissing:
+            return []
 
     def entries(self) -> Iterator[LedgerEntry]:
         """The ledger entries that can be read, by rising stem, whatever is there of their tars. StorageError."""
@@ -265,8 +269,11 @@ class LabelStore:
 
     def _named(self) -> tuple[list[str], dict[str, int]]:
         """The stems with an entry, and the bytes of each tar, by listing."""
-        tars = _sizes(storage.join(self.path, SHARDS_NAME))
-        return self.committed(), {stem: tars[f"{stem}.tar"] or 0 for stem in _stems(tars, ".tar")}
+        try:
+            tars = storage.sizes(storage.join(self.path, SHARDS_NAME), ".tar")
+        except storage.FileMissing:
+            tars = {}
+        return self.committed(), {name.removesuffix(".tar"): size for name, size in tars.items() if size is not None}
 
     def _usable(self, stem: str) -> LedgerEntry | None:
         try:
@@ -280,20 +287,9 @@ class LabelStore:
         def read(start: int) -> list[tuple[str, LedgerEntry | None]]:
             return [(stem, self._usable(stem)) for stem in stems[start : start + _CHUNK]]
 
-        with ThreadPoolExecutor(_READERS) as pool:
+        with ThreadPoolExecutor(_REMOTE_READERS if storage.is_url(self.path) else _READERS) as pool:
             for part in pool.map(read, range(0, len(stems), _CHUNK)):
                 yield from ((stem, entry) for stem, entry in part if entry is not None)
-
-
-def _sizes(folder: str) -> dict[str, int | None]:
-    try:
-        return storage.sizes(folder)
-    except storage.FileMissing:
-        return {}
-
-
-def _stems(found: Mapping[str, int | None], ending: str) -> list[str]:
-    return [name.removesuffix(ending) for name in found if name.endswith(ending) and not storage.is_temporary(name)]
 
 
 def _label_sample(sample: SampleEntry, data: bytes) -> LabelSample:

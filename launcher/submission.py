@@ -117,7 +117,8 @@ def again(metadata: Mapping[str, str]) -> Request:
     arguments = resumed(words_of(metadata.get("arguments")))
     if arguments is None or "run" not in metadata:
         raise JobUsageError(
-            "this job cannot go on; train, label run, evaluate and quickstart can, where `fathom submit` submitted them"
+            "this job cannot go on; train, label run, label retry, evaluate and quickstart can, where `fathom submit` "
+            "submitted them"
         )
     return Request(
         arguments=tuple(arguments),

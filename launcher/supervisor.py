@@ -45,7 +45,7 @@ def again(arguments: Sequence[str]) -> list[str] | None:
     if first[:1] == ["train"]:
         # it may have been cut off before there was a run
         return [*arguments] if {"--resume", BEGIN_OR_RESUME} & {*arguments} else [*arguments, BEGIN_OR_RESUME]
-    if first == ["label", "run"] or first[:1] in (["quickstart"], ["evaluate"]):
+    if first in (["label", "run"], ["label", "retry"]) or first[:1] in (["quickstart"], ["evaluate"]):
         return list(arguments)
     return None
 

@@ -91,6 +91,7 @@ def retry(
     labels: LabelsArgument,
     weights: Annotated[str, typer.Option(help="The same teacher that made the labels.")],
     dataset: DatasetOption = None,
+    preset: PresetOption = None,
     reason: Annotated[
         list[str] | None, typer.Option(help="Only failures of this reason; repeatable. Default: all.")
     ] = None,
@@ -107,14 +108,16 @@ def retry(
     Example:
       fathom label retry data/photos/labels/0123456789abcdef --weights runs/teacher/weights
     """
+    from dataio.labels import LabelStore
     from trainer.label_retry import run_retry
     from trainer.labelling import config_again
 
     cluster = {"workers": workers, "address": address, "lease_s": lease}
-    config = config_again(_absolute(labels), _absolute(dataset or _dataset_of(labels)), _absolute(weights), cluster)
+    folder = LabelStore.open(_absolute(labels)).path
+    config = config_again(folder, _dataset_of(folder, dataset), _absolute(weights), cluster, preset)
 
     def retried(config: LabelConfig, **given: Any) -> LabelOutcome:
-        return run_retry(config, _absolute(labels), reasons=reason, **given)
+        return run_retry(config, folder, reasons=reason, **given)
 
     return _work(retried, config)
 
@@ -135,15 +138,13 @@ def status(
     import json
     from dataclasses import asdict
 
-    from cluster import storage
-    from dataio.dataset import INFO_NAME, Dataset
+    from dataio.dataset import Dataset
     from dataio.labels import LabelStore
     from trainer.label_status import job_state
 
     store = LabelStore.open(labels)
-    where = dataset or _dataset_of(labels)
-    known = dataset is not None or storage.exists(storage.join(where, INFO_NAME))
-    found = job_state(store, Dataset.open(where) if known else None)
+    where = dataset or _around(labels)
+    found = job_state(store, Dataset.open(where) if where else None)
     if as_json:
         typer.echo(json.dumps(asdict(found)))
         return 0
@@ -197,7 +198,8 @@ def verify(
     from dataio.label_check import verify as verify_labels
     from dataio.labels import LabelStore
 
-    store, source = LabelStore.open(labels), Dataset.open(dataset or _dataset_of(labels))
+    store = LabelStore.open(labels)
+    source = Dataset.open(_dataset_of(labels, dataset))
     with Progress("verify", None, "shards") as bar:
         bar.set_total(len(source.shards))
         found = verify_labels(
@@ -269,9 +271,21 @@ def values_of(**given: Any) -> dict[str, Any]:
     return absolute_paths(given)
 
 
-def _dataset_of(labels: str) -> str:
-    """Two folders up: labels/DIGEST lies in its dataset unless `--out` said otherwise."""
-    return _absolute(labels).rstrip("/").rsplit("/", 2)[0]
+def _around(labels: str) -> str | None:
+    """The dataset that the labels lie in, two folders up, unless `--out` said otherwise."""
+    from cluster import storage
+    from dataio.dataset import INFO_NAME
+
+    folder = _absolute(labels).rstrip("/").rsplit("/", 2)[0]
+    return folder if storage.exists(storage.join(folder, INFO_NAME)) else None
+
+
+def _dataset_of(labels: str, given: str | None) -> str:
+    """The dataset that was `given`, or the one around. Raises BadParameter when there is none."""
+    found = given or _around(labels)
+    if found is None:
+        raise typer.BadParameter(f"{labels} lies in no dataset; name the one it is of", param_hint="--dataset")
+    return _absolute(found)
 
 
 def _absolute(path: str) -> str:

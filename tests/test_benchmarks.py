@@ -44,6 +44,12 @@ COMMANDS = {
         "| a rank's plan |",
         "| all together |",
     ),
+    "bench_label.py --preset tiny --size 28 --repeats 2 --images 2 --workers 1 --precision fp32 --no-transformers": (
+        "| labelling |", "| bare |", "| flip+scale | 2.56 |",
+    ),
+    "bench_leases.py --shards 200 --workers 8 --clients 1 --paced 1 --shard-s 1 --done 100": (  # fails at 10 s
+        "| cold start with 100 done |",
+    ),
     "bench_model.py --device cpu --preset tiny --size 70 --repeats 1": ("float32", "bfloat16", "transformers"),
 }
 

@@ -6,11 +6,16 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+from cluster import storage
 from cluster.leased_worker import Grip
 from cluster.stop import StopFlag
+from dataio.dataset import SHARDS_NAME, Dataset
+from dataio.label_tar import NO_VALID_DISPARITY
 from dataio.labels import LabelSample, LabelStore
+from dataio.quarantine import REASONS
+from trainer.config import ConfigError
 from trainer.config_label import LabelConfig
-from trainer.label_worker import Labeller
+from trainer.label_worker import Labeller, keys_of
 from trainer.labelling import Job, LabelOutcome, LabelProgress, work_on
 
 
@@ -24,11 +29,18 @@ def run_retry(
 ) -> LabelOutcome:
     """Label again what failed for one of `reasons` (None: any) in the committed shards of `folder`.
 
-    `config` is that of the labels (`trainer.labelling.config_again`). Raises as `run_labelling`.
+    `config` is that of the labels (`trainer.labelling.config_again`). Raises as `run_labelling`, and ConfigError for a
+    reason that there is none of.
     """
     store = LabelStore.open(folder)
-    stems = [entry.stem for entry in store.entries() if wanted(entry.failures, reasons)]
-    make = functools.partial(make_retrier, config.model_dump(mode="json"), folder, reasons)
+    known = {*REASONS, NO_VALID_DISPARITY}
+    for reason in reasons or ():
+        if reason not in known:
+            raise ConfigError(f"reason: found {reason!r}; one of {', '.join(sorted(known))}")
+    failed = {entry.stem for entry in store.entries() if wanted(entry.failures, reasons)}
+    stems = sorted(failed | _half_replaced(store))
+    dataset = Dataset.open(config.dataset)
+    make = functools.partial(make_retrier, config.model_dump(mode="json"), folder, dataset, reasons)
     return work_on(config, Job(store, stems, make, listed=nothing), on_progress=on_progress, stop=stop)
 
 
@@ -37,30 +49,44 @@ def wanted(failures: dict[str, list[str]], reasons: Collection[str] | None) -> s
     return {key for reason, keys in failures.items() if reasons is None or reason in reasons for key in keys}
 
 
+def _half_replaced(store: LabelStore) -> set[str]:
+    """Shards whose writer died while it replaced them: the tar is there, the old one or the new one, and no entry."""
+    shards = storage.join(store.path, SHARDS_NAME)
+    names = storage.listdir(shards) if storage.exists(shards) else []
+    return {name.removesuffix(".tar") for name in names if name.endswith(".tar")} - set(store.committed())
+
+
 def nothing() -> Sequence[str]:
     """No shard is done already: the ledger does not tell which have been tried again."""
     return ()
 
 
-def make_retrier(config: dict[str, Any], folder: str, reasons: Collection[str] | None, owner: str) -> Retrier:
+def make_retrier(
+    config: dict[str, Any], folder: str, dataset: Dataset, reasons: Collection[str] | None, owner: str
+) -> Retrier:
     """In a worker."""
-    return Retrier(config, folder, owner, reasons)
+    return Retrier(config, folder, owner, dataset, reasons)
 
 
 class Retrier(Labeller):
     """Replaces a shard by one in which the samples that failed are as they come out now."""
 
-    def __init__(self, config: dict[str, Any], store: str, owner: str, reasons: Collection[str] | None) -> None:
-        super().__init__(config, store, owner)
+    def __init__(
+        self, config: dict[str, Any], store: str, owner: str, dataset: Dataset, reasons: Collection[str] | None
+    ) -> None:
+        super().__init__(config, store, owner, dataset)
         self._reasons = reasons
 
     def process(self, stem: str, grip: Grip) -> dict[str, Any]:
         """As `Labeller.process`."""
+        told: dict[str, Any] = {}
+        if self.store.entry(stem) is None:  # a writer died while it replaced it: whichever tar is there counts
+            told = super().process(stem, grip)
         entry, shard = self.store.entry(stem), self.shard(stem)
         again = set() if entry is None else wanted(entry.failures, self._reasons)
-        keys = [sample.key for sample in shard.index.samples]
-        if not again:  # a crash left it without an entry, or somebody else has tried by now
-            return super().process(stem, grip)
+        if not again or told.get("outcome") == "written":
+            return told or super().process(stem, grip)  # somebody else has tried by now
+        keys = keys_of(shard)
         merged = self.watched(self._merged(stem, keys, again), len(keys), grip)
         commit = self.store.replace(
             stem, merged, keys=keys, by=self.by(grip), still_mine=grip.still_mine, tag=self.owner

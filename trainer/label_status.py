@@ -50,7 +50,8 @@ def job_state(store: LabelStore, dataset: Dataset | None, now: float | None = No
     rate = sum(rates) if rates else None
     todo = left_s = None
     if dataset is not None:
-        todo = len(missing - leased.keys())
+        # a run's file lags behind the ledger: where it names a shard that is done, its worker is at the next by now
+        todo = max(0, len(missing) - len(leased))
         if rate:
             left_s = (dataset.info.samples - status.samples) / rate
     return JobState(
@@ -73,11 +74,13 @@ def _nodes(
     found = {}
     for name in sorted({*done, *holding}):
         mine = done.get(name, [])
-        recent = [entry for entry in mine if now - float(entry.by.get("finished", 0)) <= RATE_OVER_S]
+        recent = [(entry, at) for entry in mine if now - (at := _finished(entry)) <= RATE_OVER_S]
         rate = None
         if len(recent) >= _RATED and name in holding:
-            began = min(float(entry.by["finished"]) - (entry.seconds or 0.0) for entry in recent)
-            rate = sum(entry.samples for entry in recent) / max(1e-3, now - max(began, now - RATE_OVER_S))
+            began = min(at - (entry.seconds or 0.0) for entry, at in recent)
+            longest_s = max(entry.seconds or 0.0 for entry, _ in recent)  # for a clock that is ahead of this one
+            elapsed_s = min(RATE_OVER_S, max(1e-3, longest_s, now - began))
+            rate = sum(entry.samples for entry, _ in recent) / elapsed_s
         found[name] = NodeState(
             done=len(mine),
             leased=holding.count(name),
@@ -85,3 +88,9 @@ def _nodes(
             images_per_second=rate,
         )
     return found
+
+
+def _finished(entry: LedgerEntry) -> float:
+    """When, or long ago where nobody said: what `by` holds is free."""
+    at = entry.by.get("finished")
+    return float(at) if isinstance(at, int | float) and not isinstance(at, bool) else 0.0

@@ -25,10 +25,12 @@ from torch import Tensor
 
 from cluster.leased_worker import Grip, LeaseLost
 from cluster.machine import keep_freed_memory
+from cluster.storage import StorageError, Unreachable
 from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset, Shard
 from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
 from dataio.labels import Commit, LabelSample, LabelStore
+from dataio.spec import DataError
 from trainer.config_label import LabelConfig
 from trainer.inference import Predictor, sizer, usual_shapes
 from trainer.labelling import exporter
@@ -60,7 +62,7 @@ class _Predicted:
 class Labeller:
     """Teacher and decoder are loaded once; `process` commits one shard. Made by cluster/leased_worker.py."""
 
-    def __init__(self, config: dict[str, Any], store: str, owner: str) -> None:
+    def __init__(self, config: dict[str, Any], store: str, owner: str, dataset: Dataset) -> None:
         self.config = LabelConfig.model_validate(config)
         cluster = self.config.cluster
         device = "cuda" if cluster.use_gpu else "cpu"
@@ -70,7 +72,8 @@ class Labeller:
         else:
             keep_freed_memory()
         self.owner = owner
-        self.dataset = Dataset.open(self.config.dataset)
+        self.dataset = dataset  # as the driver has opened it: a shard that has changed since is refused when it is read
+        self._shards = {shard.stem: shard for shard in dataset.shards}
         self.store = LabelStore.open(store)
         self.device = device_name(device, cluster.threads)
         self._pipeline = FramePipeline(self.config.rows, cluster.threads, device)
@@ -96,7 +99,7 @@ class Labeller:
     def process(self, stem: str, grip: Grip) -> dict[str, Any]:
         """Label and commit one shard. Raises LeaseLost, StorageError, DataError for the whole shard."""
         shard = self.shard(stem)
-        keys = [entry.key for entry in shard.index.samples]
+        keys = keys_of(shard)
         labels = self.watched(self.labels(shard), len(keys), grip)
         commit = self.store.commit(
             stem, labels, keys=keys, by=self.by(grip), still_mine=grip.still_mine, tag=self.owner
@@ -105,7 +108,7 @@ class Labeller:
 
     def by(self, grip: Grip) -> Callable[[], dict[str, Any]]:
         """Who has done it, for the ledger, which asks once it is done."""
-        who = {"node": socket.gethostname(), "worker": self.owner, "token": grip.token, "device": self.device}
+        who = {"node": socket.gethostname(), "token": grip.token, "device": self.device}
         return lambda: {**who, "finished": round(time.time(), 3)}
 
     def told(self, commit: Commit, stem: str) -> dict[str, Any]:
@@ -136,7 +139,8 @@ class Labeller:
 
     def inputs(self, shard: Shard, only: Collection[int] | None = None) -> Iterator[Ready]:
         """The batches of a shard as the network takes them; of those alone that hold one of the places `only`."""
-        for group in batches_by_shape(read_frames(self.dataset, shard, self._sizer), self.config.rows):
+        frames = read_frames(self.dataset, shard, self._sizer, targets=False)
+        for group in batches_by_shape(frames, self.config.rows):
             if only is not None and not any(frame.index in only for frame in group):
                 continue
             if group[0].problem:
@@ -152,8 +156,11 @@ class Labeller:
             yield Ready(good, in_places(image_BCHW, rows, batch_size(len(group), self.config.rows)), rows)
 
     def shard(self, stem: str) -> Shard:
-        """The source shard of that stem."""
-        return next(shard for shard in self.dataset.shards if shard.stem == stem)
+        """The source shard of that stem. DataError when there is none."""
+        found = self._shards.get(stem)
+        if found is None:
+            raise DataError(f"{self.store.tar(stem)}: {self.dataset.path} has no shard {stem!r}: move it away")
+        return found
 
     def watched(self, samples: Iterable[LabelSample], total: int, grip: Grip) -> Iterator[LabelSample]:
         """Says how far it is; ends with LeaseLost once the shard is somebody else's."""
@@ -181,9 +188,19 @@ class Labeller:
         value_HW = predicted.value_HW.numpy().astype(np.float32, copy=False)
         meta: dict[str, Any] = {}
         if predicted.quality is not None:
-            meta["quality"] = round(float(predicted.quality), 4)
+            meta["quality"] = round(float(predicted.quality.nan_to_num(0.0)), 4)  # a map with holes agrees with none
             self._exporter.metric("fathom_label_quality").observe(meta["quality"])
         return frame.index, LabelSample.encoded(frame.sample.key, value_HW, meta, self.config.encoding)
+
+
+def keys_of(shard: Shard) -> list[str]:
+    """The keys of a source shard, in order. DataError when it cannot be read: of that the others are not to blame."""
+    try:
+        return [entry.key for entry in shard.index.samples]
+    except Unreachable:
+        raise
+    except StorageError as error:
+        raise DataError(str(error)) from error
 
 
 def batch_size(frames: int, most: int) -> int:

@@ -22,7 +22,9 @@ from cluster.leased_pool import Need, run_leased
 from cluster.stop import StopFlag
 from cluster.telemetry import Exporter
 from dataio.dataset import Dataset
+from dataio.label_codec import EXTENSIONS, check_available
 from dataio.labels import INFO_NAME, LABEL_FORMAT, WORKING, LabelStore, plan_digest
+from dataio.spec import DataError
 from model.presets import Preset
 from trainer.config import ConfigError, parse_config
 from trainer.config_label import LabelConfig
@@ -90,11 +92,12 @@ def run_labelling(
 
     Raises WeightsError, DataError, StorageError or ConfigError for what the user can mend.
     """
+    check_available(EXTENSIONS[config.encoding])
     dataset, teacher = Dataset.open(config.dataset), read_teacher(config)
     description = describe(config, dataset, teacher)
     root = config.out or storage.join(config.dataset, "labels")
     store = LabelStore.create(storage.join(root, plan_digest(description)), description)
-    make = functools.partial(make_labeller, config.model_dump(mode="json"), store.path)
+    make = functools.partial(make_labeller, config.model_dump(mode="json"), store.path, dataset)
     job = Job(store, [shard.stem for shard in dataset.shards], make, listed=Listing(store.path))
     return work_on(config, job, preset=teacher.preset, on_progress=on_progress, stop=stop)
 
@@ -154,11 +157,11 @@ def work_on(
     )
 
 
-def make_labeller(config: dict[str, Any], store: str, owner: str) -> Any:
+def make_labeller(config: dict[str, Any], store: str, dataset: Dataset, owner: str) -> Any:
     """In a worker: torch is imported there."""
     from trainer.label_worker import Labeller
 
-    return Labeller(config, store, owner)
+    return Labeller(config, store, owner, dataset)
 
 
 class _Account:
@@ -251,24 +254,32 @@ def describe(config: LabelConfig, dataset: Dataset, teacher: Teacher | None = No
     }
 
 
-def config_again(folder: str, dataset: str, weights: str, cluster: Mapping[str, Any]) -> LabelConfig:
+def config_again(
+    folder: str, dataset: str, weights: str, cluster: Mapping[str, Any], preset: str | None = None
+) -> LabelConfig:
     """The configuration that made the labels in `folder`, to make them again. `cluster`: where, as in LabelCluster.
 
     Raises DataError when there are no labels, or another fathom made them; ConfigError when these are not their dataset
     and teacher.
     """
     made = LabelStore.open(folder).description
-    preprocessing = made["preprocessing"]
-    on_gpu = made["device"] == "gpu"
-    values = {
-        "dataset": dataset,
-        "weights": weights,
-        "position_mode": made["teacher"]["position_mode"],
-        "input_size": preprocessing["input_size"],
-        "flip": preprocessing["flip_average"],
-        **{name: made[name] for name in ("precision", "batch", "compile", "quality", "encoding")},
-        "cluster": {**cluster, "use_gpu": on_gpu, **({} if on_gpu else {"threads": made["threads"]})},
-    }
+    try:
+        on_gpu = made["device"] == "gpu"
+        values = {
+            "dataset": dataset,
+            "weights": weights,
+            "preset": preset,
+            "position_mode": made["teacher"]["position_mode"],
+            "input_size": made["preprocessing"]["input_size"],
+            "flip": made["preprocessing"]["flip_average"],
+            **{name: made[name] for name in ("precision", "batch", "compile", "quality", "encoding")},
+            "cluster": {**cluster, "use_gpu": on_gpu, **({} if on_gpu else {"threads": made["threads"]})},
+        }
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{storage.join(folder, INFO_NAME)}: description lacks {error}: another program made these labels, or "
+            "another fathom: label again"
+        ) from None
     config = parse_config(LabelConfig, values, source=storage.join(folder, INFO_NAME))
     now = describe(config, Dataset.open(dataset))
     if now != made:

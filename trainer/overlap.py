@@ -75,7 +75,7 @@ def ahead(items: Iterable[T], depth: int, name: str) -> Iterator[Iterator[T]]:
 def mapped(
     function: Callable[[T], U], items: Iterable[T], pool: ThreadPoolExecutor, depth: int
 ) -> Iterator[U]:
-    """`function` of each item, in the order of the items, at most `depth` under way in `pool`."""
+    """`function` of each item, in the order of the items; `depth` at most are under way while the next one is made."""
     under_way: deque[Future[U]] = deque()
     try:
         for item in items:

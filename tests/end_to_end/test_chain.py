@@ -129,8 +129,10 @@ def test_labels_are_committed_once(world: World, labels: Path) -> None:
 
 def test_label_status_sums_up_the_ledger(world: World, labels: Path) -> None:
     done = succeed("label", "status", labels, "--dataset", "data/wide", cwd=world.folder)
-    assert done.out.startswith("4 shards, 32 images, ")
-    assert "missing shards: 0" in done.out
+    shards, images, *_ = done.out.splitlines()
+    assert shards == "shards: 4 done, 0 in hand, 0 to do; runs at work: 0"
+    assert images.startswith("images: 32, of which 0 without a label; ")
+    assert "not done" not in done.out
 
 
 def test_the_student_learns_from_all_three_terms(student: tuple[Path, list[str]]) -> None:

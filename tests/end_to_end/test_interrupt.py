@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from tests.end_to_end.cli import (
     write_config,
 )
 from tests.end_to_end.conftest import World
+from tests.trainer.test_labelling import save_network
 from trainer.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, step_of
 
 pytestmark = pytest.mark.timeout(1800)  # the commands have a limit of their own
@@ -144,16 +147,36 @@ def test_ctrl_c_during_data_synth(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_ctrl_c_during_label_run(tmp_path: Path, world: World) -> None:
+def in_hand(labels: Path) -> set[str]:
+    """The shards that workers were at, as the runs' files say."""
+    found: set[str] = set()
+    for path in labels.glob("leases/*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found |= json.loads(path.read_text())["leased"].keys()
+    return found
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_during_label_run_finishes_the_shards_in_hand(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    teacher = save_network(tmp_path / "teacher", 3)
     succeed("data", "synth", "wide", "--count", "96", "--no-labels", "--shard-samples", "8", cwd=tmp_path)
-    arguments = ("label", "run", "wide", "--weights", world.teacher, "--input-size", "336", "--batch", "4")
-    ledgers = tmp_path / "wide" / "labels"
+    arguments = ("label", "run", "wide", "--weights", teacher, "--input-size", "336", "--batch", "4")
     running = Running(*arguments, cwd=tmp_path)
-    running.until(lambda: list(ledgers.glob("*/ledger/*.json")), "a labelled shard")
-    done = interrupt(running, signal.SIGINT, 130)
-    assert "the same command goes on" in done.err
-    kept = {path: path.read_bytes() for path in ledgers.glob("*/ledger/*.json")}
-    assert 0 < len(kept) < 12, "too fast to be stopped: more shards"
+    (labels,) = running.until(lambda: list((tmp_path / "wide" / "labels").glob("*")), "the folder of the labels")
+    running.until(lambda: list(labels.glob("ledger/*.json")) and in_hand(labels), "a labelled shard, and one in hand")
+    begun = in_hand(labels)
+    done = interrupt(running, number, status)
+    assert f"{number.name}: finishing the shards in hand" in done.err
+    assert f"stopped by {number.name} after " in done.err and "the same command goes on" in done.err
+    kept = {path: path.read_bytes() for path in [*labels.glob("ledger/*.json"), *labels.glob("shards/*")]}
+    stems = {path.stem for path in labels.glob("ledger/*.json")}
+    assert begun <= stems and 0 < len(stems) < 12, "too fast to be stopped: more shards"
+    whole = {f"{stem}{ending}" for stem in stems for ending in (".tar", ".idx")}
+    assert {path.name for path in labels.glob("shards/*")} == whole
+    assert not [*labels.glob("leases/*"), *labels.glob("telemetry/*")]
     done = succeed(*arguments, cwd=tmp_path)
-    assert len(list((Path(done.out.strip()) / "ledger").iterdir())) == 12
+    assert done.out == f"{labels}\n" and len(list(labels.glob("ledger/*.json"))) == 12
     assert {path: path.read_bytes() for path in kept} == kept
+    assert "proved" in succeed("label", "verify", labels, cwd=tmp_path).out

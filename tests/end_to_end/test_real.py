@@ -67,7 +67,8 @@ def test_both_trainings_take_finite_steps(chain: Path) -> None:
 def test_labels_cover_every_photograph_at_its_aspect(chain: Path, shared_real: Path) -> None:
     (store,) = (chain / "data" / "photos" / "labels").iterdir()
     done = succeed("label", "status", store, "--dataset", "data/photos", cwd=chain)
-    assert "12 images" in done.out and "failed" not in done.out and "missing shards: 0" in done.out
+    assert "images: 12, of which 0 without a label" in done.out
+    assert ", 0 to do; " in done.out and "failed" not in done.out and "not done" not in done.out
 
 
 def test_evaluation_reads_both_depth_scales(chain: Path) -> None:

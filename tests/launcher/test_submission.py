@@ -74,7 +74,10 @@ def test_metadata_are_enough_to_go_on(config: Path) -> None:
     resumed = again(known)
     assert resumed.arguments == ("train", CONFIG_WORD, "--begin-or-resume") and resumed.config == asked.config
     assert again(resumed.metadata("teacher")).arguments == resumed.arguments
-    for words in (["predict", "a.jpg"], ["data", "layouts"]):
+    for words in (["label", "run", "d", "--weights", "w"], ["label", "retry", "l", "--weights", "w", "--reason", "x"]):
+        known = request(words, "labels").metadata("labels")
+        assert list(again(known).arguments) == words and again(known).name == "labels"
+    for words in (["predict", "a.jpg"], ["data", "layouts"], ["label", "verify", "l"]):
         with pytest.raises(JobUsageError, match="cannot go on"):
             again({"arguments": json.dumps(words), "run": "x"})
     with pytest.raises(JobUsageError, match="cannot go on"):

@@ -215,8 +215,10 @@ def test_what_goes_on_and_how() -> None:
     assert again(["train", "a.yaml"]) == ["train", "a.yaml", "--begin-or-resume"]
     for mode in ("--resume", "--begin-or-resume"):
         assert again(["train", "a.yaml", mode]) == ["train", "a.yaml", mode]
-    assert again(["label", "run", "d", "--weights", "w"]) == ["label", "run", "d", "--weights", "w"]
-    assert again(["data", "check", "d"]) is None and again([]) is None
+    for words in (["label", "run", "d", "--weights", "w"], ["label", "retry", "l", "--weights", "w"]):
+        assert again(words) == words
+    for words in (["data", "check", "d"], ["label", "verify", "l"], ["label", "status", "l"], ["label"], []):
+        assert again(words) is None
     assert worth_another(-9, False) and worth_another(75, False)
     assert not worth_another(-2, False) and not worth_another(-9, True) and not worth_another(1, False)
 

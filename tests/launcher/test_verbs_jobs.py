@@ -173,6 +173,30 @@ def test_resume_does_the_same_in_the_same_place(
     assert "here/teacher.yaml" in second["files"] and "here/other.txt" not in second["files"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("label", "run", "s3://b/photos", "--weights", "w", "--quality", "flip"),
+        ("label", "retry", "s3://b/photos/labels/0123", "--weights", "w", "--reason", "bad_image"),
+    ],
+)
+def test_a_labelling_job_stops_with_what_it_has_and_goes_on(
+    submit: Run, fathom: Run, cluster: FakeClient, words: tuple[str, ...]
+) -> None:
+    submit("--name", "labels", *words)
+    known = cluster.jobs[-1].metadata
+    running, ended = (Details("labels", kind, metadata=known) for kind in ("RUNNING", "STOPPED"))
+    cluster.jobs, cluster.answers = [running], [running, ended]
+    cluster.log = "stopped by SIGTERM after 3 shards; the same command goes on\n"
+    status, out, _ = fathom("stop", "labels", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["saved"] is True and found["reason"] == "stopped by SIGTERM after 3 shards"
+    cluster.jobs = [ended]
+    assert fathom("resume", "labels")[:2] == (0, "labels.2\n")
+    first, second = cluster.submitted
+    assert second["entrypoint"] == first["entrypoint"] and " ".join(words) in second["entrypoint"]
+
+
 def test_resume_counts_up_over_all_ids(fathom: Run, cluster: FakeClient) -> None:
     cluster.jobs = [
         Details(name, "STOPPED", metadata=metadata(run), at=at)

@@ -8,7 +8,9 @@ from pathlib import Path
 import yaml
 
 from launcher import recipes
+from tests.dataio.fakes import shards_of, unlabelled, write_dataset
 from tests.launcher.conftest import Run
+from tests.trainer.test_labelling import save_network
 
 GROUP = "plan"
 
@@ -72,9 +74,38 @@ def test_an_evaluation_is_looked_at(fathom: Run, tmp_path: Path) -> None:
     assert status == 2 and len(json.loads(out)["problems"]) == 3
 
 
+def test_labelling_is_laid_out(fathom: Run, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "photos", shards_of([4, 3], unlabelled), with_depth=False)
+    save_network(tmp_path / "teacher", 3)
+    arguments = ("label", "run", "photos", "--weights", "teacher", "--input-size", "28")
+    status, out, err = fathom(*arguments, "--quality", "flip+scale", "--workers", "2", "--rate", "0.01")
+    assert (status, err) == (0, "")
+    said = [line.split() for line in out.splitlines()]
+    for words in (
+        "actors 2", "forward pass images 1", "forward passes of an image 2.56", "shards 2", "samples 7",
+        "labels to come ?", "images per second 0.01", "measured by --rate", "left 0 h 12 min",
+    ):  # fmt: skip
+        assert words.split() in said, (words, out)
+    status, out, _ = fathom(*arguments, "--flip", "--quality", "flip", "--batch", "3", "--encoding", "npy", "--json")
+    found = json.loads(out)["sections"]
+    assert status == 0 and found["work"]["forward_passes_of_an_image"] == 2
+    assert found["work"]["forward_pass_images"] == 3 and found["work"]["actors"] >= 1
+    assert Path(found["disk"]["folder"]).parent == tmp_path / "photos" / "labels"
+    status, out, err = fathom(*arguments, "--quality", "good", "--encoding", "jpg", "--workers", "9")
+    assert status == 2 and err.splitlines() == [
+        "error: quality: found 'good'; input should be 'off', 'flip' or 'flip+scale'",
+        "error: encoding: found 'jpg'; input should be 'png', 'npy' or 'jxl'",
+        "error: workers: is 9, but the dataset has 2 shards, and an actor takes a whole one; use as many at most, or "
+        "pack smaller shards",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "teacher"]
+    assert not (tmp_path / "photos" / "labels").exists()
+
+
 def test_other_verbs_are_refused(fathom: Run, tmp_path: Path) -> None:
     write(tmp_path)
     for words, said in (
+        (("label", "retry", "x"), "'label retry' is none that can be planned; train, label run, evaluate"),
         (("label", "status", "x"), "'label status' is none that can be planned; train, label run, evaluate"),
         (("label",), "'label' is none that can be planned; train, label run, evaluate"),
         (("frobnicate", "run.yaml"), "'frobnicate' is none that can be planned; train, label run, evaluate\n"),

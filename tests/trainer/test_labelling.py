@@ -81,7 +81,7 @@ def grip(stem: str, ask: Callable[[float], bool] = lambda progress: True) -> Gri
 
 @contextlib.contextmanager
 def labeller(config: LabelConfig, store: LabelStore, make: type[Labeller] = Labeller, *more: Any) -> Iterator[Labeller]:
-    made = make(config.model_dump(mode="json"), store.path, "0badcafe", *more)
+    made = make(config.model_dump(mode="json"), store.path, "0badcafe", Dataset.open(config.dataset), *more)
     try:
         yield made
     finally:

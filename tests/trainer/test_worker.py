@@ -232,11 +232,18 @@ def test_previews_are_drawn_at_every_stage(world: dict[str, Any], name: str) -> 
 
 
 def test_stages_and_averages_do_not_change_what_is_learned(world: dict[str, Any]) -> None:
-    """The same batches, and losses that differ by rounding; every rank saw no failure."""
+    """The same batches, and losses that differ by rounding; every rank saw no failure.
+
+    At these rates a step multiplies what rounding made by ten and more (2.8e-7, 2e-5, 2e-4, 2e-5, 4e-3 on a processor
+    with AVX-512): a wrong sum shows in the second step.
+    """
     first = [line["loss"] for line in lines(world, "plain", False)]
     assert len(first) == STEPS
     for name in CELLS:
-        assert [line["loss"] for line in lines(world, name, False)] == pytest.approx(first, rel=1e-3)
+        mine = [line["loss"] for line in lines(world, name, False)]
+        assert mine[:2] == pytest.approx(first[:2], rel=1e-5)
+        assert mine[:3] == pytest.approx(first[:3], rel=1e-3)
+        assert mine == pytest.approx(first, rel=0.05)
     assert all(all(result[name] for name in CELLS) for result in world["results"])
 
 
