@@ -160,11 +160,15 @@ class LeaseActor:
         with self._lock:
             self._stopped = True
 
-    def look(self) -> View:
-        """To be called every second or so."""
+    def look(self, owners: Collection[str] = (), stopped: bool = False) -> View:
+        """To be called every second or so. `owners` are at work, and `stopped` as by `stop`: what this actor would not
+        know any more where Ray has just started it again."""
         with self._lock:
             results, self._results = self._results, []
             now = time.monotonic()
+            self._stopped = self._stopped or stopped
+            for owner in owners:
+                self._heard.setdefault(owner, now)
             return View(
                 counts=self._table.counts(),
                 finished=self._table.finished,

@@ -24,8 +24,9 @@ from cluster.stop import StopFlag
 _LOOK_EVERY_S = 0.5
 _ROOM_EVERY_S = 2.0
 _WAIT_S = 0.2
-_UNBORN = 5  # workers in a row that die before they can work
-_FRUITLESS = 6  # workers in a row, and twice as many as there are, that fail without any item done
+# workers in a row, and twice as many as there are, for a machine that is lost takes all of its own along:
+_UNBORN = 5  # that die before they can work
+_FRUITLESS = 6  # that fail without any item done
 _CLOSE_S = 10.0
 _PART_S = 3.0
 
@@ -117,13 +118,12 @@ class _Crew:
         self._unborn = self._fruitless = 0
         self._looked = self._measured = float("-inf")
         self._wanted = 0
+        self._stopping = False
 
     def run(self, on_look: Callable[[View], None], stop: StopFlag) -> LeasedResult:
-
-        stopping = False
         while True:
-            if stop.reason is not None and not stopping:
-                stopping = True
+            if stop.reason is not None and not self._stopping:
+                self._stopping = True
                 self._leases.stop.remote()
             now = time.monotonic()
             if now - self._looked >= _LOOK_EVERY_S:
@@ -137,18 +137,19 @@ class _Crew:
                 self._end_stuck(view)
                 working = any(not member.building for member in self._members.values())
                 late = stop.deadline is not None and time.time() >= stop.deadline
-                if view.finished or (stopping and (not working or late)):
+                if view.finished or (self._stopping and (not working or late)):
                     self._part(0.0 if late else _PART_S)
                     return LeasedResult(view=view, complete=view.finished)
-            if not stopping:
+            if not self._stopping:
                 self._fill(now)
             self._wait()
 
     def _view(self) -> View:
         import ray
 
+        owners = [member.owner for member in self._members.values() if not member.building]
         try:
-            view: View = ray.get(self._leases.look.remote())
+            view: View = ray.get(self._leases.look.remote(owners, self._stopping))
         except ray.exceptions.RayActorError as error:
             reason = " ".join(str(error).split())[:300]
             raise ClusterError(f"the actor that leases the work cannot be started again: {reason}") from None
@@ -225,7 +226,7 @@ class _Crew:
         self._leases.bury.remote(member.owner)
         if member.building:
             self._unborn += 1
-            if self._unborn >= _UNBORN:
+            if self._unborn >= max(_UNBORN, 2 * self._wanted):
                 raise WorkerDied(f"{self._unborn} workers in a row died while starting; the last: {error}")
             return
         self._fruitless += 1

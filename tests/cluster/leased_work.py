@@ -75,4 +75,14 @@ def stillborn(owner: str) -> Processor:
     os._exit(1)
 
 
+def stillborn_at_first(folder: str, number: int, owner: str) -> Processor:
+    """The first `number` die while they start, as those do whose machine is lost."""
+    with (Path(folder) / "born").open("a") as file:
+        file.write(".")
+        if file.tell() <= number:
+            file.flush()
+            os._exit(1)
+    return Processor(folder, owner)
+
+
 Make = Callable[[str], Processor]

@@ -16,7 +16,7 @@ import pytest
 
 from cluster.claims import Claims, read_claims
 from cluster.failures import WorkerDied
-from cluster.lease_actor import View
+from cluster.lease_actor import LeaseActor, Settings, View, Worker
 from cluster.leased_pool import LeasedResult, Need, run_leased
 from cluster.runtime import ClusterAddressError, ray_session
 from cluster.stop import StopFlag
@@ -137,6 +137,29 @@ def test_a_processor_that_cannot_be_made_ends_the_run_as_itself(tmp_path: Path) 
     assert caught.value.exit_status == 2
     with pytest.raises(WorkerDied, match="5 workers in a row died while starting"):
         Run(tmp_path, names(3), make=leased_work.stillborn)()
+
+
+def test_a_lost_machine_takes_all_its_workers_along_while_they_start(tmp_path: Path) -> None:
+    make = functools.partial(leased_work.stillborn_at_first, str(tmp_path), 6)
+    run = Run(tmp_path, names(8), workers=4, make=make)()
+    assert run.result is not None and run.result.complete and len(run.results) == 8
+
+
+def test_a_lease_actor_that_starts_again_learns_what_its_driver_knows(tmp_path: Path) -> None:
+    """Who is at work but stopped, so that nobody hears of him, and that no item is to be begun any more."""
+    listed = functools.partial(leased_work.listed, str(tmp_path))
+    actor = LeaseActor(Settings(run="0badcafe", items=names(3), listed=listed, claims=str(tmp_path / "l"), ttl_s=0.2))
+    try:
+        assert actor.look(["0000000a"]).stuck == frozenset()
+        time.sleep(0.7)  # three times as long as a lease
+        assert actor.look(["0000000a", "0000000b"]).stuck == {"0000000a"}
+        worker = Worker(owner="0000000b", node="n", host="h", pid=1, device="test")
+        assert actor.take(worker) is not None
+        actor.look(["0000000b"], stopped=True)
+        actor.look(["0000000b"])
+        assert actor.take(worker) is None
+    finally:
+        actor.close()
 
 
 def test_a_worker_that_says_nothing_loses_its_item_and_then_its_place(tmp_path: Path) -> None:
