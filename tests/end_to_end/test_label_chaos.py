@@ -140,7 +140,7 @@ def test_a_small_job_survives_what_breaks_it(tmp_path: Path, machines: Bed, few:
     sabotage(machines, events, pace_s=0.4, step_s=0.8)
     job = Job(machines, tmp_path, run_words(few.data, few.weights, tmp_path / "labels"), few.shards)
     marks = [(0.2, "second"), (0.5, "driver")]
-    deck = {"kill_worker": 2, "stop_worker": 2, "kill_leases": 1, "kill_raylet": 1, "cut": 1}
+    deck = {"kill_worker": 2, "stop_worker": 1, "kill_leases": 1, "kill_raylet": 1}
     monkey = Monkey(job, 0, deck=deck, every=(1, 3), marks=marks)
     found = chaos(monkey, few, events)
     assert monkey.done["kill_driver"] == 1 and monkey.done["second_driver"] == 1
