@@ -137,7 +137,7 @@ def test_whatever_breaks_the_labels_are_those_of_a_run_left_alone(
 
 def test_a_small_job_survives_what_breaks_it(tmp_path: Path, machines: Bed, few: Undisturbed) -> None:
     events = tmp_path / "events.jsonl"
-    sabotage(machines, events, pace_s=0.4, step_s=0.8)
+    sabotage(machines, events, pace_s=0.3, step_s=0.6)
     job = Job(machines, tmp_path, run_words(few.data, few.weights, tmp_path / "labels"), few.shards)
     marks = [(0.2, "second"), (0.5, "driver")]
     deck = {"kill_worker": 2, "stop_worker": 1, "kill_leases": 1, "kill_raylet": 1}
