@@ -230,6 +230,7 @@ def theirs(work: Work, process: int, images: int, threads: int) -> dict[str, Cal
     made = pipeline("depth-estimation", model=work.weights["theirs"], device=device, dtype=dtype)
     if work.options.size != 518:
         made.image_processor.size = {"height": work.options.size, "width": work.options.size}
+    made.model.register_forward_hook(as_float32)
     files = work.files(process, images)
 
     def run() -> None:
@@ -238,6 +239,12 @@ def theirs(work: Work, process: int, images: int, threads: int) -> dict[str, Cal
 
     made(files[0])
     return {"transformers": run}
+
+
+def as_float32(model: torch.nn.Module, args: object, output: Any) -> Any:
+    """The pipeline hands a bfloat16 network's depth to numpy, which has no such type: without this it raises."""
+    output["predicted_depth"] = output["predicted_depth"].float()
+    return output
 
 
 class Processes:
