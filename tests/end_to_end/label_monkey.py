@@ -29,10 +29,11 @@ _LEAST_S = 1.0  # between two faults
 class Monkey:
     """Breaks things until every driver has ended, then puts all in order again.
 
-    `deck`: how often each fault is drawn before any is drawn again. `every`: shards done between two of them, at least
-    and at most, and a second passes: a worker takes seconds to start, on a busy machine a minute, so faults by the
-    clock alone would hit nothing but starts, or nothing at all. `marks`: at which share of the shards something is due
-    that happens so often and no more: "driver" is killed and started again, a "second" one starts on another machine.
+    `deck`: how often each fault is drawn before any is drawn again, but for those that find nothing to hit. `every`:
+    shards done between two of them, at least and at most, and a second passes: a worker takes seconds to start, on a
+    busy machine a minute, so faults by the clock alone would hit nothing but starts, or nothing at all. `marks`: at
+    which share of the shards something is due that happens so often and no more: "driver" is killed and started again,
+    a "second" one starts on another machine.
     """
 
     def __init__(
@@ -99,15 +100,22 @@ class Monkey:
                 self._marks.pop(0)
 
     def _act(self) -> None:
-        for _ in range(2 * sum(self._kinds.values())):
-            if not self._deck:
-                self._deck = [kind for kind, number in self._kinds.items() for _ in range(number)]
-                self._draw.shuffle(self._deck)
-            kind = self._deck.pop()
+        if not self._play():
+            anew = [kind for kind, number in self._kinds.items() for _ in range(number)]
+            self._draw.shuffle(anew)
+            self._deck = anew + self._deck
+            self._play()
+
+    def _play(self) -> bool:
+        """The first fault of the deck that finds something to hit; those before it keep their turn."""
+        for place in reversed(range(len(self._deck))):
+            kind = self._deck[place]
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it has just ended
                 if getattr(self, f"_{kind}")():
                     self.done[kind] += 1
-                    return
+                    del self._deck[place]
+                    return True
+        return False
 
     def _in(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._later, (time.monotonic() + seconds, next(self._turns), action))
