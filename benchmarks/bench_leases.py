@@ -35,6 +35,7 @@ from cluster.leases import Lease
 from cluster.runtime import ray_session
 from dataio.label_ledger import LedgerEntry
 from dataio.labels import LabelStore
+from trainer.label_status import job_state
 from trainer.labelling import Listing
 
 COLD_S, PACED_SHARE = 10.0, 0.05
@@ -211,8 +212,8 @@ def cold_start(options: argparse.Namespace, items: list[str], folder: str) -> fl
     took = time.monotonic() - began
     print(f"| cold start with {options.done} done | {took:.2f} s |", flush=True)
     began = time.monotonic()
-    store.status(None)
-    print(f"| `label status` of them | {time.monotonic() - began:.2f} s |", flush=True)
+    job_state(store, None)
+    print(f"| what `label status` reads of them, beside the dataset | {time.monotonic() - began:.2f} s |", flush=True)
     ray.kill(leases)
     return took
 

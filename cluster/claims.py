@@ -1,16 +1,18 @@
 """What each of several runs on one folder works on: one small file per run, so that they share the work.
 
-    leases/OWNER.json    {owner, host, pid, born, beat, written, ends, items: {item: since}, leased: {item: {...}},
-                          done: {item: when}}
+    leases/OWNER.json    {owner, host, space, pid, born, beat, written, ends, items: {item: since},
+                          leased: {item: {...}}, done: {item: when}}
 
 Whoever wants an item writes it into its own file first and then reads the others': of two that want the same, at least
 one sees both, and the earlier claim counts (the smaller name, where they are equal). A file that does not change for
-`ttl_s` by the reader's own clock is of a run that is gone; on the same machine a dead process tells at once. Clocks
-that differ, or a store that shows files late, cost double work and never wrong work: the commit settles that.
+as long as it says its leases last, by the reader's own clock, is of a run that is gone; on the same machine a dead
+process tells at once. Clocks that differ, or a store that shows files late, cost double work and never wrong work: the
+commit settles that.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -33,6 +35,7 @@ class Claim:
 
     owner: str
     host: str
+    space: str  # of which `pid` is a number
     pid: int
     born: float
     beat: int
@@ -43,8 +46,8 @@ class Claim:
     done: Mapping[str, float] = field(default_factory=dict)  # what it has done lately, and when
 
     def gone(self) -> bool:
-        """Whether its process is known to be dead: only on its own machine."""
-        return self.host == socket.gethostname() and not _lives(self.pid, self.born)
+        """Whether its process is known to be dead: only on its own machine, and not in another container of that."""
+        return self.space == _space() and not _lives(self.pid, self.born)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class Claims:
         self._items: dict[str, float] = {}
         self._done: dict[str, float] = {}
         self._beat = 0
+        self._written = False
         self._there: set[str] = set()  # other runs, as last seen
         self._seen: dict[str, tuple[int, float]] = {}  # owner -> (beat, when it was new, by this process's clock)
 
@@ -107,6 +111,11 @@ class Claims:
         """How many other runs there were at the last `claim`."""
         return len(self._there)
 
+    @property
+    def written(self) -> bool:
+        """Whether the file has been written once: then it can be."""
+        return self._written
+
     def withdraw(self) -> None:
         """This run ends: its file goes."""
         with suppress(storage.StorageError):
@@ -118,6 +127,7 @@ class Claims:
         content = {
             "owner": self.owner,
             "host": socket.gethostname(),
+            "space": _space(),
             "pid": os.getpid(),
             "born": _born(os.getpid()),
             "beat": self._beat,
@@ -128,6 +138,7 @@ class Claims:
             "done": self._done,
         }
         storage.atomic_write(self._path(self.owner), json.dumps(content) + "\n")
+        self._written = True
 
     def _others(self) -> list[Claim]:
         """Claims of runs that are there."""
@@ -139,9 +150,9 @@ class Claims:
             if claim.beat != beat:
                 since = now
                 self._seen[claim.owner] = (claim.beat, now)
-            if now - since > self._ttl_s or claim.gone():
-                self._seen[claim.owner] = (claim.beat, now - 2 * self._ttl_s)
-                if time.time() - claim.written > _KEPT * self._ttl_s or claim.gone():
+            lasts_s = max(self._ttl_s, claim.ends - claim.written)
+            if now - since > lasts_s or claim.gone():
+                if time.time() - claim.written > _KEPT * lasts_s or claim.gone():
                     with suppress(storage.StorageError):
                         storage.remove(self._path(claim.owner))
                 continue
@@ -154,10 +165,12 @@ class Claims:
 
 def read_claims(folder: str) -> list[Claim]:
     """The files of all runs in a folder, whether they are there or not. Raises StorageError."""
-    if not storage.exists(folder):
+    try:
+        names = storage.listdir(folder)
+    except storage.FileMissing:  # behind a URL a folder goes with its last file
         return []
     found = []
-    for name in storage.listdir(folder):
+    for name in names:
         if not name.endswith(".json"):
             continue
         try:
@@ -165,16 +178,19 @@ def read_claims(folder: str) -> list[Claim]:
             claim = Claim(**{key: content[key] for key in Claim.__dataclass_fields__})
         except (storage.FileMissing, ValueError, KeyError, TypeError):
             continue  # it has just gone, or is none of ours
-        if _is_sound(claim):
+        if claim.owner == name.removesuffix(".json") and _is_sound(claim):
             found.append(claim)
     return found
 
 
 def _is_sound(claim: Claim) -> bool:
     numbers = [claim.pid, claim.born, claim.beat, claim.written, claim.ends]
-    if not all(isinstance(each, Mapping) for each in (claim.items, claim.leased, claim.done)):
+    tables = (claim.items, claim.leased, claim.done)
+    if not all(isinstance(each, Mapping) for each in tables):
         return False
-    return all(isinstance(each, int | float) for each in [*numbers, *claim.items.values()])
+    if not all(isinstance(each, Mapping) for each in claim.leased.values()):
+        return False
+    return all(isinstance(each, int | float) for each in [*numbers, *claim.items.values()]) and claim.pid > 0
 
 
 def alone(folder: str, ttl_s: float, stopped: Callable[[], bool] = lambda: False) -> bool:
@@ -193,6 +209,18 @@ def alone(folder: str, ttl_s: float, stopped: Callable[[], bool] = lambda: False
             return True
         time.sleep(min(_LOOK_EVERY_S, ttl_s / 10))
     return False
+
+
+@functools.cache
+def _space() -> str:
+    """Names what process numbers are unique in: this start of the machine, and the container. Two machines may have one
+    name, and two containers the machine's."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # no Linux
+        return socket.gethostname()
 
 
 def _born(pid: int) -> float:

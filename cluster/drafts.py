@@ -7,7 +7,7 @@ is a local spool. Only if the name is free:
 * local: a hard link, which fails when the name is taken, on network file systems too. File systems without hard links
   (exFAT, some FUSE ones): look, then rename.
 * URL: fsspec's `mode="create"`; an S3 store gets `If-None-Match: *` with the request that makes the object. A store
-  that says it knows no such condition: look, then put.
+  that says it knows no such condition, or was found to pay no heed to it (`heeds_condition`): look, then put.
 
 Looking first leaves a gap in which two writers may both see a free name; the later one then stands. Who relies on more
 compares what is there afterwards (`Stamp`), or writes the same bytes.
@@ -16,6 +16,8 @@ compares what is there afterwards (`Stamp`), or writes the same bytes.
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import os
 import re
 import secrets
@@ -41,6 +43,7 @@ _TEMPORARY = re.compile(r"^\..*\.([0-9a-f]{8})\.tmp$")
 _SPOOL_BYTES = 64 << 20  # a file for a URL stays in memory up to here
 # link() where there are no hard links: EPERM from Linux' own file systems, the rest from FUSE and network ones
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+_NAME_BYTES = 200  # of a target's name in that of its draft
 _NO_CONDITION = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -92,17 +95,15 @@ def draft(path: str, tag: str | None = None) -> Iterator[Draft]:
     tag = _checked(tag)
     if is_url(path):
         fs, name = remote_store(path)
-        with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:
+        with _Spool(max_size=_SPOOL_BYTES) as spool:
             yield _RemoteDraft(path, fs, name, spool)
         return
     path = local_path(path)
-    temporary = _beside(path, tag)
-    with told(path, "write", aliases=(temporary, os.path.dirname(path) or ".")):
-        unfinished = _LocalDraft(path, temporary)
-        try:
-            yield unfinished
-        finally:
-            unfinished.discard()
+    unfinished = _LocalDraft(path, _beside(path, tag))
+    try:
+        yield unfinished
+    finally:
+        unfinished.discard()
 
 
 @contextmanager
@@ -131,6 +132,18 @@ def write_if_absent(path: str, data: bytes | str, tag: str | None = None) -> boo
     with draft(path, tag) as unfinished:
         unfinished.file.write(data.encode() if isinstance(data, str) else data)
         return unfinished.place()
+
+
+def heeds_condition(path: str, data: bytes) -> bool:
+    """Whether the store behind a URL refuses to make what is there: asked with `path`, which must hold `data` by now.
+
+    Where it does not, this process looks first from now on. True for a local path. Raises StorageError.
+    """
+    if not is_url(path) or not write_if_absent(path, data):
+        return True
+    fs, name = remote_store(path)
+    _heedless.add(_bucket(fs, name))
+    return False
 
 
 def stamp(path: str) -> Stamp | None:
@@ -220,8 +233,10 @@ def _checked(tag: str | None) -> str:
 
 def _beside(path: str, tag: str, kind: str = "") -> str:
     folder, name = os.path.split(path)
-    # a name near the limit of 255 bytes leaves no room for the suffix; what counts is that it cannot collide
-    return os.path.join(folder or ".", f".{name[:100]}{kind}.{tag}.tmp")
+    if len(os.fsencode(name)) > _NAME_BYTES:  # 255 are allowed
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+        name = os.fsdecode(os.fsencode(name)[: _NAME_BYTES - len(digest)]) + digest
+    return os.path.join(folder or ".", f".{name}{kind}.{tag}.tmp")
 
 
 def _local_stamp(path: str) -> Stamp | None:
@@ -235,41 +250,60 @@ def _stamp_of(found: os.stat_result) -> Stamp:
     return Stamp(found.st_size, f"{found.st_ino}-{found.st_mtime_ns}")
 
 
+class _ToldFile(io.FileIO):
+    """A draft's bytes; what the system says of them is told in one line. Of what else happens meanwhile it is not."""
+
+    def __init__(self, handle: int, mode: str, say: Callable[[], AbstractContextManager[None]]) -> None:
+        super().__init__(handle, mode)
+        self._say = say
+
+    def write(self, data: Any, /) -> int:
+        with self._say():
+            return super().write(data)
+
+    def readinto(self, buffer: Any, /) -> int:
+        with self._say():
+            return super().readinto(buffer)
+
+
 class _LocalDraft(Draft):
     def __init__(self, path: str, temporary: str) -> None:
         self._path, self._temporary = path, temporary
         self._folder = os.path.dirname(path) or "."
-        ensure_folder(self._folder)
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self.file = os.fdopen(handle, "wb")
+        with self._told():
+            ensure_folder(self._folder)
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self.file = cast("BinaryIO", io.BufferedWriter(_ToldFile(handle, "wb", self._told)))
         self._renamed = False
 
     @contextmanager
     def reread(self) -> Iterator[BinaryIO]:
-        self._sync()
-        with suppress(OSError):
-            os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        try:
-            again = open(self._temporary, "rb")  # noqa: SIM115  closed below
-        except FileNotFoundError as error:
-            raise self._gone() from error
-        with again:
-            yield again
+        with self._told():
+            self._sync()
+            with suppress(OSError):
+                os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            try:
+                handle = os.open(self._temporary, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise self._gone() from error
+        with io.BufferedReader(_ToldFile(handle, "rb", self._told)) as again:
+            yield cast("BinaryIO", again)
 
     def place(self, *, over: bool = False) -> bool:
-        self._sync()
-        self.file.close()
-        won = True
-        try:
-            if over:
-                os.replace(self._temporary, self._path)
-                self._renamed = True
-            else:
-                won = _link(self._temporary, self._path)
-        except FileNotFoundError as error:
-            raise self._gone() from error
-        sync_folder(self._folder)
-        return won
+        with self._told():
+            self._sync()
+            self.file.close()
+            won = True
+            try:
+                if over:
+                    os.replace(self._temporary, self._path)
+                    self._renamed = True
+                else:
+                    won = _link(self._temporary, self._path)
+            except FileNotFoundError as error:
+                raise self._gone() from error
+            sync_folder(self._folder)
+            return won
 
     def discard(self) -> None:
         """Leave nothing behind but what was placed."""
@@ -278,6 +312,9 @@ class _LocalDraft(Draft):
         if not self._renamed:
             with suppress(OSError):
                 os.unlink(self._temporary)
+
+    def _told(self) -> AbstractContextManager[None]:
+        return told(self._path, "write", aliases=(self._temporary, self._folder))
 
     def _gone(self) -> Swept:
         return Swept(
@@ -310,6 +347,12 @@ def _link(source: str, target: str) -> bool:
     return True
 
 
+class _Spool(tempfile.SpooledTemporaryFile[bytes]):
+    def write(self, data: Any) -> int:
+        with told(tempfile.gettempdir(), "write"):
+            return super().write(data)
+
+
 class _RemoteDraft(Draft):
     # fsspec's own files publish what was written so far when the block fails: so nothing is sent before `place`
 
@@ -338,6 +381,13 @@ class _RemoteDraft(Draft):
             self._fs.put_file(f"/proc/self/fd/{self._spool.fileno()}", self._name, **options)
 
 
+_heedless: set[tuple[object, str]] = set()  # buckets whose store makes what is there, whatever it is told
+
+
+def _bucket(fs: Any, name: str) -> tuple[object, str]:
+    return getattr(fs, "_fs_token", type(fs)), name.lstrip("/").split("/", 1)[0]
+
+
 class _NoCondition(NotImplementedError):
     """The store cannot put only if absent."""
 
@@ -355,14 +405,14 @@ def _put_if_absent(fs: Any, name: str, path: str, send: Callable[..., None]) -> 
             raise
         return True
 
-    try:
-        return remote.persistently(create, path)
-    except _NoCondition:
-        fs.invalidate_cache()
-        if remote.persistently(lambda: remote.exists(fs, name), path):
-            return False
-        remote.persistently(send, path)
-        return True
+    if _bucket(fs, name) not in _heedless:
+        with suppress(_NoCondition):
+            return remote.persistently(create, path)
+    fs.invalidate_cache()
+    if remote.persistently(lambda: remote.exists(fs, name), path):
+        return False
+    remote.persistently(send, path)
+    return True
 
 
 def _says(error: BaseException | None, code: str, status: int) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from cluster.claims import Claims
 from cluster.failures import portable
 from cluster.leases import Counts, Later, Lease, LeaseTable
-from cluster.storage import StorageError
+from cluster.storage import StorageError, Unreachable
 
 _AHEAD = 2  # items claimed for every worker, beside what it has in hand
 _AHEAD_LEAST = 4
@@ -51,13 +51,15 @@ class Worker:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What the driver sees: `results` of items completed since it looked last, `given_up` (item -> reason) in all,
+    """What the driver sees: `results` of items completed since it looked last, and of those that somebody else had
+    completed before (`late`), `given_up` (item -> reason) in all,
     `fatal` what no other item would escape either, `stuck` the owners that do not move or
     say nothing, `others` runs on the folder."""
 
     counts: Counts
     finished: bool
     results: list[tuple[str, Any]] = field(default_factory=list)
+    late: list[tuple[str, Any]] = field(default_factory=list)
     given_up: Mapping[str, str] = field(default_factory=dict)
     fatal: BaseException | None = None
     stuck: frozenset[str] = frozenset()
@@ -85,6 +87,7 @@ class LeaseActor:
         self._heard: dict[str, float] = {}  # owner -> when he said something last
         self._progress: dict[int, float] = {}
         self._results: list[tuple[str, Any]] = []
+        self._late: list[tuple[str, Any]] = []
         self._fatal: BaseException | None = None
         self._trouble: str | None = None
         self._away: dict[str, str] = {}  # items whose store did not answer, and what it said
@@ -125,7 +128,7 @@ class LeaseActor:
             if new:
                 self._done.append(item)
                 self._claimed.discard(item)
-                self._results.append((item, result))
+            (self._results if new else self._late).append((item, result))
             return new
 
     def drop(self, item: str, token: int, *, away: str | None = None) -> None:
@@ -136,12 +139,14 @@ class LeaseActor:
                 self._table.drop(token, time.monotonic())
             elif self._table.away(token, away, time.monotonic()):
                 self._away[item] = away
+                self._disclaim(item)
 
     def give_up(self, item: str, reason: str) -> None:
         """An item cannot be done."""
         with self._lock:
             self._away.pop(item, None)
             self._table.give_up(item, reason)
+            self._disclaim(item)
 
     def fail(self, error: BaseException) -> None:
         """What ends the whole run: nobody gets an item any more."""
@@ -165,6 +170,7 @@ class LeaseActor:
         know any more where Ray has just started it again."""
         with self._lock:
             results, self._results = self._results, []
+            late, self._late = self._late, []
             now = time.monotonic()
             self._stopped = self._stopped or stopped
             for owner in owners:
@@ -173,6 +179,7 @@ class LeaseActor:
                 counts=self._table.counts(),
                 finished=self._table.finished,
                 results=results,
+                late=late,
                 given_up=dict(self._table.given_up),
                 fatal=self._fatal,
                 stuck=frozenset([*(lease.owner for lease in self._table.stuck(now)), *self._silent(now)]),
@@ -194,6 +201,12 @@ class LeaseActor:
         """About how many items are claimed that nobody has in hand."""
         return len(self._claimed) - self._table.leased
 
+    def _disclaim(self, item: str) -> None:
+        """Nobody begins it now: another one is to be claimed in its place, at once where none is left."""
+        self._claimed.discard(item)
+        if self._spare() < 1:
+            self._wake.set()
+
     def _keep_claims(self) -> None:
         every_s = self._settings.ttl_s / 4
         while not self._closed.is_set():
@@ -201,8 +214,12 @@ class LeaseActor:
             try:
                 self._renew_claims()
                 self._trouble = None
-            except StorageError as error:  # nobody works on less for it: claims only spare double work
-                self._trouble = str(error)
+            except StorageError as error:
+                refused = isinstance(error.__cause__, PermissionError) or not isinstance(error, Unreachable)
+                if refused and not self._claims.written:
+                    self.fail(error)  # a folder that cannot be written: nobody would ever get an item
+                    return
+                self._trouble = str(error)  # of a store that is away for a while; claims only spare double work
                 self._closed.wait(1.0)
             except Exception as error:  # noqa: BLE001  without this thread nobody would get an item, and nobody be told
                 self.fail(portable(error, "the lease actor"))

@@ -218,6 +218,7 @@ class _Crew:
                     self._members[member.actor.work.remote()] = member
                 else:
                     ray.kill(member.actor)  # it was told that there is nothing left
+                    self._looked = float("-inf")  # so look, before another is hired
 
     def _lost(self, member: _Member, error: BaseException) -> None:
         import ray
@@ -258,10 +259,17 @@ def _require_room(need: Need) -> None:
         name: max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0)
         for name in ("CPU", "GPU", "memory")
     }
+    remedies = {
+        "GPU": "work on CPUs, or name a cluster whose machines have GPUs",
+        "CPU": "use fewer threads, or a larger machine",
+        "memory": "use smaller batches or images, or a larger machine",
+    }
+    asked = {"GPU": need.gpus, "CPU": need.cpus, "memory": need.memory_bytes}
+    lacks = next((name for name in remedies if asked[name] > most[name]), "CPU")
     raise ClusterAddressError(
         f"a worker needs {need.cpus} CPUs, {need.gpus} GPUs and {need.memory_bytes / 2**30:.1f} GiB, and the largest "
-        f"machine of the cluster has {most['CPU']:g}, {most['GPU']:g} and {most['memory'] / 2**30:.1f} GiB: use fewer "
-        "threads, or a larger machine"
+        f"machine of the cluster has {most['CPU']:g}, {most['GPU']:g} and {most['memory'] / 2**30:.1f} GiB: "
+        f"{remedies[lacks]}"
     )
 
 

@@ -28,6 +28,17 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     errno.EMFILE: "too many open files: raise `ulimit -n`",
 }
+# What a path itself is to blame for. Else a file that cannot be read says nothing of the file: the mount, the rights or
+# this process's limits may be others in a moment, or on another machine.
+_OF_THE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+_READ_REMEDIES = {
+    errno.EACCES: "permission denied: make it readable",
+    errno.EPERM: "operation not permitted: make it readable",
+    errno.EIO: "input/output error: look at the disk, or at the connection to where it is mounted from",
+    errno.ESTALE: "the file system it is on was taken away: mount it again",
+    errno.ENOTDIR: "a part of the path is a file: check the path",
+    errno.EISDIR: "it is a folder: name a file",
+}
 _MISSING = {
     "read": "no such file or folder: check the path",
     # parent folders are made, buckets are not
@@ -45,7 +56,7 @@ class StorageError(OSError):
 
 
 class Unreachable(StorageError):
-    """A store behind a URL failed or refused, after the last attempt: no fault of the file."""
+    """A store, a mount or this machine failed or refused to read, or a store failed to write: no fault of the file."""
 
 
 class Swept(StorageError):
@@ -100,10 +111,15 @@ def told(path: str, verb: str, aliases: tuple[str, ...] = ()) -> Iterator[None]:
     except OSError as error:
         if error.filename not in (None, path, local_path(path), *aliases) and not is_url(path):
             raise
-        reason = _REMEDIES.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
+        remedies = {**_REMEDIES, **_READ_REMEDIES} if verb == "read" else _REMEDIES
+        reason = remedies.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
         if isinstance(error, remote.RemoteFailure):
             reason = f"{error}: check the address, the credentials and the network"
-        kind = Unreachable if is_url(path) else StorageError
+        if is_url(path):
+            passing = verb == "read" or not isinstance(error, PermissionError)
+        else:
+            passing = verb == "read" and error.errno not in _OF_THE_PATH
+        kind = Unreachable if passing else StorageError
         raise kind(f"{path}: cannot {verb}: {reason}") from error
     except NotImplementedError as error:
         raise StorageError(f"{path}: cannot {verb}: this kind of URL does not support it") from error

@@ -79,7 +79,7 @@ def persistently(action: Callable[[], T], path: str) -> T:
             if attempt == ATTEMPTS or "Credential" in type(reason).__name__:
                 raise RemoteFailure(_summary(reason, text, attempt)) from reason
             wait = FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-            _say(f"{path}: attempt {attempt} of {ATTEMPTS} failed ({text}); the next one in {wait:.1f} s")
+            warn(f"{path}: attempt {attempt} of {ATTEMPTS} failed ({text}); the next one in {wait:.1f} s")
             time.sleep(wait)
     raise AssertionError("unreachable")
 
@@ -103,6 +103,7 @@ def _summary(reason: Exception, text: str, attempts: int) -> str:
     return f"{tried} failed ({text})"
 
 
-def _say(text: str) -> None:
+def warn(text: str) -> None:
+    """A line on stderr."""
     with suppress(OSError, ValueError):  # a stderr that is closed must not end the work
         print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from cluster.drafts import (
     atomic_write,
     atomic_writer,
     draft,
+    heeds_condition,
     is_temporary,
     new_tag,
     remove_if,
@@ -59,6 +60,7 @@ __all__ = [
     "atomic_writer",
     "draft",
     "exists",
+    "heeds_condition",
     "human_bytes",
     "is_temporary",
     "is_url",
@@ -189,7 +191,7 @@ def _names(path: str, detail: bool, ending: str = "") -> dict[str, int | None]:
                 for each in entries:
                     if each.name.endswith(ending):
                         with suppress(FileNotFoundError):  # renamed or removed since
-                            found[each.name] = each.stat().st_size if detail and not each.is_dir() else None
+                            found[each.name] = _size_of(each) if detail and not each.is_dir() else None
             return found
         fs, name = remote_store(path)
         fs.invalidate_cache()
@@ -201,6 +203,13 @@ def _names(path: str, detail: bool, ending: str = "") -> dict[str, int | None]:
         for entry in listed
         if str(entry["name"]).strip("/") != name.strip("/") and str(entry["name"]).rstrip("/").endswith(ending)
     }
+
+
+def _size_of(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:
+        return entry.stat(follow_symlinks=False).st_size  # a link that leads nowhere is there, too
 
 
 def sha256_file(path: str) -> str:

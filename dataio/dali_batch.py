@@ -202,21 +202,32 @@ class Probe:
         self._pipeline: Any = None  # built when needed, and anew behind an image that ended it
 
     def decodes(self, image: bytes) -> bool:
-        """Whether an encoded image becomes pixels. RuntimeError for too little memory, never for a damaged image."""
+        """Whether an encoded image becomes pixels.
+
+        RuntimeError, never for a damaged image: for too little memory, and when a good image is not decoded either.
+        """
+        try:
+            self._run(image)
+        except RuntimeError as error:
+            self._pipeline = None
+            if _NO_MEMORY.search(str(error)):  # says nothing of the image
+                raise
+            try:
+                self._run(_ABSENT.image or b"")
+            except RuntimeError:
+                self._pipeline = None
+                raise error from None
+            return False
+        return True
+
+    def _run(self, image: bytes) -> None:
         if self._pipeline is None:
             gpu = self._device.type == "cuda"
             device_id = (self._device.index or 0) if gpu else None
             self._pipeline = define_decoder(gpu, batch_size=1, num_threads=1, device_id=device_id)
             self._pipeline.build()
-        try:
-            self._pipeline.feed_input("image", as_arrays([image]))
-            self._pipeline.run()
-        except RuntimeError as error:
-            self._pipeline = None
-            if _NO_MEMORY.search(str(error)):  # says nothing of the image
-                raise
-            return False
-        return True
+        self._pipeline.feed_input("image", as_arrays([image]))
+        self._pipeline.run()
 
 
 @pipeline_def(exec_dynamic=True, prefetch_queue_depth=1, enable_conditionals=True, concurrency=OperatorConcurrency.FULL)

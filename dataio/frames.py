@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dataio.dataset import Dataset, Shard
 from dataio.header import look
+from dataio.quarantine import OF_THE_TARGET
 from dataio.reader import ShardSource, read_samples
 from dataio.spec import RoleNeeds
 from dataio.types import Sample
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from dataio.dali_frames import FramePipeline
 
+# One side of a network's input in terms of the other: attention over a whole image takes time with the square of it.
+# Training sees windows, and takes longer ones.
+MAX_ELONGATION = 8
 _CHUNK = 64  # samples read at a time
 
 
@@ -44,16 +48,20 @@ def read_frames(
 ) -> Iterator[Frame]:
     """The samples [begin, end) of a shard of a dataset, by default all, in order, read once from front to back.
 
-    Without `targets` a labelled dataset's depth is neither read nor missed: a sample is as good as its image is.
-    Raises DataError when the shard is missing; a bad sample is a frame with a `problem`.
+    Without `targets` a labelled dataset's depth is neither read nor missed: a sample is as good as its image is, and so
+    is one that is quarantined for its depth. Raises DataError when the shard is missing; a bad sample is a frame with
+    a `problem`.
     """
     info = dataset.info
+    quarantined = dataset.quarantined.get(shard.stem, {})
+    if not targets:
+        quarantined = {key: reason for key, reason in quarantined.items() if reason not in OF_THE_TARGET}
     source = ShardSource(
         tar=shard.tar,
         quantity=info.quantity,
         code=info.code,
         shard=shard,
-        quarantined=dataset.quarantined.get(shard.stem, {}),
+        quarantined=quarantined,
     )
     needs = RoleNeeds(target="disparity" if targets and info.quantity is not None else "none")
     end = shard.samples if end is None else min(end, shard.samples)
@@ -69,7 +77,10 @@ def make_frame(index: int, sample: Sample, sizer: Sizer) -> Frame:
     if isinstance(found, str):
         return Frame(index=index, sample=sample, problem=found)
     size_hw = (found.height, found.width)
-    return Frame(index=index, sample=sample, size_hw=size_hw, input_hw=sizer(*size_hw))
+    input_hw = sizer(*size_hw)
+    if max(input_hw) > MAX_ELONGATION * min(input_hw):
+        return Frame(index=index, sample=sample, problem="too_large")
+    return Frame(index=index, sample=sample, size_hw=size_hw, input_hw=input_hw)
 
 
 def batches_by_shape(frames: Iterable[Frame], batch: int, hold: int = 256) -> Iterator[list[Frame]]:

@@ -17,6 +17,7 @@ import numpy as np
 from cluster import storage
 from dataio.dataset import SHARDS_NAME, Dataset, Shard
 from dataio.index import index_path
+from dataio.label_codec import check_available
 from dataio.label_ledger import LedgerEntry
 from dataio.label_tar import Contents, LabelSample, decode_label, read_tar
 from dataio.labels import INFO_NAME, LEDGER_NAME, WORKING, LabelStore
@@ -129,8 +130,10 @@ def verify(
     """Read every label shard of a sidecar (folder or URL) in `workers` processes, and compare with all that is known.
 
     `decode` decodes every label as well. `progress(done, total)` counts shards. Raises StorageError when a disk or a
-    store fails, DataError when the dataset itself cannot be read.
+    store fails, DataError when the dataset itself cannot be read, or when a package that decodes is not installed.
     """
+    if decode:
+        check_available(f"disparity.{store.description.get('encoding')}")
     findings, notes = _folder(store, dataset)
     facts: list[_Facts] = []
     for each in in_processes(partial(_facts, store, decode), dataset.shards, workers, 1):
@@ -177,8 +180,12 @@ def _folder(store: LabelStore, dataset: Dataset) -> tuple[list[Finding], list[Fi
     for name, size in _listed(store.path):
         path = storage.join(store.path, name)
         if size is None and name in WORKING:
-            held = [inside for inside, _ in _listed(path)]
-            notes += [Finding("working", storage.join(path, inside), f"in {name}/") for inside in held]
+            for inside, bytes in _listed(path):
+                held = storage.join(path, inside)
+                if bytes is not None and (inside.endswith(".json") or storage.is_temporary(inside)):
+                    notes.append(Finding("working", held, f"in {name}/"))
+                else:
+                    findings.append(_stray(held, inside))
         elif name != INFO_NAME and not (size is None and name in (SHARDS_NAME, LEDGER_NAME)):
             findings.append(_stray(path, name))
     for folder, endings in ((SHARDS_NAME, (".tar", ".idx")), (LEDGER_NAME, (".json",))):
@@ -266,7 +273,7 @@ def _entry(tar: str, ledger: str, entry: LedgerEntry, found: Contents) -> list[F
     if (entry.bytes, entry.sha256) != (found.bytes, found.sha256):
         text = f"{found.bytes} bytes with SHA-256 {found.sha256}, its entry says {entry.bytes} with {entry.sha256}"
         return [Finding("damaged", tar, text)]
-    other = LedgerEntry.of(entry.stem, found, entry.seconds, entry.by).content()
+    other = LedgerEntry.of(entry.stem, entry.plan, found, entry.seconds, entry.by).content()
     return [
         Finding("ledger", ledger, f"{name} is {_short(value)}, the shard has {_short(other[name])}")
         for name, value in entry.content().items()

@@ -21,6 +21,7 @@ import io
 import zlib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -79,6 +80,7 @@ def encode(disparity_HW: npt.ArrayLike, encoding: LabelEncoding) -> EncodedLabel
         data = _write_jxl(step_HW)
     if encoding != "png":
         meta["crc32"] = zlib.crc32(data)
+    label_code(meta)  # what no reader would take is not written
     return EncodedLabel(EXTENSIONS[encoding], data, meta | shares(step_HW))
 
 
@@ -149,6 +151,7 @@ def check_available(extension: str) -> None:
         _jpegxl()
 
 
+@cache
 def fingerprint(encoding: LabelEncoding) -> str:
     """16 hexadecimal digits of how this machine encodes a fixed map.
 

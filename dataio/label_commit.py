@@ -6,9 +6,9 @@
 
 Whoever comes later, or next, finds one of four states: an entry and its tar (done, nothing is written); a tar without
 an entry (its writer died, or is about to make the entry: it is read wholly and adopted, or removed when damaged); an
-entry whose tar is gone or has another size (both are removed, the entry first); nothing. `replace`, for failed samples
-that are redone, removes the entry, then renames over the tar: in between it is a tar without an entry, the old one or
-the new one.
+entry whose tar is gone or has another size, or that was copied from elsewhere (both are removed, the entry first);
+nothing. `replace`, for failed samples that are redone, removes the entry, then renames over the tar: in between it is
+a tar without an entry, the old one or the new one.
 
 Two files cannot be changed at once, so each writer that has made an entry looks whether the tar is still the one that
 it describes, and takes the entry back otherwise. That happens only where a damaged or replaced shard meets a second
@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from cluster import storage
 from dataio.index import ShardIndex, index_path
-from dataio.label_ledger import LedgerEntry, parse_entry
+from dataio.label_ledger import ForeignEntry, LedgerEntry, parse_entry
 from dataio.label_tar import Contents, LabelSample, check_keys_of, check_written, read_tar, write_tar
 from dataio.spec import DataError
 
@@ -55,12 +55,14 @@ class Commit:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSlot:
-    """The place of one label shard, and one writer's view of it. `keys` are the source shard's, in order.
+    """The place of one label shard, and one writer's view of it. `keys` are the source shard's, in order; `plan` is the
+    digest of the labels.
 
     `by` goes into the ledger entry, a function is asked when that is made; `tag` names the writer's temporary files.
     """
 
     stem: str
+    plan: str
     tar: str
     ledger: str
     keys: Sequence[str]
@@ -96,8 +98,8 @@ class LabelSlot:
         with storage.draft(self.tar, self.tag) as draft:
             mine = self._write(draft, samples)
             seconds = time.monotonic() - began if seconds is None else seconds
-            entry, seen = self._entry(), storage.stamp(self.tar)
-            if entry is not None and entry.sha256 == mine.sha256 and seen is not None and seen.size == entry.bytes:
+            entry = self._entry()
+            if entry is not None and entry.sha256 == mine.sha256 and self._holds(entry):
                 return Commit("duplicate", entry)
             if still_mine is not None and not still_mine():
                 return Commit("fenced", None)
@@ -139,13 +141,17 @@ class LabelSlot:
             # in this order: an entry is made after its tar
             ledger_seen, tar_seen = storage.stamp(self.ledger), storage.stamp(self.tar)
             if ledger_seen is not None:
-                entry = self._entry()
+                entry = is_foreign = None
+                try:
+                    entry = self._parsed()
+                except ForeignEntry:  # the tar may have come with it
+                    is_foreign = True
                 if entry is not None and tar_seen is not None and tar_seen.size == entry.bytes:
                     if reindex:
                         self._reindex()
                     return Commit("duplicate", entry)
                 storage.remove_if(self.ledger, ledger_seen, self.tag)
-                if entry is not None and tar_seen is not None:
+                if (entry is not None or is_foreign) and tar_seen is not None:
                     storage.remove_if(self.tar, tar_seen, self.tag)
                 continue
             if tar_seen is None:
@@ -168,7 +174,7 @@ class LabelSlot:
         another one was, and is removed."""
         storage.atomic_write(index_path(self.tar), there.index.text, self.tag)
         by = self.by() if callable(self.by) else self.by
-        entry = LedgerEntry.of(self.stem, there, seconds, {**by, "tag": self.tag})
+        entry = LedgerEntry.of(self.stem, self.plan, there, seconds, {**by, "tag": self.tag})
         storage.write_if_absent(self.ledger, entry.to_json(), self.tag)
         # whether it is there by this very call says nothing: an earlier attempt may have arrived whose answer got lost
         seen, found = storage.stamp(self.ledger), self._entry()
@@ -205,11 +211,27 @@ class LabelSlot:
             raise DataError(f"{self.tar}: the bytes read back differ from those sent: run again ({error})") from error
         return there if there is not None and there.sha256 == mine.sha256 else None
 
+    def _holds(self, entry: LedgerEntry) -> bool:
+        """Whether the tar is byte by byte the one that the entry is of."""
+        try:
+            return storage.sha256_file(self.tar) == entry.sha256
+        except storage.FileMissing:
+            return False
+
     def _entry(self) -> LedgerEntry | None:
         """The entry, None when there is none, or none that can be used."""
-        with suppress(storage.FileMissing, DataError):
-            return parse_entry(self.ledger, storage.read_bytes(self.ledger))
+        with suppress(ForeignEntry):
+            return self._parsed()
         return None
+
+    def _parsed(self) -> LedgerEntry | None:
+        """As `_entry`, but ForeignEntry where that is it."""
+        try:
+            return parse_entry(self.ledger, storage.read_bytes(self.ledger), self.stem, self.plan)
+        except ForeignEntry:
+            raise
+        except (storage.FileMissing, DataError):
+            return None
 
     def _reindex(self) -> None:
         with suppress(storage.FileMissing, DataError):

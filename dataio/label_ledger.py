@@ -13,17 +13,24 @@ from dataio.label_tar import QUALITY_BINS, Contents
 from dataio.spec import DataError
 
 
+class ForeignEntry(DataError):
+    """A ledger entry of another shard, or of other labels: a file that somebody has copied."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LedgerEntry:
     """One committed label shard; `bytes` and `sha256` are of its tar, `failures` maps a reason to keys.
 
+    `plan` is the digest that names the labels' folder: a shard that was copied there from another is none of it.
+
     `quality` counts samples in 20 equal bins over [0, 1], None when no sample has a quality. `seconds` is how long the
     work took, None when nobody knows: its writer died. `by` says who, freely; `tag` is the writer's own, as in the
-    names of its temporary files, and `status` understands `node` (text) and `finished` (seconds since 1970). Two runs
-    over the same input may differ in `seconds` and `by` alone.
+    names of its temporary files, and `fathom label status` understands `node` (text) and `finished` (seconds since
+    1970). Two runs over the same input may differ in `seconds` and `by` alone.
     """
 
     stem: str
+    plan: str
     samples: int
     failures: dict[str, list[str]]
     sha256: str
@@ -33,10 +40,13 @@ class LedgerEntry:
     by: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, stem: str, found: Contents, seconds: float | None, by: Mapping[str, Any]) -> LedgerEntry:
+    def of(
+        cls, stem: str, plan: str, found: Contents, seconds: float | None, by: Mapping[str, Any]
+    ) -> LedgerEntry:
         """What a tar's entry must be. ValueError when `by` is no JSON."""
         return cls(
             stem=stem,
+            plan=plan,
             samples=len(found.rows),
             failures=found.failures,
             sha256=found.sha256,
@@ -61,23 +71,11 @@ class LedgerEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NodeStatus:
-    """What one node has done. `begun` and `finished` of its first and last shard: seconds since 1970, or unknown."""
-
-    shards: int
-    samples: int
-    seconds: float
-    begun: float | None
-    finished: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class LabelStatus:
     """What is committed: `failures` counts by reason, `quality` by bins as in `LedgerEntry`.
 
-    `seconds` is the work of all shards together whose time is known, `timed_samples` what they hold. `nodes` sums up by
-    the name that the writers gave. `missing` are the stems that the dataset has and the labels have not: empty when no
-    dataset was given.
+    `seconds` is the work of all shards together whose time is known, `timed_samples` what they hold. `missing` are the
+    stems that the dataset has and the labels have not: empty when no dataset was given.
     """
 
     shards: int
@@ -87,12 +85,12 @@ class LabelStatus:
     timed_samples: int
     failures: dict[str, int] = field(default_factory=dict)
     quality: list[int] | None = None
-    nodes: dict[str, NodeStatus] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
 
 
-def parse_entry(path: str, data: bytes) -> LedgerEntry:
-    """The entry in a ledger file. DataError when it is damaged."""
+def parse_entry(path: str, data: bytes, stem: str, plan: str) -> LedgerEntry:
+    """The entry in a ledger file. DataError when it is damaged, ForeignEntry when it is not that of shard `stem` in the
+    labels `plan`."""
     try:
         content = json.loads(data)
     except ValueError as error:
@@ -104,6 +102,12 @@ def parse_entry(path: str, data: bytes) -> LedgerEntry:
     for name, good in _GOOD.items():
         if not good(content[name]):
             raise DataError(f"{path}: {name} is {_short(content[name])}: {_REMEDY}")
+    for name, expected in (("stem", stem), ("plan", plan)):
+        if content[name] != expected:
+            raise ForeignEntry(
+                f"{path}: {name} is {_short(content[name])}, {expected!r} is needed: it was copied there; delete it "
+                "and its shard, and `fathom label run` makes them again"
+            )
     return LedgerEntry(**content)
 
 
@@ -111,12 +115,9 @@ def sum_up(entries: Iterable[LedgerEntry], missing: Iterable[str] = ()) -> Label
     """Entries of one ledger."""
     entries = list(entries)
     failures: dict[str, int] = {}
-    nodes: dict[str, list[LedgerEntry]] = {}
     for entry in entries:
         for reason, keys in entry.failures.items():
             failures[reason] = failures.get(reason, 0) + len(keys)
-        if isinstance(entry.by.get("node"), str):
-            nodes.setdefault(entry.by["node"], []).append(entry)
     rated = [entry.quality for entry in entries if entry.quality is not None]
     return LabelStatus(
         shards=len(entries),
@@ -126,19 +127,7 @@ def sum_up(entries: Iterable[LedgerEntry], missing: Iterable[str] = ()) -> Label
         timed_samples=sum(entry.samples for entry in entries if entry.seconds is not None),
         failures=failures,
         quality=[sum(counts) for counts in zip(*rated, strict=True)] if rated else None,
-        nodes={name: _node(nodes[name]) for name in sorted(nodes)},
         missing=tuple(missing),
-    )
-
-
-def _node(entries: list[LedgerEntry]) -> NodeStatus:
-    ended = [(entry, entry.by["finished"]) for entry in entries if _is_number(entry.by.get("finished"))]
-    return NodeStatus(
-        shards=len(entries),
-        samples=sum(entry.samples for entry in entries),
-        seconds=sum(entry.seconds or 0.0 for entry in entries),
-        begun=min((finished - (entry.seconds or 0.0) for entry, finished in ended), default=None),
-        finished=max((finished for _, finished in ended), default=None),
     )
 
 
@@ -167,6 +156,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 _REMEDY = "it is damaged; delete it, and `fathom label run` makes it again from its shard"
 _GOOD = {
     "stem": lambda value: isinstance(value, str),
+    "plan": lambda value: isinstance(value, str),
     "samples": _is_count,
     "failures": _are_failures,
     "sha256": lambda value: isinstance(value, str) and _SHA256.fullmatch(value) is not None,

@@ -28,6 +28,7 @@ from dataio.spec import DataError
 IMAGE = "disparity.png"
 FAILURE = "failure"  # in KEY.json: why there is no disparity
 NO_VALID_DISPARITY = "no_valid_disparity"
+OUT_OF_RANGE = "disparity_out_of_range"
 QUALITY_BINS = 20  # equal ones over [0, 1]
 
 _READ_BYTES = 1 << 20
@@ -59,12 +60,17 @@ class LabelSample:
     ) -> LabelSample:
         """A disparity map, NaN where invalid; `meta` goes into KEY.json beside what reads the map.
 
-        Without any finite value it is a failed sample, "no_valid_disparity". ValueError when `meta` is no JSON, or
-        holds NaN.
+        Without any finite value it is a failed sample, NO_VALID_DISPARITY; of a range that float32 does not hold in
+        steps, OUT_OF_RANGE. DataError when the encoding's package is not installed, ValueError when `meta` is no JSON,
+        or holds NaN.
         """
+        label_codec.check_available(label_codec.EXTENSIONS[encoding])  # of that the sample is not to blame
         if not np.isfinite(disparity_HW).any():
             return cls.failed(key, NO_VALID_DISPARITY, meta)
-        label = label_codec.encode(disparity_HW, encoding)
+        try:
+            label = label_codec.encode(disparity_HW, encoding)
+        except DataError:
+            return cls.failed(key, OUT_OF_RANGE, meta)
         return cls(key, {label.extension: label.data, "json": _json({**meta, **label.meta})})
 
     @classmethod

@@ -17,14 +17,14 @@ import json
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from cluster import storage
 from dataio.dataset import SHARDS_NAME, Dataset, check_keys, read_json
 from dataio.index import SampleEntry, ShardIndex
 from dataio.label_commit import By, Commit, LabelSlot
-from dataio.label_ledger import LabelStatus, LedgerEntry, NodeStatus, parse_entry, sum_up
+from dataio.label_ledger import LabelStatus, LedgerEntry, parse_entry, sum_up
 from dataio.label_tar import FAILURE, IMAGE, LabelSample
 from dataio.spec import DataError
 
@@ -40,11 +40,10 @@ __all__ = [
     "LabelStatus",
     "LabelStore",
     "LedgerEntry",
-    "NodeStatus",
     "plan_digest",
 ]
 
-LABEL_FORMAT = 2
+LABEL_FORMAT = 3
 INFO_NAME = "labels.json"
 LEDGER_NAME = "ledger"
 WORKING = ("leases", "telemetry")  # folders of runs at work
@@ -101,10 +100,16 @@ class LabelStore:
             raise DataError(f"{path}: digest and description disagree, it was edited: restore it, or label again")
         return cls(folder, content["description"])
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The plan digest of the description."""
         return plan_digest(self.description)
+
+    def heeds_condition(self) -> bool:
+        """Whether the store refuses to make what is there: else two writers that are late may both have their way, and
+        this process looks first from now on. Every process that writes asks once."""
+        path = storage.join(self.path, INFO_NAME)
+        return storage.heeds_condition(path, storage.read_bytes(path))
 
     def tar(self, stem: str) -> str:
         """The path of a label shard."""
@@ -125,12 +130,9 @@ class LabelStore:
         """The ledger entry of a shard, None when there is none. DataError when it is damaged."""
         path = self.ledger(stem)
         try:
-            entry = parse_entry(path, storage.read_bytes(path))
+            return parse_entry(path, storage.read_bytes(path), stem, self.digest)
         except storage.FileMissing:
             return None
-        if entry.stem != stem:
-            raise DataError(f"{path}: is the entry of {entry.stem!r}: it was copied there; delete it")
-        return entry
 
     def read(self, stem: str) -> Iterator[LabelSample]:
         """The samples of a committed label shard, in order, failed ones included. DataError, StorageError."""
@@ -222,12 +224,24 @@ class LabelStore:
         for _, entry in self._entries(self.committed()):
             yield entry
 
+    def done_entries(self) -> list[LedgerEntry]:
+        """The ledger entries of committed shards, by rising stem. Raises StorageError."""
+        stems, tar_bytes = self._named()
+        return [entry for stem, entry in self._entries(stems) if entry.bytes == tar_bytes.get(stem)]
+
     def status(self, dataset: Dataset | None = None) -> LabelStatus:
         """Sum up the ledger entries of committed shards; with a dataset also what is missing. Raises StorageError."""
-        stems, tar_bytes = self._named()
-        entries = [entry for stem, entry in self._entries(stems) if entry.bytes == tar_bytes.get(stem)]
-        done = {entry.stem for entry in entries}
-        return sum_up(entries, [shard.stem for shard in dataset.shards if shard.stem not in done] if dataset else ())
+        entries = self.done_entries()
+        return sum_up(entries, missing_of(dataset, entries) if dataset else ())
+
+    def require_made_of(self, dataset: Dataset) -> None:
+        """DataError when labels.json names another dataset."""
+        made_of = self._fingerprint()
+        if made_of is not None and made_of != dataset.fingerprint:
+            raise DataError(
+                f"{self.path}: these are labels of a dataset with fingerprint {made_of}, {dataset.path} has "
+                f"{dataset.fingerprint}: name their own with --dataset"
+            )
 
     def complete_for(self, dataset: Dataset) -> None:
         """DataError unless every shard of the dataset is labelled, sample for sample.
@@ -260,7 +274,13 @@ class LabelStore:
     def _slot(self, stem: str, keys: Sequence[str], by: By | None, tag: str | None) -> LabelSlot:
         tag = tag if tag is not None else storage.new_tag()
         return LabelSlot(
-            stem=stem, tar=self.tar(stem), ledger=self.ledger(stem), keys=list(keys), by=by or {}, tag=tag
+            stem=stem,
+            plan=self.digest,
+            tar=self.tar(stem),
+            ledger=self.ledger(stem),
+            keys=list(keys),
+            by=by or {},
+            tag=tag,
         )
 
     def _fingerprint(self) -> object:
@@ -290,6 +310,12 @@ class LabelStore:
         with ThreadPoolExecutor(_REMOTE_READERS if storage.is_url(self.path) else _READERS) as pool:
             for part in pool.map(read, range(0, len(stems), _CHUNK)):
                 yield from ((stem, entry) for stem, entry in part if entry is not None)
+
+
+def missing_of(dataset: Dataset, entries: Iterable[LedgerEntry]) -> list[str]:
+    """The stems of a dataset's shards that none of the entries is of."""
+    done = {entry.stem for entry in entries}
+    return [shard.stem for shard in dataset.shards if shard.stem not in done]
 
 
 def _label_sample(sample: SampleEntry, data: bytes) -> LabelSample:

@@ -25,13 +25,17 @@ REASONS = {
     "no_valid_pixels": "no pixel of the crop has a depth",
     "rotated_by_exif": "EXIF turns the image, and nobody turns its depth",
     "size_mismatch": "depth and image differ in size",
-    "too_large": "the image has over 100 megapixels, or one side over 10,000 times the other",
+    "too_large": "the image has over 100 megapixels, or one side over 10,000 times the other (seen whole: 8 times)",
     "unsafe_name": "the member's name leads out of the shard",
     "unreadable_member": "the shard is cut or damaged where the sample lies; copy it again",
 }
 # Passed over because the user wants it so: counted, but neither bad nor listed. Of millions of labels a filter may take
 # any part, and which ones KEY.json tells at any time.
 FILTERED = frozenset({"low_quality"})
+# What is wrong with the depth, the photograph being as good as any.
+OF_THE_TARGET = FILTERED | {
+    "bad_metadata", "bad_target", "missing_target", "no_valid_pixels", "rotated_by_exif", "size_mismatch",
+}  # fmt: skip
 QUARANTINE_NAME = "quarantine.jsonl"  # in a dataset's folder: what its streams pass over
 _MINIMUM_SEEN = 200  # a fraction of fewer samples says little; the end of a pass counts too
 

@@ -109,15 +109,20 @@ def retry(
       fathom label retry data/photos/labels/0123456789abcdef --weights runs/teacher/weights
     """
     from dataio.labels import LabelStore
-    from trainer.label_retry import run_retry
+    from trainer.label_retry import check_reasons, run_retry
     from trainer.labelling import config_again
 
+    check_reasons(reason)
     cluster = {"workers": workers, "address": address, "lease_s": lease}
     folder = LabelStore.open(_absolute(labels)).path
     config = config_again(folder, _dataset_of(folder, dataset), _absolute(weights), cluster, preset)
 
     def retried(config: LabelConfig, **given: Any) -> LabelOutcome:
-        return run_retry(config, folder, reasons=reason, **given)
+        outcome = run_retry(config, folder, reasons=reason, **given)
+        if not (outcome.shards or outcome.given_up or outcome.stopped):
+            why = f" for {', '.join(reason)}" if reason else ""
+            typer.echo(f"no sample has failed{why}: there is nothing to try again", err=True)
+        return outcome
 
     return _work(retried, config)
 

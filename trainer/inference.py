@@ -21,6 +21,7 @@ from model.preprocess import PATCH, lower_bound_size
 from model.presets import PositionMode
 
 OTHER_SCALE = 0.75  # of the sides, for the agreement over scales; our choice: 0.56 of a forward pass's pixels
+_FLAT = 1e-6  # mean absolute deviation over mean: what float32 leaves of a map that has one value
 USUAL_ASPECTS = ((1, 1), (4, 3), (3, 2), (16, 9))  # of photographs, either way up
 
 
@@ -46,15 +47,21 @@ def agreement(first_BHW: Tensor, other_BHW: Tensor) -> Tensor:
 
     1 / (1 + e), where e is the mean absolute difference of the maps after each has been brought to mean 0 and mean
     absolute deviation 1: what an affine-invariant network leaves open (scale and shift) does not count, and e = 1, a
-    half, is a difference as large as the maps' own variation. Our choice; the papers of the family state no quality.
+    half, is a difference as large as the maps' own variation. A map that is flat, but for rounding, says nothing, and
+    agrees with none: 0. Our choice; the papers of the family state no quality.
     """
-    first_BHW, other_BHW = (_standard(value_BHW) for value_BHW in (first_BHW, other_BHW))
-    return 1 / (1 + (first_BHW - other_BHW).abs().mean((1, 2)))
+    (first_BHW, first_B), (other_BHW, other_B) = _standard(first_BHW), _standard(other_BHW)
+    agreement_B = 1 / (1 + (first_BHW - other_BHW).abs().mean((1, 2)))
+    return torch.where(first_B | other_B, 0.0, agreement_B)
 
 
-def _standard(value_BHW: Tensor) -> Tensor:
-    value_BHW = value_BHW - value_BHW.mean((1, 2), keepdim=True)
-    return value_BHW / value_BHW.abs().mean((1, 2), keepdim=True).clamp(min=1e-12)
+def _standard(value_BHW: Tensor) -> tuple[Tensor, Tensor]:
+    """(the maps with mean 0 and mean absolute deviation 1, which of them are flat: bool [B])."""
+    mean_B11 = value_BHW.mean((1, 2), keepdim=True)
+    centred_BHW = value_BHW - mean_B11
+    deviation_B11 = centred_BHW.abs().mean((1, 2), keepdim=True)
+    flat_B11 = deviation_B11 <= _FLAT * mean_B11.abs()
+    return centred_BHW / deviation_B11.clamp(min=1e-30), flat_B11[:, 0, 0]
 
 
 class Predictor:

@@ -23,12 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster import storage
 from cluster.leased_worker import Grip, LeaseLost
 from cluster.machine import keep_freed_memory
 from cluster.storage import StorageError, Unreachable
 from dataio.dali_frames import FramePipeline
-from dataio.dataset import Dataset, Shard
+from dataio.dataset import INFO_NAME, Dataset, Shard
 from dataio.frames import Frame, batches_by_shape, decode_frames, read_frames
+from dataio.label_codec import EXTENSIONS, check_available, fingerprint
 from dataio.labels import Commit, LabelSample, LabelStore
 from dataio.spec import DataError
 from trainer.config_label import LabelConfig
@@ -64,6 +66,11 @@ class Labeller:
 
     def __init__(self, config: dict[str, Any], store: str, owner: str, dataset: Dataset) -> None:
         self.config = LabelConfig.model_validate(config)
+        try:
+            check_available(EXTENSIONS[self.config.encoding])
+        except DataError as error:
+            raise DataError(f"{socket.gethostname()}: {error}") from None
+        require(dataset)
         cluster = self.config.cluster
         device = "cuda" if cluster.use_gpu else "cpu"
         torch.set_num_threads(cluster.threads)
@@ -75,6 +82,7 @@ class Labeller:
         self.dataset = dataset  # as the driver has opened it: a shard that has changed since is refused when it is read
         self._shards = {shard.stem: shard for shard in dataset.shards}
         self.store = LabelStore.open(store)
+        self.store.heeds_condition()
         self.device = device_name(device, cluster.threads)
         self._pipeline = FramePipeline(self.config.rows, cluster.threads, device)
         self.predictor = Predictor(
@@ -97,40 +105,59 @@ class Labeller:
         self._open.close()
 
     def process(self, stem: str, grip: Grip) -> dict[str, Any]:
-        """Label and commit one shard. Raises LeaseLost, StorageError, DataError for the whole shard."""
+        """Label and commit one shard.
+
+        Raises LeaseLost; DataError for what is wrong with the shard as a whole; Unreachable for what is not its fault;
+        StorageError.
+        """
+        try:
+            return self.label(stem, grip)
+        except DataError:
+            require(self.dataset)
+            raise
+
+    def label(self, stem: str, grip: Grip) -> dict[str, Any]:
+        """What `process` does, where the dataset is there."""
         shard = self.shard(stem)
         keys = keys_of(shard)
-        labels = self.watched(self.labels(shard), len(keys), grip)
+        labels = self.labels(shard, grip)
         commit = self.store.commit(
             stem, labels, keys=keys, by=self.by(grip), still_mine=grip.still_mine, tag=self.owner
         )
-        return self.told(commit, stem)
+        return self.told(commit, stem, () if commit.outcome == "duplicate" else None)  # another run's work
 
     def by(self, grip: Grip) -> Callable[[], dict[str, Any]]:
         """Who has done it, for the ledger, which asks once it is done."""
-        who = {"node": socket.gethostname(), "token": grip.token, "device": self.device}
+        encoder = fingerprint(self.config.encoding)
+        who = {"node": socket.gethostname(), "token": grip.token, "device": self.device, "encoder": encoder}
         return lambda: {**who, "finished": round(time.time(), 3)}
 
-    def told(self, commit: Commit, stem: str) -> dict[str, Any]:
-        """What the driver is told of a commit. Raises LeaseLost when the work was dropped."""
+    def told(self, commit: Commit, stem: str, tried: Collection[str] | None = None) -> dict[str, Any]:
+        """What the driver is told of a commit, and of which only the samples `tried` (None: all) are this work's.
+
+        Raises LeaseLost when it was dropped.
+        """
         if commit.entry is None:
             raise LeaseLost(stem)
+        samples = commit.entry.samples if tried is None else len(tried)
+        failed = {
+            reason: sum(tried is None or key in tried for key in keys) for reason, keys in commit.entry.failures.items()
+        }
         if commit.outcome == "written":
-            failed = {reason: len(keys) for reason, keys in commit.entry.failures.items()}
-            self._exporter.metric("fathom_label_images_total").inc(commit.entry.samples - sum(failed.values()))
+            self._exporter.metric("fathom_label_images_total").inc(samples - sum(failed.values()))
             for reason, number in failed.items():
                 self._exporter.metric("fathom_label_failures_total").labels(reason=reason).inc(number)
         return {
             "outcome": commit.outcome,
             "differs": commit.differs,
-            "samples": commit.entry.samples,
-            "failed": commit.entry.failed,
+            "samples": samples,
+            "failed": sum(failed.values()),
         }
 
-    def labels(self, shard: Shard, only: Collection[int] | None = None) -> Iterator[LabelSample]:
+    def labels(self, shard: Shard, grip: Grip, only: Collection[int] | None = None) -> Iterator[LabelSample]:
         """The labels of a shard's samples in their order; of those at the places `only`, as all of them would be."""
         with ahead(self.inputs(shard, only), _BATCHES_AHEAD, "decode") as ready:
-            predicted = self._predicted(ready)
+            predicted = watched(self._predicted(ready), shard.samples, grip)
             encoded = mapped(self._encode, predicted, self._encoders, _ENCODED_AHEAD * self.config.rows)
             if only is not None:
                 yield from (sample for index, sample in sorted(encoded, key=lambda pair: pair[0]) if index in only)
@@ -162,12 +189,6 @@ class Labeller:
             raise DataError(f"{self.store.tar(stem)}: {self.dataset.path} has no shard {stem!r}: move it away")
         return found
 
-    def watched(self, samples: Iterable[LabelSample], total: int, grip: Grip) -> Iterator[LabelSample]:
-        """Says how far it is; ends with LeaseLost once the shard is somebody else's."""
-        for done, sample in enumerate(samples):
-            grip.progress(done / total)
-            yield sample
-
     def _predicted(self, ready: Iterable[Ready]) -> Iterator[_Predicted]:
         for batch in ready:
             if batch.image_BCHW is None:
@@ -191,6 +212,23 @@ class Labeller:
             meta["quality"] = round(float(predicted.quality.nan_to_num(0.0)), 4)  # a map with holes agrees with none
             self._exporter.metric("fathom_label_quality").observe(meta["quality"])
         return frame.index, LabelSample.encoded(frame.sample.key, value_HW, meta, self.config.encoding)
+
+
+def require(dataset: Dataset) -> None:
+    """Unreachable when the dataset is not on this machine: of that no shard of it is to blame."""
+    if not storage.exists(storage.join(dataset.path, INFO_NAME)):
+        raise Unreachable(
+            f"{dataset.path}: not there on {socket.gethostname()}: mount it on every machine that labels, or keep this "
+            "one out of the cluster"
+        )
+
+
+def watched(predicted: Iterable[_Predicted], total: int, grip: Grip) -> Iterator[_Predicted]:
+    """Says how far it is at every image that has been through the network: until a shape that is rare has filled its
+    batch, labels wait. LeaseLost once the shard is somebody else's."""
+    for done, each in enumerate(predicted):
+        grip.progress(done / total)
+        yield each
 
 
 def keys_of(shard: Shard) -> list[str]:

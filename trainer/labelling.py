@@ -19,6 +19,7 @@ from cluster.claims import FOLDER as CLAIMS
 from cluster.claims import alone, read_claims
 from cluster.lease_actor import View
 from cluster.leased_pool import Need, run_leased
+from cluster.remote import warn
 from cluster.stop import StopFlag
 from cluster.telemetry import Exporter
 from dataio.dataset import Dataset
@@ -97,6 +98,11 @@ def run_labelling(
     description = describe(config, dataset, teacher)
     root = config.out or storage.join(config.dataset, "labels")
     store = LabelStore.create(storage.join(root, plan_digest(description)), description)
+    if not store.heeds_condition():
+        warn(
+            f"{store.path}: this store overwrites what is there although it is asked not to (If-None-Match): let no "
+            "two runs work on it at once"
+        )
     make = functools.partial(make_labeller, config.model_dump(mode="json"), store.path, dataset)
     job = Job(store, [shard.stem for shard in dataset.shards], make, listed=Listing(store.path))
     return work_on(config, job, preset=teacher.preset, on_progress=on_progress, stop=stop)
@@ -141,7 +147,7 @@ def work_on(
                 address=config.cluster.address,
                 ttl_s=config.cluster.lease_s,
             )
-        account.on_look(replace(result.view, results=[]))
+        account.on_look(replace(result.view, results=[], late=[]))
     left = len(job.stems) - account.done - len(account.given_up)
     if not left and alone(claims, config.cluster.lease_s, lambda: stop.reason is not None):
         _clear_up(store)
@@ -178,7 +184,7 @@ class _Account:
         for _, result in view.results:
             self.images += result["samples"]
             self.failed += result["failed"]
-            self.differing += bool(result["differs"])
+        self.differing += sum(bool(result["differs"]) for _, result in [*view.results, *view.late])
         counts = view.counts
         self.done, self.given_up = counts.done, view.given_up
         if self.exporter is not None:
@@ -283,10 +289,10 @@ def config_again(
     config = parse_config(LabelConfig, values, source=storage.join(folder, INFO_NAME))
     now = describe(config, Dataset.open(dataset))
     if now != made:
-        field = next(name for name in made if now.get(name) != made[name])
+        field = next(name for name in [*made, *now] if now.get(name) != made.get(name))
         raise ConfigError(
             f"{'weights' if field == 'teacher' else field}: not what made {folder}: {field} was "
-            f"{json.dumps(made[field])}, now {json.dumps(now.get(field))}; name the same teacher and dataset"
+            f"{json.dumps(made.get(field))}, now {json.dumps(now.get(field))}; name the same teacher and dataset"
         )
     return config
 

@@ -118,6 +118,43 @@ def test_a_dead_process_of_this_machine_is_gone_at_once(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_process_number_of_another_container_says_nothing(tmp_path: Path) -> None:
+    """Two containers may have their machine's name."""
+    a, b, _ = three(str(tmp_path))
+    a.claim(["s0"])
+    path = tmp_path / "aaaaaaaa.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"born": content["born"] - 100, "space": "another"}))
+    assert b.claim(["s0"]).claimed and path.exists()
+
+
+def test_a_run_of_longer_leases_is_there_for_longer(tmp_path: Path, clocks: Clocks) -> None:
+    Claims(str(tmp_path), "dddddddd", 600.0).claim(["s0"])
+    clocks.now += 1
+    _, b, _ = three(str(tmp_path))
+    assert b.claim(["s0"]).claimed
+    for _ in range(5):
+        clocks.now += 100
+        assert b.claim(["s0"]).claimed
+    clocks.now += 101
+    assert not b.claim(["s0"]).claimed and set(b.items) == {"s0"}
+
+
+def test_a_folder_that_goes_with_its_last_file(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an object store, between a question and the next."""
+    a, _, _ = three(f"{s3}/leases")
+    a.claim([])
+    listdir = module.storage.listdir
+
+    def late(folder: str) -> list[str]:
+        a.withdraw()
+        return listdir(folder)
+
+    monkeypatch.setattr(module.storage, "listdir", late)
+    assert read_claims(f"{s3}/leases") == []
+    assert alone(f"{s3}/leases", 10.0)
+
+
 def test_files_that_are_none_of_ours_are_passed_over(tmp_path: Path) -> None:
     a, _, _ = three(str(tmp_path))
     a.claim([])
@@ -126,6 +163,9 @@ def test_files_that_are_none_of_ours_are_passed_over(tmp_path: Path) -> None:
         ("x.json", "{"), ("y.json", "[]"), ("z.txt", "{}"), ("w.json", '{"owner": "w"}'),
         ("u.json", json.dumps(whole | {"owner": "u", "items": ["s0"]})),
         ("v.json", json.dumps(whole | {"owner": "v", "ends": "soon"})),
+        ("s.json", json.dumps(whole | {"owner": "s", "pid": -1})),
+        ("t.json", json.dumps(whole | {"owner": "t", "leased": {"s0": "me"}})),
+        ("r.json", json.dumps(whole | {"owner": "../ledger/000000", "born": 0.0})),  # its file would be removed
     ):  # fmt: skip
         (tmp_path / name).write_text(text)
     assert not a.claim(["s0"]).claimed

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,75 @@ def test_a_store_that_cannot_is_looked_at_first(create: Any, error: Exception) -
     assert not storage.write_if_absent("memory://drafts/a", b"second")
     assert storage.read_bytes("memory://drafts/a") == b"first"
     assert modes == ["create", "overwrite", "create"]
+
+
+def test_a_store_that_heeds_no_condition_is_found_out_and_looked_at_first(
+    monkeypatch: pytest.MonkeyPatch, s3: str, tmp_path: Path
+) -> None:
+    for base in (str(tmp_path), s3):
+        storage.atomic_write(f"{base}/info", b"x")
+        assert storage.heeds_condition(f"{base}/info", b"x")
+    fs = fsspec.filesystem("memory")
+    original = type(fs).pipe_file
+    monkeypatch.setattr(type(fs), "pipe_file", lambda self, path, value, mode="": original(self, path, value))
+    monkeypatch.setattr(drafts, "_heedless", set())
+    storage.atomic_write("memory://heedless/info", b"x")
+    assert storage.write_if_absent("memory://heedless/info", b"x"), "it makes what is there"
+    assert not storage.heeds_condition("memory://heedless/info", b"x")
+    assert not storage.write_if_absent("memory://heedless/info", b"y")
+    assert storage.write_if_absent("memory://heedless/more", b"z")
+    assert storage.read_bytes("memory://heedless/info") == b"x"
+    assert storage.write_if_absent("memory://other/info", b"x") and storage.write_if_absent("memory://other/info", b"x")
+    fs.rm("/heedless", recursive=True)
+    fs.rm("/other", recursive=True)
+
+
+def test_a_full_disk_for_what_is_about_to_be_sent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafts, "_SPOOL_BYTES", 4)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(drafts.tempfile, "TemporaryFile", full)
+    folder = re.escape(drafts.tempfile.gettempdir())
+    with pytest.raises(StorageError, match=f"^{folder}: cannot write: the disk is full"):
+        storage.atomic_write("memory://drafts/a", b"more than four bytes")
+
+
+def test_a_full_disk_is_said_of_the_file_and_what_the_block_raises_is_not(tmp_path: Path) -> None:
+    path = str(tmp_path / "a")
+
+    def failing(error: Exception) -> None:
+        with storage.draft(path) as draft:
+            draft.file.write(b"x")
+            raise error
+
+    for error in (OSError(errno.ENOMEM, "Cannot allocate memory"), NotImplementedError("aten::x"), KeyError("k")):
+        with pytest.raises(type(error)) as caught:
+            failing(error)
+        assert caught.value is error
+    with storage.draft(path) as draft:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            with pytest.raises(StorageError, match=f"^{re.escape(path)}: cannot write: .*`ulimit -f`"):
+                draft.file.write(bytes(100_000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("stem", ["s" * 120, "s" * 250, "ü" * 120])
+def test_long_names_do_not_get_in_each_other_s_way(tmp_path: Path, stem: str) -> None:
+    """One writer has drafts of several names that begin alike."""
+    names = [f"{stem}.tar", f"{stem}.idx", f"{stem}x.idx"]
+    with ExitStack() as stack:
+        opened = [stack.enter_context(storage.draft(str(tmp_path / name), TAG)) for name in names]
+        for name, draft in zip(names, opened, strict=True):
+            draft.file.write(name.encode())
+            assert draft.place()
+    assert storage.listdir(str(tmp_path)) == sorted(names)
+    assert all((tmp_path / name).read_text() == name for name in names)
 
 
 def test_a_store_that_fails_is_tried_again(create: Any) -> None:

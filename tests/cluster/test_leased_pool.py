@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from cluster.claims import Claims, read_claims
 from cluster.failures import WorkerDied
 from cluster.lease_actor import LeaseActor, Settings, View, Worker
 from cluster.leased_pool import LeasedResult, Need, run_leased
+from cluster.leases import Lease
 from cluster.runtime import ClusterAddressError, ray_session
 from cluster.stop import StopFlag
 from cluster.storage import StorageError
@@ -160,6 +161,67 @@ def test_a_lease_actor_that_starts_again_learns_what_its_driver_knows(tmp_path: 
         assert actor.take(worker) is None
     finally:
         actor.close()
+
+
+@pytest.fixture
+def actor(tmp_path: Path) -> Iterator[Callable[..., LeaseActor]]:
+    made: list[LeaseActor] = []
+
+    def make(items: Sequence[str], **options: Any) -> LeaseActor:
+        listed = functools.partial(leased_work.listed, str(tmp_path))
+        given = {"run": "0badcafe", "claims": str(tmp_path / "l"), "ttl_s": 60.0, **options}
+        made.append(LeaseActor(Settings(items=items, listed=listed, **given)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def taken(actor: LeaseActor, worker: Worker) -> Lease:
+    ends = time.monotonic() + 10
+    while not isinstance(got := actor.take(worker), Lease):
+        assert time.monotonic() < ends, "nothing to do"
+        time.sleep(0.01)
+    return got
+
+
+ANN = Worker(owner="0000000a", node="n", host="h", pid=1, device="test")
+BOB = Worker(owner="0000000b", node="n", host="h", pid=2, device="test")
+
+
+def test_items_that_are_given_up_keep_nobody_waiting(actor: Any) -> None:
+    """Others are claimed in their place at once, not at the next beat."""
+    it = actor(names(40))
+    for turn in range(40):
+        lease = taken(it, ANN)
+        if turn % 2:
+            it.give_up(lease.item, "broken")
+        else:
+            it.drop(lease.item, lease.token, away="no answer")
+            it.give_up(lease.item, "no answer")
+    assert it.look().finished
+
+
+def test_who_comes_late_is_heard(actor: Any) -> None:
+    """What he found out of the one before him: here, that their bytes differ."""
+    it = actor(names(1))
+    lease = taken(it, ANN)
+    assert it.complete(lease.item, lease.token, "first") and not it.complete(lease.item, 99, "second")
+    view = it.look()
+    assert (view.results, view.late) == ([(lease.item, "first")], [(lease.item, "second")])
+    assert it.look().late == []
+
+
+def test_a_folder_of_claims_that_cannot_be_written_ends_the_run(tmp_path: Path, actor: Any) -> None:
+    """Nobody would ever get an item."""
+    (tmp_path / "l").write_text("a file")
+    it = actor(names(3))
+    ends = time.monotonic() + 10
+    while (error := it.look().fatal) is None and time.monotonic() < ends:
+        time.sleep(0.02)
+    assert isinstance(error, StorageError) and str(tmp_path / "l") in str(error)
+    assert it.take(ANN) is None
 
 
 def test_a_worker_that_says_nothing_loses_its_item_and_then_its_place(tmp_path: Path) -> None:

@@ -87,11 +87,41 @@ def test_at_the_end_the_slowest_item_is_done_twice() -> None:
     assert it.beat("a", slow.token, slow.item, 0.1, 12) and it.beat("b", other.token, other.item, 0.1, 12)
     copy = given(it.take("c", 12.5))
     assert (copy.item, copy.speculative) == (slow.item, True)
-    assert isinstance(it.take("a", 13.5), Lease)  # the other one; never his own
+    assert take(it, "a", 13.5) == other.item  # never his own, which took longer
     assert isinstance(it.take("d", 30), Later | Lease)
     assert it.complete(copy.item, copy.token, 31)
     assert not it.beat("a", slow.token, slow.item, 0.2, 31)
     assert it.counts().speculated >= 2
+
+
+def test_nobody_speaks_for_another() -> None:
+    it = table(1)
+    lease = given(it.take("a", 0))
+    assert not it.beat("b", lease.token, "s0", 0.5, 8)
+    assert take(it, "b", 10) == "s0", "that beat has put nothing off"
+
+
+def test_what_waits_is_what_would_be_given_out() -> None:
+    it = table(5)
+    it.settle(["s1"])
+    it.set_foreign({"s2": 0.0})
+    it.give_up("s3", "broken")
+    assert it.waiting(9, 0) == ["s0", "s4"]
+    assert [take(it, "a", 0), take(it, "a", 0)] == ["s0", "s4"]
+
+
+def test_what_is_done_twice_does_not_say_how_long_one_takes() -> None:
+    """A copy is begun late: by its own time everything else would look slow."""
+    it = table(8, ttl_s=100.0)
+    leases = [given(it.take("a", 0)) for _ in range(7)]
+    for lease in leases[:3]:
+        it.complete(lease.item, lease.token, 9)  # 9 s is usual
+    given(it.take("b", 9.9))
+    for lease in leases[3:]:
+        copy = given(it.take("c", 10))
+        assert copy.speculative and copy.item == lease.item
+        assert it.complete(copy.item, copy.token, 10.1)
+    assert isinstance(it.take("c", 10.5), Later)
 
 
 def test_no_item_has_three_holders() -> None:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cluster import drafts, storage
-from cluster.storage import FileMissing, StorageError
+from cluster.storage import FileMissing, StorageError, Unreachable
 
 
 @pytest.fixture(params=["local", "file", "memory"])
@@ -53,6 +54,45 @@ def test_a_range_is_exactly_its_bytes(base: str) -> None:
         file.read()
     with pytest.raises(ValueError, match="range"):
         storage.open_range(path, 5, 4)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.EACCES, errno.ETIMEDOUT])
+def test_what_hinders_reading_says_nothing_of_the_file(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mount, the rights or the limits of this process: another time, or elsewhere, the file is there and whole."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"abc")
+
+    def fail(*args: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    with storage.open_range(str(path), 0) as file:
+        monkeypatch.setattr(os, "pread", fail)
+        with pytest.raises(Unreachable, match=f"^{re.escape(str(path))}: cannot read: ") as caught:
+            file.read()
+    assert "make the folder writable" not in str(caught.value)
+    monkeypatch.undo()
+    for wrong in (tmp_path, path / "x", tmp_path / ("n" * 300)):  # of these the path itself is to blame
+        with pytest.raises(StorageError) as told:
+            storage.read_bytes(str(wrong))
+        assert not isinstance(told.value, Unreachable)
+
+
+def test_a_store_that_refuses_to_be_written_is_no_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError("Access Denied")
+
+    fs = type(fsspec.filesystem("memory"))
+    monkeypatch.setattr(fs, "pipe_file", refuse)
+    monkeypatch.setattr(fs, "cat_file", refuse)
+    with pytest.raises(StorageError) as caught:
+        storage.atomic_write("memory://refused/a", b"")
+    assert not isinstance(caught.value, Unreachable)
+    with pytest.raises(Unreachable):
+        storage.read_bytes("memory://refused/a")
 
 
 def test_missing_files_say_so_in_one_line(base: str) -> None:

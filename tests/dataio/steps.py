@@ -8,12 +8,14 @@ noted names show.
 from __future__ import annotations
 
 import builtins
+import io
 import os
 import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -47,7 +49,7 @@ def watched(root: str, after: Callable[[str], None], *, looks: bool = False) -> 
 
         return call
 
-    real_open, real_fdopen, real_builtin = os.open, os.fdopen, builtins.open
+    real_open, real_builtin = os.open, builtins.open
 
     def opened(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
         handle = real_open(path, flags, *args, **kwargs)
@@ -69,31 +71,30 @@ def watched(root: str, after: Callable[[str], None], *, looks: bool = False) -> 
         if below(path):
             after(f"fsync {shown(path)}")
 
-    def as_file(handle: int, *args: Any, **kwargs: Any) -> Any:
-        path = os.readlink(f"/proc/self/fd/{handle}")
-        file = real_fdopen(handle, *args, **kwargs)
-        return _Writing(file, lambda: after(f"write {shown(path)}")) if below(path) else file
-
     names = _CHANGING + (_LOOKING if looks else ())
-    patches = {name: wrapped(name) for name in names} | {"open": opened, "fdopen": as_file, "fsync": synced}
-    with mock.patch.multiple(os, **patches), mock.patch.object(builtins, "open", opened_to_read):
+    patches = {name: wrapped(name) for name in names} | {"open": opened, "fsync": synced}
+    with (
+        mock.patch.multiple(os, **patches),
+        mock.patch.object(builtins, "open", opened_to_read),
+        mock.patch.object(io, "BufferedWriter", partial(_Writing, below, lambda path: after(f"write {shown(path)}"))),
+    ):
         yield
 
 
-class _Writing:
+class _Writing(io.BufferedWriter):
     """Every write reaches the system at once."""
 
-    def __init__(self, file: Any, after: Callable[[], None]) -> None:
-        self._file, self._after = file, after
+    def __init__(self, watches: Callable[[object], bool], after: Callable[[str], None], raw: io.RawIOBase) -> None:
+        super().__init__(raw)
+        self._watches, self._after = watches, after
 
-    def write(self, data: bytes) -> int:
-        size = self._file.write(data)
-        self._file.flush()
-        self._after()
-        return int(size)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+    def write(self, data: Any, /) -> int:
+        size = super().write(data)
+        self.flush()
+        path = os.readlink(f"/proc/self/fd/{self.fileno()}")
+        if self._watches(path):
+            self._after(path)
+        return size
 
 
 def steps_of(root: str, action: Callable[[], object]) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dataio.dali_batch import Probe
 from dataio.dali_frames import FramePipeline
 from dataio.frames import Frame, batches_by_shape
 from dataio.header import ImageSize, look
@@ -42,6 +43,17 @@ def test_a_damaged_image_costs_only_itself() -> None:
     image_BCHW, good = pipeline.run(images, (28, 28))
     assert good == [True, False, True]
     assert torch.equal(image_BCHW, pipeline.run([images[0], images[2]], (28, 28))[0])
+
+
+@pytest.mark.parametrize("says", ["uncorrectable ECC error encountered", "Resource temporarily unavailable"])
+def test_of_a_decoder_that_decodes_nothing_no_image_is_to_blame(says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object, image: bytes) -> None:
+        raise RuntimeError(says)
+
+    monkeypatch.setattr(Probe, "_run", fail)
+    monkeypatch.setattr(FramePipeline, "_decode", fail)
+    with pytest.raises(RuntimeError, match=says):
+        FramePipeline(2, 1, "cpu").run([png(noise(20, 20)), png(noise(28, 28))], (28, 28))
 
 
 def test_what_no_image_is_to_blame_for_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

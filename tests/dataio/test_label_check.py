@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from cluster import storage
 from dataio.dataset import Dataset
 from dataio.label_check import KINDS, VerifyReport, verify
 from dataio.labels import LabelSample, LabelStore
+from dataio.spec import DataError
 from tests.dataio.fakes import shards_of, unlabelled, write_dataset
 
 TAG = "0123abcd"
@@ -123,6 +125,7 @@ DAMAGES: dict[str, tuple[Callable[[LabelStore], object], list[tuple[str, str]]]]
     "damaged entry": (lambda s: poke(s.ledger("000000"), b"{"), [("entry", L)]),
     "unknown field": (lambda s: edit(s, more=1), [("entry", L)]),
     "entry of another": (lambda s: edit(s, stem="000001"), [("entry", L)]),
+    "entry of another teacher's": (lambda s: edit(s, plan="0123456789abcdef"), [("entry", L)]),
     "neither": (
         lambda s: (Path(s.tar("000000")).unlink(), Path(s.ledger("000000")).unlink()),
         [("missing", f"{S}.tar")],
@@ -167,6 +170,16 @@ DAMAGES: dict[str, tuple[Callable[[LabelStore], object], list[tuple[str, str]]]]
     "strangers": (
         lambda s: [poke(f"{s.path}/{name}", b"") for name in ("notes.txt", "shards/000000.zip", "ledger/x")],
         [("foreign", "ledger/x"), ("foreign", "notes.txt"), ("foreign", "shards/000000.zip")],
+    ),
+    "links that lead nowhere": (
+        lambda s: [Path(f"{s.path}/{name}").symlink_to("nowhere") for name in ("notes", "shards/x", "ledger/x")],
+        [("foreign", "ledger/x"), ("foreign", "notes"), ("foreign", "shards/x")],
+    ),
+    "strangers among runs": (
+        lambda s: [
+            (Path(s.path) / "leases" / "more").mkdir(parents=True), poke(f"{s.path}/leases/holiday.mov", b""),
+        ],
+        [("foreign", "leases/holiday.mov"), ("foreign", "leases/more")],
     ),
     "folders": (
         lambda s: [Path(f"{s.path}/{name}").mkdir() for name in ("more", "shards/more.tar", "ledger/x.json")],
@@ -221,12 +234,12 @@ def test_runs_at_work_are_noted(store: LabelStore, dataset: Dataset) -> None:
     for name in ("leases", "telemetry"):
         (Path(store.path) / name).mkdir()
     assert verify(store, dataset).ok and verify(store, dataset).notes == ()
-    (Path(store.path) / "leases" / "journal.jsonl").touch()
+    (Path(store.path) / "leases" / "0badcafe.json").touch()
     (Path(store.path) / "telemetry" / "label-0.json").touch()
     report = verify(store, dataset)
     assert report.ok
     assert [(note.kind, note.path.removeprefix(store.path)) for note in report.notes] == [
-        ("working", "/leases/journal.jsonl"),
+        ("working", "/leases/0badcafe.json"),
         ("working", "/telemetry/label-0.json"),
     ]
     assert "2 working (a run is at work here, or died here):" in str(report)
@@ -238,12 +251,24 @@ def test_decoding_may_be_left_out(store: LabelStore, dataset: Dataset) -> None:
     assert not verify(store, dataset).ok
 
 
+def test_a_missing_package_is_no_damage(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To delete the shards would be the wrong advice."""
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    content = {"teacher": "t", "dataset": {"fingerprint": dataset.fingerprint}, "encoding": "jxl"}
+    store = LabelStore.create(str(tmp_path / "jxl"), content)
+    with pytest.raises(DataError, match="JPEG XL labels need imagecodecs"):
+        verify(store, dataset)
+    assert not verify(store, dataset, decode=False).ok
+
+
 def test_findings_in_a_store(s3: str, dataset: Dataset) -> None:
     store = made(f"{s3}/labels", dataset)
     whole = storage.read_bytes(store.tar("000000"))
     storage.atomic_write(store.tar("000000"), whole[:-512] + b"!" * 512)
     storage.atomic_write(f"{store.path}/stray", b"")
-    storage.atomic_write(f"{store.path}/leases/x", b"")
+    storage.atomic_write(f"{store.path}/leases/x.json", b"")
     storage.atomic_write(f"{store.path}/more/y", b"")
     seen = storage.stamp(store.ledger("000001"))
     assert seen is not None and storage.remove_if(store.ledger("000001"), seen)
@@ -254,4 +279,4 @@ def test_findings_in_a_store(s3: str, dataset: Dataset) -> None:
         ("foreign", "more"),
         ("foreign", "stray"),
     ]
-    assert [note.path for note in report.notes] == [f"{store.path}/leases/x"]
+    assert [note.path for note in report.notes] == [f"{store.path}/leases/x.json"]

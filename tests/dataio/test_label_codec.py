@@ -129,7 +129,7 @@ def test_the_bytes_are_those_that_other_processors_wrote(encoding, library, expe
 def test_a_fingerprint_is_that_of_the_bytes(monkeypatch):
     before = fingerprint("png")
     monkeypatch.setattr(label_codec, "write_dense_png16", lambda code_HW: b"other")
-    assert fingerprint("png") == hashlib.sha256(b"other").hexdigest()[:16] != before
+    assert fingerprint.__wrapped__("png") == hashlib.sha256(b"other").hexdigest()[:16] != before
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

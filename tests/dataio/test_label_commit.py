@@ -97,7 +97,7 @@ def test_two_runs_differ_in_seconds_and_by_alone(store: LabelStore, tmp_path: Pa
     second = write(other, labels("a", "b"), seconds=2.0)
     assert first != second
     assert first.content() == second.content()
-    assert first.content().keys() == {"stem", "samples", "failures", "sha256", "bytes", "quality"}
+    assert first.content().keys() == {"stem", "plan", "samples", "failures", "sha256", "bytes", "quality"}
     assert Path(store.tar(STEM)).read_bytes() == Path(other.tar(STEM)).read_bytes()
 
 
@@ -257,6 +257,34 @@ def test_a_writer_whose_lease_is_over_drops_its_work(any_store: LabelStore) -> N
     assert commit == Commit("fenced", None)
     assert not storage.exists(any_store.tar(STEM)) and any_store.committed() == []
     write(any_store, labels("a"), still_mine=lambda: True)
+
+
+@pytest.mark.parametrize("foreign", ["stem", "plan"])
+def test_a_shard_that_was_copied_from_elsewhere_is_made_again(any_store: LabelStore, foreign: str) -> None:
+    """Its entry fits its tar, so that sizes and checksums say nothing."""
+    store = any_store
+    write(store, labels("a", seed=1))
+    entry = json.loads(storage.read_bytes(store.ledger(STEM)))
+    storage.atomic_write(store.ledger(STEM), json.dumps(entry | {foreign: "0123456789abcdef"}))
+    assert not store.done(STEM)
+    with pytest.raises(DataError, match=f"{foreign} is .* it was copied there; delete it and its shard"):
+        store.entry(STEM)
+    assert write(store, labels("a")).sha256 != entry["sha256"]
+    assert store.done(STEM)
+
+
+def test_what_the_samples_raise_is_not_said_of_the_disk(any_store: LabelStore) -> None:
+    """The network runs while they are asked for: what it lacks is no fault of the file."""
+    for error in (OSError(12, "Cannot allocate memory"), TimeoutError(), NotImplementedError("aten::x")):
+
+        def computing(error: Exception = error) -> Iterator[LabelSample]:
+            yield label("a")
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            any_store.commit(STEM, computing(), keys=["a", "b"])
+        assert caught.value is error
+    assert any_store.committed() == [] and not any_store.clean()
 
 
 def test_a_tar_without_an_entry_is_adopted(any_store: LabelStore) -> None:

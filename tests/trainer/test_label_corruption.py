@@ -6,18 +6,24 @@ of the shard where the image is decoded in vain and so keeps its row in the batc
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
+import socket
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from cluster.storage import Unreachable
 from dataio.dataset import Dataset, DatasetInfo, _parsed
 from dataio.index import ShardIndex, index_path
 from dataio.label_check import verify
@@ -41,6 +47,7 @@ from tests.dataio.cases import (
 from tests.dataio.fakes import png
 from tests.trainer.test_labelling import config_of, disparity, grip, label, labeller, save_network
 from trainer.label_retry import Retrier
+from trainer.label_worker import Labeller
 from trainer.labelling import describe
 
 pytestmark = pytest.mark.timeout(300)  # a hang is a failure
@@ -403,6 +410,52 @@ def test_what_a_cut_has_lost_is_labelled_by_a_retry(weights: str, labelled_one: 
     assert [entry.content() for entry in store.entries()] == [entry.content() for entry in expected.entries()]
     for stem in ("000000", "000001", "000002"):
         assert Path(store.tar(stem)).read_bytes() == Path(expected.tar(stem)).read_bytes()
+
+
+@pytest.mark.parametrize("call", ["open", "pread"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES, errno.ETIMEDOUT])
+def test_of_a_mount_that_fails_no_image_is_to_blame(
+    weights: str, tmp_path: Path, call: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is committed; the same shard is labelled, whole, once the mount is back."""
+    data, tar = three_shards(tmp_path)
+    config = config_of(data, weights)
+    store = LabelStore.create(str(tmp_path / "labels"), describe(config, Dataset.open(data)))
+    real = getattr(os, call)
+
+    def fail(what: Any, *args: Any, **kwargs: Any) -> Any:
+        path = os.readlink(f"/proc/self/fd/{what}") if call == "pread" else what
+        if str(path) == str(tar):
+            raise OSError(number, os.strerror(number), str(path) if call == "open" else None)
+        return real(what, *args, **kwargs)
+
+    with labeller(config, store) as worker:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, fail)
+            with pytest.raises(Unreachable, match=f"^{re.escape(str(tar))}: cannot read: "):
+                worker.process("000001", grip("000001"))
+        assert store.committed() == [] and not store.clean()
+        assert worker.process("000001", grip("000001"))["failed"] == 0
+
+
+def test_of_a_dataset_that_is_not_there_no_shard_is_to_blame(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, _ = three_shards(tmp_path)
+    config = config_of(data, weights)
+    store = LabelStore.create(str(tmp_path / "labels"), describe(config, Dataset.open(data)))
+    with labeller(config, store) as worker:
+        os.rename(data, f"{data}-away")
+        with pytest.raises(Unreachable, match=f"photos: not there on {socket.gethostname()}: mount it"):
+            worker.process("000001", grip("000001"))
+    opened = Dataset.open(f"{data}-away")
+    with pytest.raises(Unreachable, match="mount it on every machine"):
+        Labeller(config.model_dump(mode="json"), store.path, "0badcafe", replace(opened, path=data))
+    os.rename(f"{data}-away", data)
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    jxl = config_of(data, weights, encoding="jxl")
+    with pytest.raises(DataError, match=f"^{socket.gethostname()}: JPEG XL labels need imagecodecs"):
+        Labeller(jxl.model_dump(mode="json"), store.path, "0badcafe", Dataset.open(data))
 
 
 def test_a_shard_that_has_changed_since_the_run_began_is_refused(weights: str, tmp_path: Path) -> None:

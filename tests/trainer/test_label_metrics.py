@@ -46,18 +46,20 @@ def test_the_command_tells_how_the_shards_stand(tmp_path: Path) -> None:
     store = LabelStore.create(str(tmp_path / "labels"), {"dataset": {"fingerprint": "x"}})
     account = _Account(10, None)
     results = [{"samples": 8, "failed": 1, "differs": differs} for differs in (True, False)]
+    late = [("l", {"samples": 8, "failed": 0, "differs": True})]
     with exporter(store, "label-driver") as account.exporter:
         counts = Counts(todo=4, leased=2, foreign=1, done=2, given_up=1, expired=3, speculated=1, deaths=5, late=1)
         for _ in range(2):  # counters are told what is new
-            view = View(counts=counts, finished=False, results=[("s", each) for each in results], given_up={"t": "why"})
+            told = [("s", each) for each in results]
+            view = View(counts=counts, finished=False, results=told, late=late, given_up={"t": "why"})
             account.on_look(view)
-            results = []
+            results, late = [], []
         found = scraped(tmp_path / "labels")
     for state, value in (("todo", 4), ("leased", 2), ("foreign", 1), ("done", 2), ("given_up", 1)):
         assert found[f'fathom_label_shards{{state="{state}"}}'] == value, state
     for name, value in (
         ("leases_expired", 3), ("shards_speculated", 1), ("worker_deaths", 5), ("shards_late", 1),
-        ("shards_differing", 1),
+        ("shards_differing", 2),
     ):  # fmt: skip
         assert found[f"fathom_label_{name}_total"] == value, name
-    assert (account.images, account.failed, account.differing) == (16, 2, 1)
+    assert (account.images, account.failed, account.differing) == (16, 2, 2)

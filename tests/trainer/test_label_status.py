@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import numpy as np
 import psutil
 import pytest
 
-from cluster.claims import FOLDER
+from cluster.claims import FOLDER, _space
 from dataio.dataset import Dataset
 from dataio.labels import LabelSample, LabelStore
+from dataio.spec import DataError
 from tests.dataio.fakes import shards_of, unlabelled, write_dataset
 from trainer.label_status import RATE_OVER_S, JobState, NodeState, job_state
 
@@ -49,7 +50,8 @@ def commit(store: LabelStore, dataset: Dataset, stem: str, seconds: float | None
 def claim(store: LabelStore, owner: str = "0badcafe", leased: Iterable[tuple[str, str]] = (), **changes: Any) -> None:
     """The file of a run that has these (stem, node) in hand."""
     content = {
-        "owner": owner, "host": "elsewhere", "pid": 1, "born": 1.0, "beat": 3, "written": NOW - 5, "ends": NOW + 55,
+        "owner": owner, "host": "elsewhere", "space": "elsewhere", "pid": 1, "born": 1.0, "beat": 3,
+        "written": NOW - 5, "ends": NOW + 55,
         "items": dict.fromkeys([stem for stem, _ in leased], NOW - 20),
         "leased": {
             stem: {"worker": "0badf00d", "node": node, "token": 7, "progress": 0.25} for stem, node in leased
@@ -137,9 +139,32 @@ def test_what_was_done_long_ago_tells_nothing_of_now(store: LabelStore, dataset:
     assert state.images_per_second == pytest.approx(12 / RATE_OVER_S), "no longer than what is looked at"
 
 
+def test_long_shards_have_a_rate_too(store: LabelStore, dataset: Dataset) -> None:
+    """Of a thousand photographs on a CPU: three of them do not end within a quarter of an hour."""
+    for number, stem in enumerate(STEMS[:5]):
+        commit(store, dataset, stem, seconds=2400.0, node="a", finished=NOW - 2400 * (4 - number) - 60)
+    claim(store, leased=[("000006", "a")])
+    state = job_state(store, dataset, NOW)
+    assert state.images_per_second == pytest.approx(12 / 7200, rel=0.02)
+    assert state.left_s == pytest.approx(12 * 7200 / 12, rel=0.02)
+
+
+def test_labels_of_another_dataset_are_refused(store: LabelStore, dataset: Dataset) -> None:
+    with pytest.raises(DataError, match=r"labels of a dataset with fingerprint .*: name their own with --dataset"):
+        job_state(store, replace(dataset, fingerprint="0123"), NOW)
+
+
+def test_without_a_dataset_machines_add_up_too(store: LabelStore, dataset: Dataset) -> None:
+    for stem in STEMS[:3]:
+        commit(store, dataset, stem, node="a", finished=NOW - 10)
+    os.truncate(store.tar("000001"), 512)
+    state = job_state(store, None, NOW)
+    assert (state.status.shards, nodes(state)) == (2, {"a": (2, 0, 8)})
+
+
 def test_runs_that_are_gone_hold_nothing(store: LabelStore, dataset: Dataset) -> None:
     me = psutil.Process()
-    here = {"host": socket.gethostname(), "pid": os.getpid(), "born": me.create_time()}
+    here = {"space": _space(), "pid": os.getpid(), "born": me.create_time()}
     claim(store, "00000001", [("000000", "silent")], ends=NOW - 1)
     claim(store, "00000002", [("000001", "dead")], **here | {"born": me.create_time() - 1000})  # its number is reused
     claim(store, "00000003", [("000002", "lives")], **here)

@@ -8,6 +8,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,11 @@ from cluster.leases import Lease
 from dataio.codec import decode_png16, label_code
 from dataio.dali_frames import FramePipeline
 from dataio.dataset import Dataset
+from dataio.label_check import verify
+from dataio.label_codec import fingerprint
 from dataio.labels import LabelSample, LabelStore, LedgerEntry, plan_digest
 from dataio.loader import Loader
+from dataio.quarantine import OF_THE_TARGET
 from dataio.spec import DataSpec, RoleNeeds, RoleSpec
 from tests.dataio.fakes import jpeg, smooth, unlabelled, write_dataset
 from trainer.config import ConfigError, parse_config
@@ -196,7 +200,7 @@ def test_a_shard_that_is_there_is_not_labelled_again(
     with labeller(config_of(dataset, weights), labels[0]) as worker:
         monkeypatch.setattr(worker, "predictor", None)
         assert worker.process("000000", grip("000000")) == {
-            "outcome": "duplicate", "differs": False, "samples": 8, "failed": 2,
+            "outcome": "duplicate", "differs": False, "samples": 0, "failed": 0,
         }  # fmt: skip
     assert labels[0].entry("000000") == labels[1][0]
 
@@ -308,7 +312,193 @@ def test_agreement_is_of_what_an_affine_invariant_network_says() -> None:
     a, b = ((x - x.mean()) / (x - x.mean()).abs().mean() for x in (first_BHW[1], other_BHW[1]))
     assert torch.allclose(agreement(first_BHW, other_BHW)[1], 1 / (1 + (a - b).abs().mean()))
     assert (agreement(first_BHW, -first_BHW) < 0.34).all()
-    assert agreement(torch.ones(1, 4, 4), torch.ones(1, 4, 4)).item() == 1
+    assert (agreement(first_BHW, first_BHW) == 1).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 7.3, -1e4])
+def test_a_map_that_says_nothing_agrees_with_none(value: float) -> None:
+    """Not even with itself: of a dead teacher every map would pass every filter."""
+    torch.manual_seed(0)
+    flat_BHW = torch.full((2, 28, 42), value) * (1 + 1e-7 * torch.rand(2, 28, 42))
+    assert (agreement(flat_BHW, flat_BHW) == 0).all()
+    assert (agreement(flat_BHW, torch.rand(2, 28, 42)) == 0).all()
+    assert (agreement(torch.rand(2, 28, 42), flat_BHW) == 0).all()
+
+
+class Wave(torch.nn.Module):
+    """Stands for a network that sees the same in a mirror, and, but for resampling, at any size: a smooth function of
+    the image; `skew` and `coarse` make it see otherwise in a mirror, and in small images."""
+
+    def __init__(self, skew: float = 0.0, coarse: float = 0.0) -> None:
+        super().__init__()
+        self.skew, self.coarse = skew, coarse
+
+    def forward(self, image_BCHW: Tensor) -> Any:
+        height, width = image_BCHW.shape[2:]
+        ramp_HW = torch.linspace(0, 1, width).expand(height, width)
+        fine_HW = torch.linspace(0, 1, height)[:, None].expand(height, width) * (height < 84)
+        value_BHW = image_BCHW.mean(1) + self.skew * ramp_HW + self.coarse * fine_HW
+        return SimpleNamespace(disparity_BHW=value_BHW, depth_m_BHW=None)
+
+
+def waves(count: int = 2) -> Tensor:
+    """Images that are no mirror image of themselves, upright or upside down."""
+    y_HW, x_HW = torch.meshgrid(torch.linspace(0, 1, 84), torch.linspace(0, 1, 112), indexing="ij")
+    plane_BHW = torch.stack([(i + 1) * x_HW + torch.sin(2 * y_HW) + 0.3 * x_HW * y_HW for i in range(count)])
+    return plane_BHW[:, None].expand(-1, 3, -1, -1).contiguous()
+
+
+def test_quality_is_that_of_the_same_places(weights: str) -> None:
+    """The mirror image's prediction is mirrored back, and that of the small image brought to the same size, upright."""
+    image_BCHW = waves()
+    for skew, coarse in ((0.0, 0.0), (2.0, 0.0), (0.0, 2.0), (1.0, 3.0)):
+        network = Wave(skew, coarse)
+        qualities = {}
+        for level in ("flip", "flip+scale"):
+            predictor = Predictor(weights, quality=level)
+            predictor.network.forward = network.forward  # type: ignore[method-assign]
+            qualities[level] = predictor(image_BCHW)[1]
+        first_BHW = network(image_BCHW).disparity_BHW
+        ramp_HW = torch.linspace(0, 1, 112)
+        other_BHW = first_BHW - skew * ramp_HW + skew * ramp_HW.flip(0)
+        assert torch.allclose(qualities["flip"], agreement(first_BHW, other_BHW), atol=1e-5)
+        small_BHW = first_BHW + coarse * torch.linspace(0, 1, 84)[:, None]
+        expected_B = torch.minimum(qualities["flip"], agreement(first_BHW, small_BHW))
+        assert torch.allclose(qualities["flip+scale"], expected_B, atol=0.01), (skew, coarse)
+        assert (qualities["flip"] > 0.999).all() == (skew == 0)
+
+
+def test_precision_and_threads_are_those_that_were_asked_for(
+    dataset: str, weights: str, labels: tuple[LabelStore, list[LedgerEntry]], tmp_path: Path
+) -> None:
+    before = torch.get_num_threads()
+    config = config_of(dataset, weights, precision="bf16", cluster={"threads": 2})
+    try:
+        store, entries = label(config, tmp_path / "bf16")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert entries[0].by["device"].endswith(", 2 threads") and entries[0].by["encoder"] == fingerprint("png")
+    exact, rounded = (read(each, ["000000"]) for each in (labels[0], store))
+    image = samples()["k000"]["jpg"]
+    size_hw = disparity(exact["k000"]).shape
+    network = Predictor(weights, flip=True, precision="bf16")
+    expected_HW = alone(image, size_hw, network)  # type: ignore[arg-type]
+    assert np.abs(disparity(rounded["k000"]) - expected_HW).max() <= np.ptp(expected_HW) / 100
+    off = np.abs(disparity(rounded["k000"]) - disparity(exact["k000"])).max() / np.ptp(disparity(exact["k000"]))
+    assert 1e-3 < off < 0.1, "eight bits of mantissa show"
+
+
+def test_an_image_that_no_network_sees_in_time_fails_alone(weights: str, tmp_path: Path) -> None:
+    items = {"k0": unlabelled(0, 48, 56), "k1": unlabelled(1, 20, 200), "k2": unlabelled(2, 160, 21)}
+    data = write_dataset(tmp_path / "photos", [items], with_depth=False)
+    _, entries = label(config_of(data, weights), tmp_path / "labels")
+    assert entries[0].failures == {"too_large": ["k1"]}
+
+
+def test_a_map_beyond_what_labels_hold_fails_alone(
+    dataset: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(dataset, weights, flip=False, quality="off", batch=1)
+    store = LabelStore.create(str(tmp_path / "labels"), describe(config, Dataset.open(dataset)))
+    with labeller(config, store) as worker:
+        seen: list[int] = []
+
+        def predict(image_BCHW: Tensor) -> tuple[Tensor, None]:
+            seen.append(0)
+            value_BHW = torch.rand(image_BCHW[:, 0].shape)
+            return (3e38 * (value_BHW - 0.5).sign() if len(seen) == 1 else value_BHW), None
+
+        monkeypatch.setattr(worker, "predictor", predict)
+        worker.process("000000", grip("000000"))
+    assert store.entry("000000").failures["disparity_out_of_range"] == ["k000"]  # type: ignore[union-attr]
+
+
+class Progress(Grip):
+    """Keeps what it was told."""
+
+    def __init__(self, stem: str) -> None:
+        made = grip(stem)
+        self.__dict__.update(made.__dict__)
+        self.told: list[float] = []
+
+    def progress(self, share: float) -> None:
+        self.told.append(share)
+        super().progress(share)
+
+
+def test_it_is_seen_to_go_on_while_labels_wait(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a batch of a rare shape to fill, or, in a retry, for all that had failed: who stands still is ended."""
+    items = {"k00": unlabelled(0, 90, 40), **{f"k{i:02d}": unlabelled(i, 48, 56) for i in range(1, 20)}}
+    data = write_dataset(tmp_path / "photos", [items], with_depth=False)
+    config = config_of(data, weights, batch=4, flip=False, quality="off")
+    store = LabelStore.create(str(tmp_path / "labels"), describe(config, Dataset.open(data)))
+    batches: list[int] = []
+    at_batch: list[int] = []
+
+    def spied(worker: Labeller, told: list[float]) -> None:
+        predict = worker.predictor
+
+        def call(image_BCHW: Tensor) -> Any:
+            batches.append(len(image_BCHW))
+            at_batch.append(len(told))
+            return predict(image_BCHW)
+
+        monkeypatch.setattr(worker, "predictor", call)
+
+    with labeller(config, store) as worker:
+        seen = Progress("000000")
+        spied(worker, seen.told)
+        worker.process("000000", seen)
+    assert len(batches) == 6 and 0 < at_batch[1] < at_batch[5]
+    assert len(seen.told) == 20 and seen.told == sorted(set(seen.told)) and seen.told[-1] < 1
+    failing = [LabelSample.failed(key, "bad_image") for key in sorted(items)]
+    store.replace("000000", failing, keys=sorted(items))
+    batches.clear()
+    at_batch.clear()
+    with labeller(config, store, Retrier, None) as worker:
+        seen = Progress("000000")
+        spied(worker, seen.told)
+        assert worker.process("000000", seen)["outcome"] == "written"
+    assert len(batches) == 6 and at_batch[1] > 0 and len(seen.told) == 20 and seen.told == sorted(set(seen.told))
+
+
+def test_a_retry_does_not_copy_what_has_rotted(weights: str, tmp_path: Path) -> None:
+    """Its new checksum would vouch for it: the whole shard is made again."""
+    data = write_dataset(tmp_path / "photos", [samples(6)], with_depth=False)
+    config = config_of(data, weights, flip=False, quality="off")
+    expected, _ = label(config, tmp_path / "expected")
+    store, _ = label(config, tmp_path / "labels")
+    tar = Path(store.tar("000000"))
+    whole = tar.read_bytes()
+    place = whole.index(b'"shift": ') + 9
+    tar.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    assert tar.read_bytes() != whole and store.done("000000")
+    with labeller(config, store, Retrier, None) as worker:
+        assert worker.process("000000", grip("000000"))["samples"] == len(samples(6))
+    assert tar.read_bytes() == Path(expected.tar("000000")).read_bytes()
+    assert verify(store, Dataset.open(data)).ok
+
+
+def test_a_retry_counts_what_it_has_tried(weights: str, tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "photos", [samples(12)], with_depth=False)
+    config = config_of(data, weights, flip=False, quality="off")
+    store, _ = label(config, tmp_path / "labels")
+    for reasons, tried in ((["bad_image"], 2), (None, 3), (["too_large"], 0)):
+        with labeller(config, store, Retrier, reasons) as worker:
+            told = worker.process("000000", grip("000000"))
+            assert (told["samples"], told["failed"]) == (tried, tried)
+
+
+@pytest.mark.parametrize("reason", sorted(OF_THE_TARGET))
+def test_a_photograph_is_labelled_whatever_is_wrong_with_its_depth(weights: str, tmp_path: Path, reason: str) -> None:
+    items = {f"k{i}": unlabelled(i, 48, 56) for i in range(3)}
+    data = write_dataset(tmp_path / "photos", [items], with_depth=False)
+    lines = [json.dumps({"key": key, "shard": "000000.tar", "reason": why}) for key, why in
+             (("k0", reason), ("k1", "duplicate"))]  # fmt: skip
+    (Path(data) / "quarantine.jsonl").write_text("\n".join(lines) + "\n")
+    _, entries = label(config_of(data, weights), tmp_path / "labels")
+    assert entries[0].failures == {"duplicate": ["k1"]}
 
 
 @pytest.mark.parametrize(
