@@ -43,11 +43,21 @@ class Processor:
             raise RuntimeError("of no item in particular")
         if name == "stuck" and not again:
             os.kill(os.getpid(), signal.SIGSTOP)
+        if name == "pair":
+            self._await_two()
         for step in range(int(name[4:]) if name.startswith("slow") else 1):
             grip.progress(step / 100)
             time.sleep(0.02)
         (self.folder / "done" / item).write_text(self.owner)
         return {"item": item, "token": grip.token}
+
+    def _await_two(self) -> None:
+        """Until two are at work, however long the second takes to start."""
+        ends = time.monotonic() + 60
+        while len({line.split()[1] for line in (self.folder / "began").read_text().splitlines()}) < 2:
+            if time.monotonic() > ends:
+                raise RuntimeError("nobody else came")
+            time.sleep(0.05)
 
     def close(self) -> None:
         (self.folder / f"closed-{self.owner}").touch()

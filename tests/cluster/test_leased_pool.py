@@ -286,7 +286,8 @@ def test_a_second_run_on_the_folder_joins_in(tmp_path: Path) -> None:
 def test_a_run_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "leases").mkdir()
     gone = {
-        "owner": "0badc0de", "host": "elsewhere", "pid": 1, "born": 1.0, "beat": 3, "written": 1.0, "ends": 2.0,
+        "owner": "0badc0de", "host": "elsewhere", "space": "s", "pid": 1, "born": 1.0, "beat": 3,
+        "written": 1.0, "ends": 2.0,
         "items": dict.fromkeys(names(3), time.time()), "leased": {}, "done": {},
     }  # fmt: skip
     (tmp_path / "leases" / "0badc0de.json").write_text(json.dumps(gone))
@@ -302,7 +303,7 @@ def test_no_machine_is_large_enough(tmp_path: Path) -> None:
 
 
 def test_as_many_workers_as_there_is_room_for(tmp_path: Path) -> None:
-    Run(tmp_path, names(24, "slow20"), workers=None, need=Need(cpus=2))()
+    Run(tmp_path, names(8, "pair"), workers=None, need=Need(cpus=2))()
     owners = {line.split()[1] for line in (tmp_path / "began").read_text().splitlines()}
     assert len(owners) == 2
     assert Need(cpus=2, gpus=1, memory_bytes=10).fits({"CPU": 9, "GPU": 3, "memory": 25}) == 2

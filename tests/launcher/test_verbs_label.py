@@ -239,7 +239,8 @@ def test_status_of_an_unfinished_job(fathom: Run, copy: World) -> None:
         (copy.labels / "ledger" / f"{stem}.json").unlink()
     (copy.labels / "leases").mkdir(exist_ok=True)
     claim = {
-        "owner": "0badcafe", "host": "elsewhere", "pid": 1, "born": 1.0, "beat": 3, "written": 4e9, "ends": 4e9,
+        "owner": "0badcafe", "host": "elsewhere", "space": "s", "pid": 1, "born": 1.0, "beat": 3,
+        "written": 4e9, "ends": 4e9,
         "items": {"000004": 4e9}, "done": {},
         "leased": {"000004": {"worker": "0badf00d", "node": "far", "token": 7, "progress": 0.5}},
     }  # fmt: skip
@@ -298,13 +299,14 @@ def test_retry_after_a_repair_labels_what_had_failed(fathom: Run, copy: World) -
     weights = ("--weights", copy.teacher, "--workers", "1")
     status, out, err = fathom("retry", str(copy.labels), *weights)  # not mended yet
     assert (status, out) == (0, f"{copy.labels}\n")
-    assert "1 of 5 images have no label" in err
+    assert "1 of 1 images have no label" in err
     assert {name: data for name, (data, _) in snapshot(copy.labels).items()} == {
         name: data for name, (data, _) in before.items()
     }
     repair(copy)
     status, out, err = fathom("retry", str(copy.labels), *weights, "--reason", "missing_image")
     assert (status, out) == (0, f"{copy.labels}\n") and snapshot(copy.labels) == before
+    assert "no sample has failed for missing_image: there is nothing to try again" in err
     status, out, err = fathom("retry", str(copy.labels), *weights, "--reason", "missing_image", "--reason", "bad_image")
     assert (status, out) == (0, f"{copy.labels}\n") and "no label" not in err
     changed = {name for name, seen in snapshot(copy.labels).items() if seen != before[name]}
@@ -342,6 +344,14 @@ def test_retry_wants_the_same_teacher_and_dataset(fathom: Run, world: World, tmp
         fathom("retry", str(world.labels), "--weights", world.teacher, "--reason", "bad_imag"),
         "reason: found 'bad_imag'; one of bad_image, ",
     )
+    refused(
+        fathom("retry", str(world.labels), "--weights", "nowhere", "--reason", "low_quality"),  # none fails for it
+        "reason: found 'low_quality'; one of bad_image, ",
+    )
+    refused(
+        fathom("status", str(world.labels), "--dataset", data),
+        f"{world.labels}: these are labels of a dataset with fingerprint", "name their own with --dataset",
+    )  # fmt: skip
     made_otherwise = write_labels(tmp_path / "photos" / "labels" / "x", shards)
     refused(fathom("retry", made_otherwise, "--weights", world.teacher), "labels.json: description lacks 'device'")
     assert snapshot(world.labels) == before
