@@ -27,7 +27,7 @@ quickstart: install
 
 # A file's tests stay in one process, so that its fixtures are made once.
 test: install-dev
-	$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow"
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: install-dev
 	$(PYTEST) -m slow --timeout 1800

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -43,6 +44,12 @@ if _TEMPORARY not in os.environ:  # not a worker of xdist, not a session inside 
 
 _skips: list[tuple[str, str]] = []
 _buffers_before: set[Path] = set()
+
+
+# A shell that starts the session in its background has it ignore SIGINT, and every process below it: those that tests
+# interrupt would not notice.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -126,6 +133,12 @@ def pytest_runtest_logreport(report: Any) -> None:
 def pytest_collectreport(report: Any) -> None:
     """A module that skips itself; under xdist only the worker sees it (see `pytest_testnodedown`)."""
     _remember(report.nodeid, report)
+
+
+@pytest.hookimpl(trylast=True)  # behind the shuffling
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first (kept by `--no-loadscope-reorder`): one that begins last would run alone for minutes."""
+    items.sort(key=lambda item: "end_to_end" not in item.path.parts)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -278,7 +278,7 @@ def test_a_second_run_on_the_folder_joins_in(tmp_path: Path) -> None:
     assert done[0] | done[1] == set(items)
     assert min(map(len, done)) >= 10
     twice = {item: count for item, count in first.began().items() if count > 1}
-    assert len(twice) <= 4, twice  # at the very end, speculatively
+    assert len(twice) <= 8, twice  # at the very end, speculatively: what the other has in hand, or has claimed
     assert any(view.others == 1 for view in first.views)
     assert read_claims(str(tmp_path / "leases")) == []
 
