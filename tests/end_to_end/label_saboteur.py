@@ -90,14 +90,14 @@ class Saboteur(importlib.abc.MetaPathFinder):
         module.LabelSlot.commit = commit
 
     def _labeller(self, module: Any) -> None:
-        original = module.Labeller.watched
+        original = module.watched
 
-        def watched(labeller: Any, samples: Iterable[Any], *args: Any) -> Iterator[Any]:
-            for sample in original(labeller, samples, *args):
+        def watched(predicted: Iterable[Any], *args: Any) -> Iterator[Any]:
+            for each in original(predicted, *args):
                 time.sleep(self._draw.uniform(0.5, 1.5) * self._pace_s)
-                yield sample
+                yield each
 
-        module.Labeller.watched = watched
+        module.watched = watched
 
     def _leases(self, module: Any) -> None:
         table = module.LeaseTable
