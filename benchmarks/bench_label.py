@@ -11,7 +11,8 @@ Three contestants take turns, on the same photographs (JPEG files; without `--ph
   threads, as it comes; and the same in as many processes as labelling has workers.
 
 The processes of a phase begin together, and it ends with the slowest. Ratios are taken within a repetition. Weights are
-random: no figure depends on them. Every level of quality is timed beside the forward passes that it states.
+random, which moves nothing but the encoding, a little: its maps have other detail. Every level of quality is timed
+beside the forward passes that it states.
 """
 
 from __future__ import annotations

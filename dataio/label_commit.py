@@ -141,17 +141,13 @@ class LabelSlot:
             # in this order: an entry is made after its tar
             ledger_seen, tar_seen = storage.stamp(self.ledger), storage.stamp(self.tar)
             if ledger_seen is not None:
-                entry = is_foreign = None
-                try:
-                    entry = self._parsed()
-                except ForeignEntry:  # the tar may have come with it
-                    is_foreign = True
+                entry, is_of_the_tar = self._found_entry()
                 if entry is not None and tar_seen is not None and tar_seen.size == entry.bytes:
                     if reindex:
                         self._reindex()
                     return Commit("duplicate", entry)
                 storage.remove_if(self.ledger, ledger_seen, self.tag)
-                if (entry is not None or is_foreign) and tar_seen is not None:
+                if is_of_the_tar and tar_seen is not None:
                     storage.remove_if(self.tar, tar_seen, self.tag)
                 continue
             if tar_seen is None:
@@ -220,18 +216,17 @@ class LabelSlot:
 
     def _entry(self) -> LedgerEntry | None:
         """The entry, None when there is none, or none that can be used."""
-        with suppress(ForeignEntry):
-            return self._parsed()
-        return None
+        return self._found_entry()[0]
 
-    def _parsed(self) -> LedgerEntry | None:
-        """As `_entry`, but ForeignEntry where that is it."""
+    def _found_entry(self) -> tuple[LedgerEntry | None, bool]:
+        """(as `_entry`, whether the tar that lies beside it stands and falls with it): so it does, too, where both may
+        have been copied from elsewhere."""
         try:
-            return parse_entry(self.ledger, storage.read_bytes(self.ledger), self.stem, self.plan)
+            return parse_entry(self.ledger, storage.read_bytes(self.ledger), self.stem, self.plan), True
         except ForeignEntry:
-            raise
+            return None, True
         except (storage.FileMissing, DataError):
-            return None
+            return None, False
 
     def _reindex(self) -> None:
         with suppress(storage.FileMissing, DataError):
