@@ -196,8 +196,8 @@ def cold_start(options: argparse.Namespace, items: list[str], folder: str) -> fl
     sha256 = hashlib.sha256(b"").hexdigest()
     for stem in items[: options.done]:
         entry = LedgerEntry(
-            stem=stem, samples=1000, failures={}, sha256=sha256, bytes=10, quality=[50] * 20, seconds=100.0,
-            by={"node": "node7", "worker": "0badcafe", "token": 1, "finished": 1.0},
+            stem=stem, plan=store.digest, samples=1000, failures={}, sha256=sha256, bytes=10, quality=[50] * 20,
+            seconds=100.0, by={"node": "node7", "worker": "0badcafe", "token": 1, "finished": 1.0},
         )  # fmt: skip
         Path(store.ledger(stem)).write_text(entry.to_json())
         Path(store.tar(stem)).write_bytes(b"0123456789")
