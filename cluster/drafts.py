@@ -28,7 +28,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from cluster import remote
+from cluster import puts, remote
 from cluster.places import (
     Swept,
     ensure_folder,
@@ -44,7 +44,6 @@ _SPOOL_BYTES = 64 << 20  # a file for a URL stays in memory up to here
 # link() where there are no hard links: EPERM from Linux' own file systems, the rest from FUSE and network ones
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 _NAME_BYTES = 200  # of a target's name in that of its draft
-_NO_CONDITION = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def new_tag() -> str:
@@ -142,7 +141,7 @@ def heeds_condition(path: str, data: bytes) -> bool:
     if not is_url(path) or not write_if_absent(path, data):
         return True
     fs, name = remote_store(path)
-    _heedless.add(_bucket(fs, name))
+    puts.look_first(fs, name)
     return False
 
 
@@ -370,7 +369,7 @@ class _RemoteDraft(Draft):
             if over:
                 remote.persistently(self._send, self._path)
                 return True
-            return _put_if_absent(self._fs, self._name, self._path, self._send)
+            return puts.put_if_absent(self._fs, self._name, self._path, self._send)
 
     def _send(self, **options: str) -> None:
         if not getattr(self._spool, "_rolled", True):
@@ -379,50 +378,3 @@ class _RemoteDraft(Draft):
         else:
             self._spool.flush()
             self._fs.put_file(f"/proc/self/fd/{self._spool.fileno()}", self._name, **options)
-
-
-_heedless: set[tuple[object, str]] = set()  # buckets whose store makes what is there, whatever it is told
-
-
-def _bucket(fs: Any, name: str) -> tuple[object, str]:
-    return getattr(fs, "_fs_token", type(fs)), name.lstrip("/").split("/", 1)[0]
-
-
-class _NoCondition(NotImplementedError):
-    """The store cannot put only if absent."""
-
-
-def _put_if_absent(fs: Any, name: str, path: str, send: Callable[..., None]) -> bool:
-    def create() -> bool:
-        try:
-            send(mode="create")
-        except Exception as error:
-            if isinstance(error, FileExistsError) or _says(error, "PreconditionFailed", 412):
-                return False
-            unknown = isinstance(error, OSError) and error.errno in _NO_CONDITION
-            if isinstance(error, NotImplementedError | TypeError) or unknown or _says(error, "NotImplemented", 501):
-                raise _NoCondition from error
-            raise
-        return True
-
-    if _bucket(fs, name) not in _heedless:
-        with suppress(_NoCondition):
-            return remote.persistently(create, path)
-    fs.invalidate_cache()
-    if remote.persistently(lambda: remote.exists(fs, name), path):
-        return False
-    remote.persistently(send, path)
-    return True
-
-
-def _says(error: BaseException | None, code: str, status: int) -> bool:
-    """Whether the store's answer behind an error is of that kind: s3fs drops it where the server's wording is not
-    that of AWS, and keeps it as the cause."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            found = response.get("Error", {}).get("Code"), response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if found[0] in (code, str(status)) or found[1] == status:
-                return True
-        error = error.__cause__
-    return False

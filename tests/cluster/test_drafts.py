@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from cluster import drafts, remote, storage
+from cluster import drafts, puts, remote, storage
 from cluster.storage import StorageError
 
 TAG, OTHER = "0123abcd", "deadbeef"
@@ -268,7 +268,7 @@ def test_a_store_that_heeds_no_condition_is_found_out_and_looked_at_first(
     fs = fsspec.filesystem("memory")
     original = type(fs).pipe_file
     monkeypatch.setattr(type(fs), "pipe_file", lambda self, path, value, mode="": original(self, path, value))
-    monkeypatch.setattr(drafts, "_heedless", set())
+    monkeypatch.setattr(puts, "_heedless", set())
     storage.atomic_write("memory://heedless/info", b"x")
     assert storage.write_if_absent("memory://heedless/info", b"x"), "it makes what is there"
     assert not storage.heeds_condition("memory://heedless/info", b"x")
