@@ -31,6 +31,7 @@ class _NoCondition(NotImplementedError):
 
 def put_if_absent(fs: Any, name: str, path: str, send: Callable[..., None]) -> bool:
     """Have `send` make `name`, False when it is there; `path` is for people. Raises what the store raises at last."""
+
     def create() -> bool:
         try:
             send(mode="create")
