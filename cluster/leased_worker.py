@@ -44,7 +44,7 @@ class Grip:
             raise LeaseLost(self.item)
 
     def still_mine(self) -> bool:
-        """Asks. True where nobody answers: the commit tells."""
+        """Asks. True where nobody answers, for as long as a lease lasts: the commit tells."""
         self.beat()
         return not self._lost.is_set()
 

@@ -29,8 +29,7 @@ class NodeState:
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """All of a job. `todo`: shards that nobody has begun; None without the dataset. `left_s`: at the present rate.
-    """
+    """All of a job. `todo`: shards that nobody has begun; None without the dataset. `left_s`: at the present rate."""
 
     status: LabelStatus
     leased: Mapping[str, Mapping[str, object]]
