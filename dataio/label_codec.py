@@ -62,8 +62,8 @@ def encode(disparity_HW: npt.ArrayLike, encoding: LabelEncoding) -> EncodedLabel
     """Encode a disparity map over its own range; NaN and infinities are holes.
 
     With R = max - min, the error is at most R / 8188 for png and jxl; for npy 2^-11 of the distance from the minimum
-    (or R * 2^-25, whatever is more), so R / 4096 at the far end. The minimum is exact up to float32. A range that float32 does not tell from
-    nothing becomes one value.
+    (or R * 2^-25, whatever is more), so R / 4096 at the far end. The minimum is exact up to float32. A range
+    that float32 does not tell from nothing becomes one value.
 
     DataError when no pixel is finite, when float32 does not hold the range, or when jxl's library is not installed;
     ValueError unless the map is [H, W].
