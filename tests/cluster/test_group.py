@@ -122,7 +122,7 @@ def test_without_the_actor_between_driver_and_ranks_the_group_is_ended(tmp_path:
 
     def kill_the_actor() -> None:
         ends = time.monotonic() + 120
-        while not (tmp_path / "pid-1").exists() and time.monotonic() < ends:
+        while not all((tmp_path / f"pid-{rank}").exists() for rank in (0, 1)) and time.monotonic() < ends:
             time.sleep(0.1)
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):

@@ -86,7 +86,9 @@ def hang(context: WorkerContext, payload: dict[str, Any]) -> str:
     import torch
     import torch.distributed as dist
 
-    Path(payload["folder"], f"pid-{context.rank}").write_text(str(os.getpid()))
+    mark = Path(payload["folder"], f"pid-{context.rank}")
+    mark.with_suffix(".new").write_text(str(os.getpid()))
+    mark.with_suffix(".new").rename(mark)  # whoever sees it can read it
     for step in range(1, 11):
         context.beat(step, "data")
         if step == 6 and context.rank == payload["rank"]:
