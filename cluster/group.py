@@ -132,6 +132,7 @@ def _trainer(
 ) -> tuple[Any, str]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
     from ray.train.v2._internal.execution.callback import ControllerCallback
 
     class Announce(ControllerCallback):
@@ -147,7 +148,9 @@ def _trainer(
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            return [*super()._create_default_callbacks(), Announce(config["control"])]
+            """Without the actor that would manage Ray datasets: it holds up the start by seconds, for none."""
+            usual = super()._create_default_callbacks()
+            return [*(one for one in usual if not isinstance(one, DatasetsCallback)), Announce(config["control"])]
 
     gpu = config["gpu"]
     if gpu:

@@ -40,6 +40,7 @@ _DRIVER_ENVIRONMENT = {
 _WORKER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how late the end of a run, or a death, is noticed
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print shows twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more actor for what cluster/surroundings.py sees
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # a stuck rank is killed after it
 }
 
