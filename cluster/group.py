@@ -131,9 +131,11 @@ def _trainer(
     config: dict[str, Any], workers: int, name: str, storage_path: str, env: dict[str, str]
 ) -> tuple[Any, str]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks import DatasetsCallback
     from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    from cluster.rendezvous import STORE_IS_SERVED, MeetingConfig
 
     class Announce(ControllerCallback):
         """Runs in the controller. Its actor is in nobody's hands otherwise, and can be ended by nobody."""
@@ -160,7 +162,7 @@ def _trainer(
     trainer = Trainer(
         _on_worker,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+        torch_config=MeetingConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=gpu,
@@ -170,7 +172,7 @@ def _trainer(
             name=attempt,
             storage_path=where,
             failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(config["threads"]), **env}},
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(config["threads"]), **STORE_IS_SERVED, **env}},
         ),
     )
     return trainer, storage.join(where, attempt)

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -21,6 +20,7 @@ from cluster.machine import whole_cpus
 
 _ROOT = str(Path(__file__).resolve().parent.parent)  # workers import the same checkout, wherever the driver stands
 _OBJECT_STORE_BYTES = 200 << 20  # what passes through it is small: payloads, results of shards
+_LOOPBACK = "127.0.0.1"  # no network change, VPN or firewall touches it
 _LINGER_S = 3.0
 _CONNECT_S = 5.0
 _FOLDER_PREFIX = "fathom-ray-"
@@ -200,13 +200,13 @@ def _embedded(cpus: int) -> Iterator[Session]:
 
     before = _children()
     with _session_folder() as folder:
-        with _process_groups_apart():
+        with _process_groups_apart(), _loopback_kept():
             _init(
                 num_cpus=cpus,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 runtime_env=_runtime_env({"GLOO_SOCKET_IFNAME": "lo"} if _has_lo() else {}),
-                _node_ip_address=_loopback(),
+                _node_ip_address=_LOOPBACK if _has_lo() else None,
                 _temp_dir=folder,
             )
         try:
@@ -313,9 +313,18 @@ def _session_folder() -> Iterator[str | None]:
     yield None
 
 
-def _loopback() -> str | None:
-    """An address that no network change, VPN or firewall touches. Ray replaces 127.0.0.1 by a routable one."""
-    return "127.0.0.2" if sys.platform == "linux" and _has_lo() else None
+@contextmanager
+def _loopback_kept() -> Iterator[None]:
+    """Ray replaces 127.0.0.1 by an address that others reach; only on loopback itself do all of its processes listen on
+    loopback alone, and anybody who reaches one of them may run what he likes."""
+    from ray._private import services
+
+    original = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host if host == _LOOPBACK else original(host)
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = original
 
 
 def _has_lo() -> bool:

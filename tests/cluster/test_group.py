@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from socket import SOCK_DGRAM
 from typing import Any
 
 import psutil
@@ -55,6 +56,21 @@ def test_two_ranks_see_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(reports) >= 3
     assert dict(os.environ) == before
     assert list((tmp_path / ".ray").iterdir()) == []
+
+
+def test_nothing_listens_on_anything_but_loopback(tmp_path: Path) -> None:
+    """Ray's processes, the ranks' store, gloo: who reaches one of them from elsewhere may run what he likes."""
+    found: dict[str, str] = {}
+
+    def look(report: dict[str, Any]) -> None:
+        own = {process.pid: process for process in (psutil.Process(), *psutil.Process().children(recursive=True))}
+        for socket in psutil.net_connections("inet"):
+            if socket.pid in own and (socket.status == psutil.CONN_LISTEN or socket.type == SOCK_DGRAM):
+                found[f"{socket.laddr.ip} {socket.laddr.port}"] = " ".join(own[socket.pid].cmdline())
+
+    run(work.add_ranks, {"steps": 4, "sleep_s": 0.5}, tmp_path, on_progress=look)
+    assert any("RayTrainWorker" in command for command in found.values()), found
+    assert {where for where in found if not where.removeprefix("::ffff:").startswith("127.")} == set()
 
 
 def test_the_rank_s_own_exception_is_raised(tmp_path: Path) -> None:
