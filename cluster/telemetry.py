@@ -1,175 +1,227 @@
-"""Metrics: each declared once in METRICS, served by one HTTP port per process, found through a file_sd folder.
+"""The metrics: each declared once, in METRICS. Exporters, dashboards, alert rules, documentation and tests go by it.
 
-Not `ray.util.metrics`: its histogram sums are bucket mid-points, and series of dead actors linger. One process has
-one registry and one port (0: any free one), and one JSON file in the discovery folder, gone when the process leaves.
+Not `ray.util.metrics`: its histogram sums are bucket mid-points, and series of dead actors linger. Every process serves
+its own (cluster/exporter.py); what only one process can know, or all would say alike, only that one serves.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import secrets
-import socket
-import threading
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Literal
-from wsgiref.simple_server import WSGIServer
+import itertools
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from cluster import storage
+Kind = Literal["counter", "gauge", "histogram"]
+# rank: every rank of a training; first-rank: rank 0 alone; driver: the process of `fathom train`; label: a worker that
+# labels; label-driver: the process of `fathom label run` or `retry`
+Part = Literal["rank", "first-rank", "driver", "label", "label-driver"]
+ALL: tuple[Part, ...] = get_args(Part)
+_Parts = Part | tuple[Part, ...]
+Unit = Literal["", "seconds", "bytes", "ratio", "timestamp"]
 
 # From a millisecond (a tiny network on a CPU) to ten minutes (a step that waits for a checkpoint or for data).
-_STEP_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 600.0)
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 600.0)
+_QUALITY = tuple(round(0.05 * number, 2) for number in range(1, 21))
+_FROM_2020 = 1_577_836_800.0  # seconds since the epoch: an earlier time stamp is none
 
-_QUALITY_BUCKETS = tuple(round(0.05 * number, 2) for number in range(1, 21))
+PHASES = ("data_wait", "forward", "loss", "backward", "optimizer", "checkpoint", "evaluation")
+STAGES = ("read", "decode", "copy", "idle")  # of the thread that makes batches
+STATES = ("start", "data", "step", "checkpoint", "saving", "validation", "export")  # of a rank: WorkerContext.beat
+RUN_STATES = (
+    "SUBMITTED", "PENDING", "STARTING", "RUNNING", "RECOVERING", "RESIZING", "STOPPING", "SUCCEEDED", "FAILED",
+    "CANCELLED",
+)  # fmt: skip
+RESTARTS = ("died", "hung", "lost", "away", "failed", "preempted", "resized", "rolled_back", "driver")
+BADPUT = ("waiting", "startup", "data_wait", "checkpoint", "evaluation", "lost_work", "recovery", "other")
+LABEL_PHASES = ("read_wait", "forward", "write")
+SHARDS = ("todo", "leased", "foreign", "done", "given_up")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One declaration. Base units only; a counter's name ends in `_total`, a time in `_seconds`."""
+    """One declaration, in base units. `labels`: the values that a label is known to take, () where anything may come;
+    known ones are served from the start, at 0. `low` and `high`: what a value can be (of a histogram: one observation).
+    `absent`: when there may be none of it in a run, in words; "" where it is always there."""
 
-    kind: Literal["counter", "gauge", "histogram"]
+    kind: Kind
     help: str
-    labels: tuple[str, ...] = ()
+    of: tuple[Part, ...]
+    unit: Unit = ""
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     buckets: tuple[float, ...] = ()
+    low: float = 0.0
+    high: float = math.inf
+    absent: str = ""
 
+
+def _parts(of: _Parts) -> tuple[Part, ...]:
+    return of if isinstance(of, tuple) else (of,)
+
+
+def _counter(of: _Parts, help: str, unit: Unit = "", absent: str = "", **labels: tuple[str, ...]) -> Metric:
+    return Metric(kind="counter", help=help, of=_parts(of), unit=unit, labels=labels, absent=absent)
+
+
+def _gauge(
+    of: _Parts, help: str, unit: Unit = "", low: float = 0.0, high: float = math.inf, absent: str = "",
+    **labels: tuple[str, ...],
+) -> Metric:  # fmt: skip
+    low = _FROM_2020 if unit == "timestamp" else low
+    return Metric(kind="gauge", help=help, of=_parts(of), unit=unit, labels=labels, low=low, high=high, absent=absent)
+
+
+def _histogram(
+    of: _Parts, help: str, buckets: tuple[float, ...], unit: Unit, high: float = math.inf, absent: str = "",
+    **labels: tuple[str, ...],
+) -> Metric:  # fmt: skip
+    return Metric(kind="histogram", help=help, of=_parts(of), unit=unit, labels=labels, buckets=buckets, high=high,
+                  absent=absent)  # fmt: skip
+
+
+_ANY: tuple[str, ...] = ()
 
 METRICS: Mapping[str, Metric] = {
-    "fathom_images_total": Metric("counter", "Images in optimizer steps, without rows that fill up a pass."),
-    "fathom_samples_skipped_total": Metric("counter", "Samples with weight 0, by reason.", ("reason",)),
-    "fathom_data_read_bytes_total": Metric("counter", "Bytes of shards asked for, prefetched batches included."),
-    "fathom_data_cache_hits_total": Metric("counter", "Reads of shards behind a URL from a local copy."),
-    "fathom_data_cache_misses_total": Metric("counter", "Local copies of shards that had to be made."),
-    "fathom_steps_total": Metric("counter", "Optimizer steps taken."),
-    "fathom_steps_skipped_total": Metric("counter", "Steps whose update was not applied, by reason.", ("reason",)),
-    "fathom_step_duration_seconds": Metric("histogram", "Wall time of one optimizer step.", buckets=_STEP_BUCKETS_S),
-    "fathom_phase_seconds_total": Metric("counter", "Wall time by phase of a step and of the run.", ("phase",)),
-    "fathom_rank_slowdown_ratio": Metric("gauge", "Time of this rank's own work in a step, over the median rank's."),
-    "fathom_last_step_timestamp_seconds": Metric("gauge", "When the last optimizer step ended, since the epoch."),
-    "fathom_loss": Metric("gauge", "The last step's loss over the global batch, by term.", ("term",)),
-    "fathom_grad_norm": Metric("gauge", "The last step's gradient norm before clipping."),
-    "fathom_learning_rate": Metric("gauge", "The last step's learning rate, by parameter group.", ("group",)),
-    "fathom_event_result": Metric(
-        "gauge", "Results that are measured now and then, such as a validation's.", ("event", "name")
+    # -- what it learns
+    "fathom_step": _gauge("first-rank", "Optimizer steps that the run has taken, in all of its attempts."),
+    "fathom_steps_planned": _gauge("first-rank", "Optimizer steps that the run is to take."),
+    "fathom_steps_total": _counter("rank", "Optimizer steps taken by this process."),
+    "fathom_images_total": _counter("rank", "Images in optimizer steps, without rows that fill up a pass."),
+    "fathom_steps_skipped_total": _counter(
+        "rank", "Steps whose update was not applied, by reason.", reason=("non_finite",)
     ),
-    "fathom_tracker_failures_total": Metric(
-        "counter", "Calls to TensorBoard or Weights & Biases that were lost, by tracker.", ("tracker",)
+    "fathom_loss": _gauge(
+        "first-rank", "Loss over the global batch at the last logged step, by term; total is the weighted sum.",
+        low=-math.inf, term=_ANY,
     ),
-    "fathom_checkpoint_duration_seconds": Metric(
-        "histogram", "Wall time of one checkpoint operation (save, load).", ("op",), _STEP_BUCKETS_S
+    "fathom_grad_norm": _gauge("first-rank", "Gradient norm before clipping, at the last logged step."),
+    "fathom_learning_rate": _gauge("first-rank", "Learning rate of the last step, by parameter group.", group=_ANY),
+    "fathom_event_result": _gauge(
+        "first-rank", "Results that are measured now and then, such as a validation's.", low=-math.inf,
+        absent="without validation", event=_ANY, name=_ANY,
     ),
-    "fathom_checkpoint_stall_seconds_total": Metric("counter", "Time that training waited for checkpoints."),
-    "fathom_record_failures_total": Metric("counter", "Log lines and previews that could not be written."),
-    "fathom_checkpoint_failures_total": Metric("counter", "Checkpoints that could not be written; the run went on."),
-    "fathom_checkpoint_last_success_timestamp_seconds": Metric(
-        "gauge", "When the last checkpoint was complete, since the epoch."
+    # -- how fast, and what it waits for
+    "fathom_step_duration_seconds": _histogram("rank", "Wall time of one optimizer step.", _SECONDS, "seconds"),
+    "fathom_phase_seconds_total": _counter(
+        "rank", "Wall time by phase of a step and of the run; on a GPU what its stream took.", "seconds", phase=PHASES
     ),
-    "fathom_world_size": Metric("gauge", "Ranks in the worker group."),
-    "fathom_build_info": Metric("gauge", "Always 1; the labels say what runs.", ("version", "torch")),
-    "fathom_label_images_total": Metric("counter", "Images pseudo-labelled and committed."),
-    "fathom_label_failures_total": Metric("counter", "Images without a label, by reason.", ("reason",)),
-    "fathom_label_quality": Metric("histogram", "Agreement of the predictions of an image.", buckets=_QUALITY_BUCKETS),
-    "fathom_label_shards": Metric("gauge", "Label shards, by state.", ("state",)),
-    "fathom_label_leases_expired_total": Metric("counter", "Leases of shards that ended without a word."),
-    "fathom_label_shards_speculated_total": Metric("counter", "Shards given to a second worker at the end."),
-    "fathom_label_shards_late_total": Metric("counter", "Shards done by somebody else when they were done."),
-    "fathom_label_shards_differing_total": Metric("counter", "Late shards of other bytes: hardware is mixed."),
-    "fathom_label_worker_deaths_total": Metric("counter", "Shards whose worker died."),
-}
+    "fathom_last_step_timestamp_seconds": _gauge("rank", "When the last optimizer step ended.", "timestamp"),
+    "fathom_rank_state": _gauge(
+        "rank", "1 for what this rank is doing now, 0 for everything else.", high=1, state=STATES
+    ),
+    "fathom_rank_slowdown_ratio": _gauge(
+        "rank", "Time of this rank's own work on a sample, over the median rank's.", "ratio",
+        absent="until the driver has compared the ranks, and in a run of one rank",
+    ),
+    "fathom_model_flops_utilization_ratio": _gauge(
+        "first-rank", "Arithmetic that the networks need for the images of a second, over what the devices can do.",
+        "ratio", high=1.5,
+    ),
+    # -- data
+    "fathom_samples_skipped_total": _counter(
+        "rank", "Samples with weight 0, by reason.", absent="while no sample is bad", reason=_ANY
+    ),
+    "fathom_data_read_bytes_total": _counter("rank", "Bytes of shards asked for, prefetched batches included.",
+                                             "bytes"),
+    "fathom_data_cache_hits_total": _counter("rank", "Reads of shards behind a URL from a local copy."),
+    "fathom_data_cache_misses_total": _counter("rank", "Local copies of shards that had to be made."),
+    "fathom_loader_seconds_total": _counter(
+        "rank", "Time of the thread that makes batches, beside the steps: reading, decoding and perturbing, waiting "
+        "for the device, and idle because batches are ready.", "seconds", stage=STAGES,
+    ),
+    # -- memory, disks
+    "fathom_device_memory_bytes": _gauge(
+        "rank", "Memory of the device: resident in this process and total on a CPU; allocated, reserved, peak and "
+        "total on a GPU.", "bytes", kind=_ANY,
+    ),
+    "fathom_disk_free_bytes": _gauge(
+        ("driver", "label-driver"), "Free for this user where the run's folder or the labels are.", "bytes",
+        absent="behind a URL",
+    ),
+    "fathom_disk_size_bytes": _gauge(
+        ("driver", "label-driver"), "Size of the file system where the run's folder or the labels are.", "bytes",
+        absent="behind a URL",
+    ),
+    # -- what broke
+    "fathom_checkpoint_duration_seconds": _histogram(
+        "rank", "Wall time of one checkpoint operation, by operation.", _SECONDS, "seconds",
+        absent="until one is saved or loaded", op=("save", "load"),
+    ),
+    "fathom_checkpoint_stall_seconds_total": _counter("rank", "Time that training waited for checkpoints.", "seconds"),
+    "fathom_checkpoint_failures_total": _counter(
+        "first-rank", "Checkpoints that could not be written; the run went on."
+    ),
+    "fathom_checkpoint_last_success_timestamp_seconds": _gauge(
+        "first-rank", "When the last checkpoint was complete.", "timestamp",
+        absent="until there is a checkpoint",
+    ),
+    "fathom_checkpoint_bytes": _gauge(
+        "first-rank", "Size of the last checkpoint.", "bytes", absent="until there is a checkpoint"
+    ),
+    "fathom_checkpoint_interval_seconds": _gauge(
+        "first-rank", "Time from one checkpoint to the next, as configured and at the present pace.", "seconds",
+        absent="until a step is logged",
+    ),
+    "fathom_record_failures_total": _counter("rank", "Log lines and previews that could not be written."),
+    "fathom_tracker_failures_total": _counter(
+        "first-rank", "Calls to TensorBoard or Weights & Biases that were lost, by tracker.",
+        tracker=("tensorboard", "wandb"),
+    ),
+    "fathom_world_size": _gauge("first-rank", "Ranks in the worker group.", low=1),
+    "fathom_run_state": _gauge("driver", "1 for the state that the run is in, 0 for all others.", high=1,
+                               state=RUN_STATES),
+    "fathom_run_attempts": _gauge("driver", "Attempts of the run so far, this one included."),
+    "fathom_restarts_total": _counter("driver", "Attempts begun after an earlier one ended too soon, by reason.",
+                                      reason=RESTARTS),
+    "fathom_device_oom_total": _counter("driver", "Attempts that ran out of memory."),
+    "fathom_run_elapsed_seconds": _gauge(
+        "driver", "Time that was asked for the run: pauses between a stop and a resume are not in it.", "seconds"
+    ),
+    "fathom_goodput_ratio": _gauge(
+        "driver", "Share of the run's time that went into steps which count.", "ratio", high=1,
+        absent="until a step is logged",
+    ),
+    "fathom_badput_seconds_total": _counter("driver", "The run's time that did not go into steps which count, by "
+                                            "cause.", "seconds", cause=BADPUT),
+    # -- labelling
+    "fathom_label_images_total": _counter("label", "Images pseudo-labelled and committed."),
+    "fathom_label_failures_total": _counter(
+        "label", "Images without a label, by reason.", absent="while no image fails", reason=_ANY
+    ),
+    "fathom_label_quality": _histogram(
+        "label", "Agreement of the predictions of an image.", _QUALITY, "ratio", high=1, absent="with quality: off"
+    ),
+    "fathom_label_phase_seconds_total": _counter(
+        "label", "Wall time of shards by what the worker did: wait for images, run the network, write labels.",
+        "seconds", phase=LABEL_PHASES,
+    ),
+    "fathom_label_shards": _gauge("label-driver", "Label shards, by state.", state=SHARDS),
+    "fathom_label_leases_expired_total": _counter("label-driver", "Leases of shards that ended without a word."),
+    "fathom_label_shards_speculated_total": _counter("label-driver", "Shards given to a second worker at the end."),
+    "fathom_label_shards_late_total": _counter("label-driver", "Shards done by somebody else when they were done."),
+    "fathom_label_shards_differing_total": _counter("label-driver", "Late shards of other bytes: hardware is mixed."),
+    "fathom_label_worker_deaths_total": _counter("label-driver", "Shards whose worker died."),
+    # -- all
+    "fathom_build_info": _gauge(ALL, "Always 1; the labels say what runs.", low=1, high=1, version=_ANY, torch=_ANY,
+                                python=_ANY),
+}  # fmt: skip
 
 
 def make_metric(name: str, registry: CollectorRegistry) -> Any:
-    """The prometheus_client object for a declared name. KeyError for any other."""
+    """The prometheus_client object for a declared name, its known label values at 0. KeyError for any other name."""
     declared = METRICS[name]
+    labels = tuple(declared.labels)
     if declared.kind == "histogram":
-        return Histogram(name, declared.help, declared.labels, buckets=declared.buckets, registry=registry)
-    kind = {"counter": Counter, "gauge": Gauge}[declared.kind]
-    return kind(name, declared.help, declared.labels, registry=registry)
+        metric: Any = Histogram(name, declared.help, labels, buckets=declared.buckets, registry=registry)
+    else:
+        metric = {"counter": Counter, "gauge": Gauge}[declared.kind](name, declared.help, labels, registry=registry)
+    for values in itertools.product(*declared.labels.values()) if labels else ():
+        metric.labels(*values)
+    return metric
 
 
-class Exporter:
-    """Serves this process's metrics over HTTP while its block runs, on loopback unless `host` says otherwise.
-
-    `discovery`: the folder of the file_sd entries (a local path), or None. A process that is killed leaves its entry
-    behind; whoever started it removes the folder. StorageError when the folder cannot be written; OSError when
-    the port is taken.
-    """
-
-    def __init__(
-        self,
-        run: str,
-        rank: int,
-        role: str = "train",
-        host: str = "127.0.0.1",
-        port: int = 0,
-        discovery: str | None = None,
-    ) -> None:
-        self.registry = CollectorRegistry()
-        self._labels = {"run": run, "rank": str(rank), "role": role}
-        self._host, self._port, self._discovery = host, port, discovery
-        self._metrics: dict[str, Any] = {}
-        self._lock = threading.Lock()
-        self._server: WSGIServer | None = None
-        self._thread: threading.Thread | None = None
-        self._entry: str | None = None
-
-    def __enter__(self) -> Exporter:
-        self._server, self._thread = start_http_server(self._port, self._host, self.registry)
-        try:
-            self.metric("fathom_build_info").labels(**_build()).set(1)
-            if self._discovery is not None:
-                name = f"{self._labels['role']}-{self._labels['rank']}-{os.getpid()}-{secrets.token_hex(4)}.json"
-                entry = storage.join(self._discovery, name)
-                storage.atomic_write(entry, json.dumps([{"targets": [self.address], "labels": self._labels}]) + "\n")
-                self._entry = entry
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def address(self) -> str:
-        """`host:port` to scrape; the host others reach when it listens on all addresses."""
-        if self._server is None:
-            raise RuntimeError("the exporter is not running")
-        host = socket.gethostname() if self._host in ("0.0.0.0", "::", "") else self._host
-        return f"{host}:{self._server.server_port}"
-
-    def metric(self, name: str) -> Any:
-        """The Counter, Gauge or Histogram declared as `name`, made at first use. KeyError when it is not declared."""
-        with self._lock:
-            if name not in self._metrics:
-                self._metrics[name] = make_metric(name, self.registry)
-            return self._metrics[name]
-
-    def close(self) -> None:
-        """Remove the entry, stop the server and its thread, free the port. Again is nothing."""
-        if self._entry is not None:
-            with suppress(OSError):
-                os.unlink(self._entry)
-            self._entry = None
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join(timeout=5)
-            self._server = self._thread = None
-
-
-def _build() -> dict[str, str]:
-    versions = {}
-    for label, distribution in (("version", "fathom-depth"), ("torch", "torch")):
-        try:
-            versions[label] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            versions[label] = "unknown"
-    return versions
+def served_by(parts: Collection[Part]) -> list[str]:
+    """The names of what a process that plays these parts serves."""
+    return [name for name, declared in METRICS.items() if not set(declared.of).isdisjoint(parts)]

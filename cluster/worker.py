@@ -77,6 +77,11 @@ class WorkerContext:
         self._own_s = total + seconds, before + samples
 
     @property
+    def phase(self) -> str:
+        """What the rank said last that it is doing."""
+        return self._beat.phase
+
+    @property
     def slowdown(self) -> float | None:
         """How many times as long as the median rank this one needs for its own work, as far as the driver knows."""
         return self._orders.slowdown

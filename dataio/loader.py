@@ -6,8 +6,10 @@ Its whole state is the `cursor` of the last batch used, one counter per role; pr
 from __future__ import annotations
 
 import atexit
+import contextlib
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -61,6 +63,7 @@ class Loader:
             for role in sorted(needs)
         ]
         self._seed, self._device = seed, torch.device(device)
+        self._spent = dict.fromkeys(("read", "decode", "copy", "idle"), 0.0)
         self._skip = skipped_batches(data)
         self._cursor = _start(self._streams, cursor or {})
         self.quarantine = quarantine or Quarantine(None, data.max_bad_fraction)
@@ -94,6 +97,11 @@ class Loader:
     def read_counts(self) -> dict[str, int]:
         """What was read so far, prefetched batches included: bytes, cache_hits, cache_misses."""
         return self._opener.counts()
+
+    def stage_seconds(self) -> dict[str, float]:
+        """What the thread that makes batches has spent its time on so far: read, decode, copy (waiting for the device,
+        perturbing there included) and idle (batches are ready)."""
+        return dict(self._spent)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -153,8 +161,10 @@ class Loader:
         while not self._stop.is_set():
             try:
                 while failure is None and len(started) < AHEAD:
-                    prepared = self._builder.read(behind_skipped(self._streams, self._skip, cursor))
-                    self._builder.start(prepared)
+                    with self._timed("read"):
+                        prepared = self._builder.read(behind_skipped(self._streams, self._skip, cursor))
+                    with self._timed("decode"):
+                        self._builder.start(prepared)
                     started.append(prepared)
                     cursor = prepared.cursor
             except Exception as error:  # noqa: BLE001  the batches before it come first
@@ -162,11 +172,22 @@ class Loader:
             if not started:
                 assert failure is not None
                 raise failure
-            batch = self._builder.finish(started.popleft())
+            with self._timed("decode"):
+                batch = self._builder.finish(started.popleft())
             if self._device.type == "cuda":
                 # on this thread's own stream: the consumer then needs no event, and DALI may take its buffers back
-                torch.cuda.current_stream(self._device).synchronize()
-            self._put(batch)
+                with self._timed("copy"):
+                    torch.cuda.current_stream(self._device).synchronize()
+            with self._timed("idle"):
+                self._put(batch)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[stage] += time.perf_counter() - began
 
     def _take(self) -> Batch | BaseException:
         while not self._stop.is_set():

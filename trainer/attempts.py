@@ -164,6 +164,8 @@ class Attempts:
             outcome = self.ranks()
         except Exception as error:  # noqa: BLE001  what it means is for `decide` to say
             return self.failed(error)
+        finally:
+            self.folder.forget_ranks()
         if outcome.stopped and (asked := self.asked()):  # whatever the ranks were told first
             return self.ended(replace(outcome, stopped=asked))
         if outcome.stopped == "RESIZED":

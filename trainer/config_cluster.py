@@ -14,3 +14,7 @@ class ClusterSection(Section):
     workers: int = Field(default=1, ge=1)
     threads: int = Field(default=1, ge=1, description="CPU threads of one worker")
     use_gpu: bool = False
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        description="where live metrics are served: 127.0.0.1 this machine alone, 0.0.0.0 all that reach it",
+    )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +72,12 @@ class RunFolder:
         lines = (line for name in names for line in read_json_lines(storage.join(self.path, name)))
         seen = {(str(line.get("key")), str(line.get("shard")), str(line.get("reason"))) for line in lines}
         return Counter(reason for _, _, reason in seen)
+
+    def forget_ranks(self) -> None:
+        """With no rank at work: what killed ones have announced of their metrics must not be scraped for ever."""
+        for path in glob.glob(os.path.join(glob.escape(self.telemetry), "train-*.json")):
+            with suppress(OSError):
+                os.unlink(path)
 
     def finished_step(self) -> int | None:
         """The step at which the last attempt finished, weights and all; None when it did not."""

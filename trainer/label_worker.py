@@ -37,6 +37,7 @@ from trainer.config_label import LabelConfig
 from trainer.inference import Predictor, sizer, usual_shapes
 from trainer.labelling import exporter
 from trainer.overlap import ahead, mapped
+from trainer.step_metrics import Spent
 
 _BATCHES_AHEAD = 2
 _ENCODED_AHEAD = 2  # batches whose labels are being encoded
@@ -98,7 +99,9 @@ class Labeller:
         self._sizer = sizer(self.config.input_size, self.predictor.network.preset.multiple)
         self._open = ExitStack()
         self._encoders = self._open.enter_context(ThreadPoolExecutor(cluster.threads, "encode"))
-        self._exporter = self._open.enter_context(exporter(self.store, "label"))
+        self._exporter = self._open.enter_context(exporter(self.store, "label", cluster.metrics_host, owner))
+
+        self._spent = Spent(self._exporter.metric("fathom_label_phase_seconds_total"))
 
     def close(self) -> None:
         """Ends its threads and its metrics."""
@@ -111,7 +114,8 @@ class Labeller:
         StorageError.
         """
         try:
-            return self.label(stem, grip)
+            with self._spent("write"):  # what is neither of the others
+                return self.label(stem, grip)
         except DataError:
             require(self.dataset)
             raise
@@ -157,7 +161,7 @@ class Labeller:
     def labels(self, shard: Shard, grip: Grip, only: Collection[int] | None = None) -> Iterator[LabelSample]:
         """The labels of a shard's samples in their order; of those at the places `only`, as all of them would be."""
         with ahead(self.inputs(shard, only), _BATCHES_AHEAD, "decode") as ready:
-            predicted = watched(self._predicted(ready), shard.samples, grip)
+            predicted = watched(self._predicted(self._spent.each("read_wait", ready)), shard.samples, grip)
             encoded = mapped(self._encode, predicted, self._encoders, _ENCODED_AHEAD * self.config.rows)
             if only is not None:
                 yield from (sample for index, sample in sorted(encoded, key=lambda pair: pair[0]) if index in only)
@@ -194,7 +198,8 @@ class Labeller:
             if batch.image_BCHW is None:
                 yield from map(_Predicted, batch.frames)
                 continue
-            value_BHW, quality_B = self.predictor(batch.image_BCHW)
+            with self._spent("forward"):
+                value_BHW, quality_B = self.predictor(batch.image_BCHW)
             (value_BHW, quality_B), arrived = to_main_memory(value_BHW, quality_B)
             for row, frame in zip(batch.rows, batch.frames, strict=True):
                 quality = None if quality_B is None else quality_B[row]

@@ -12,16 +12,17 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from cluster import storage
 from cluster.claims import FOLDER as CLAIMS
 from cluster.claims import alone, read_claims
+from cluster.exporter import Exporter
 from cluster.lease_actor import View
 from cluster.leased_pool import Need, run_leased
 from cluster.remote import warn
 from cluster.stop import StopFlag
-from cluster.telemetry import Exporter
+from cluster.telemetry import SHARDS
 from dataio.dataset import Dataset
 from dataio.label_codec import EXTENSIONS, check_available
 from dataio.labels import INFO_NAME, LABEL_FORMAT, WORKING, LabelStore, plan_digest
@@ -29,6 +30,7 @@ from dataio.spec import DataError
 from model.presets import Preset
 from trainer.config import ConfigError, parse_config
 from trainer.config_label import LabelConfig
+from trainer.vitals import watch_disk
 
 _STALE = 2  # times the length of a lease: a temporary file that nobody has written to for so long
 
@@ -134,7 +136,9 @@ def work_on(
     if not done.issuperset(job.stems):
         need = need_of(config, preset or read_teacher(config).preset)
         _sweep(store, config.cluster.lease_s)
-        with exporter(store, "label-driver") as account.exporter:
+        with exporter(store, "label-driver", config.cluster.metrics_host) as account.exporter:
+            if not storage.is_url(store.path):
+                watch_disk(account.exporter, store.path)
             result = run_leased(
                 job.make,
                 job.stems,
@@ -188,7 +192,7 @@ class _Account:
         counts = view.counts
         self.done, self.given_up = counts.done, view.given_up
         if self.exporter is not None:
-            for state in ("todo", "leased", "foreign", "done", "given_up"):
+            for state in SHARDS:
                 self.exporter.metric("fathom_label_shards").labels(state=state).set(getattr(counts, state))
             for name, value in (
                 ("fathom_label_leases_expired_total", counts.expired),
@@ -337,9 +341,11 @@ def _sweep(store: LabelStore, lease_s: float) -> None:
     store.clean(keep=working, older_than_s=_STALE * lease_s)
 
 
-def exporter(store: LabelStore, role: str) -> Exporter:
+def exporter(
+    store: LabelStore, role: Literal["label", "label-driver"], host: str, worker: str | None = None
+) -> Exporter:
     """The metrics of one process of a labelling job, to be found through the labels' folder where that is local."""
-    return Exporter(f"label-{store.digest}", 0, role=role, discovery=_discovery(store))
+    return Exporter(f"label-{store.digest}", role, worker=worker, host=host, discovery=_discovery(store))
 
 
 def _discovery(store: LabelStore) -> str | None:

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from cluster import storage
 from cluster.exchange import gathered
-from cluster.telemetry import Exporter
+from cluster.exporter import Exporter
 from cluster.worker import WorkerContext
 from dataio.loader import Loader
 from dataio.show import colorize
@@ -33,14 +33,10 @@ from trainer.config_train import TrainConfig
 from trainer.folder import RunFolder
 from trainer.journal import RESUMED, Journal
 from trainer.loop import Loop, StepRecord
+from trainer.step_metrics import Since, StepMetrics, spent
 from trainer.tasks.base import Task
 from trainer.trackers import Tracker, open_trackers
 
-READ_METRICS = {
-    "bytes": "fathom_data_read_bytes_total",
-    "cache_hits": "fathom_data_cache_hits_total",
-    "cache_misses": "fathom_data_cache_misses_total",
-}
 TILE = 252  # largest width of a preview's panel, pixels: a run of 500,000 steps makes a thousand previews
 _STRIP = 16  # height of a line of text, pixels
 # The panel `valid`: no target, the image itself, what CutMix pasted.
@@ -48,24 +44,33 @@ _REGION_COLOURS = np.array([[48, 48, 48], [222, 222, 222], [90, 160, 230]], np.u
 
 
 class Recorder:
-    """Rank 0 writes files and reports progress; every rank feeds its own metrics."""
+    """Rank 0 writes files and reports progress; every rank feeds its own metrics. `ideal_s`: what a step would take if
+    the devices did nothing but the networks' arithmetic at full speed, None where nobody knows."""
 
     def __init__(
-        self, config: TrainConfig, task: Task, context: WorkerContext, exporter: Exporter, loader: Loader
+        self,
+        config: TrainConfig,
+        task: Task,
+        context: WorkerContext,
+        exporter: Exporter,
+        loader: Loader,
+        ideal_s: float | None = None,
     ) -> None:
         self.config, self.task, self.context, self.exporter = config, task, context, exporter
         self.loader, self.folder = loader, RunFolder(config.folder)
         self.journal = Journal(config.folder)
-        self._skipped_before: dict[str, int] = {}
-        self._read_before: dict[str, int] = {}
         self._trackers: list[Tracker] | None = None  # the first step tells where their curves go on
         self._failed_trackers: set[str] = set()
         self._notes: list[str] = []
         self._lost: set[str] = set()  # records that could not be written, each told once
         self.shown: dict[str, float] = {}  # beside the loss in the progress line, until it is changed
         self._last = time.perf_counter()
-        self._since_line = (0, 0, 0.0)  # steps, images, seconds
-        exporter.metric("fathom_world_size").set(context.world_size)
+        self._ideal_s = ideal_s
+        self._since: Since | None = None  # no step has begun
+        self._metrics = StepMetrics(exporter)
+        if context.rank == 0:
+            exporter.metric("fathom_world_size").set(context.world_size)
+            exporter.metric("fathom_steps_planned").set(config.steps)
 
     def on_step(self, loop: Loop, record: StepRecord, batch: Batch) -> None:
         """Called after every step on every rank (it holds collectives at log lines, previews and skipped steps)."""
@@ -85,6 +90,19 @@ class Recorder:
     def start_clock(self) -> None:
         """A step begins, its wait for data included: a validation or checkpoint before it is no part of its time."""
         self._last = time.perf_counter()
+        self._since = self._since or Since()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """The block, between steps, is a phase of the run (PHASES of cluster/telemetry.py)."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self._metrics.phase(phase, spent)
+            if self._since:
+                self._since.apart[phase] = self._since.apart.get(phase, 0.0) + spent
 
     def event(self, name: str, step: int, values: Mapping[str, float]) -> None:
         """Results that are measured now and then, such as a validation's; on ranks other than 0 nothing happens.
@@ -120,28 +138,19 @@ class Recorder:
         """This rank's own metrics: host numbers only."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        steps, images, spent = self._since_line
-        self._since_line = (steps + 1, images + record.images, spent + seconds)
-        metric = self.exporter.metric
-        metric("fathom_steps_total").inc()
-        metric("fathom_images_total").inc(len(keys_of(batch)))
-        metric("fathom_step_duration_seconds").observe(seconds)
-        metric("fathom_last_step_timestamp_seconds").set_to_current_time()
-        for phase, spent in record.phases.items():
-            metric("fathom_phase_seconds_total").labels(phase=phase).inc(spent)
+        self._since = since = self._since or Since(began=now - seconds)
+        since.steps += 1
+        since.images += record.images
+        since.seconds += seconds
+        since.waited += record.phases.get("data_wait", 0.0)
+        self._metrics.step(seconds, len(keys_of(batch)), record.phases)
         if self.context.slowdown is not None:
-            metric("fathom_rank_slowdown_ratio").set(self.context.slowdown)
-        for group, rate in record.learning_rates.items():
-            metric("fathom_learning_rate").labels(group=group).set(rate)
-        for reason, count in dict(self.loader.quarantine.counts).items():
-            metric("fathom_samples_skipped_total").labels(reason=reason).inc(
-                count - self._skipped_before.get(reason, 0)
-            )
-            self._skipped_before[reason] = count
-        read = self.loader.read_counts()
-        for what, name in READ_METRICS.items():
-            metric(name).inc(read[what] - self._read_before.get(what, 0))
-            self._read_before[what] = read[what]
+            self.exporter.metric("fathom_rank_slowdown_ratio").set(self.context.slowdown)
+        if not self.context.rank:
+            self.exporter.metric("fathom_step").set(record.step)
+            for group, rate in record.learning_rates.items():
+                self.exporter.metric("fathom_learning_rate").labels(group=group).set(rate)
+        self._metrics.loader(self.loader)
 
     def _skipped(self, record: StepRecord, batch: Batch) -> None:
         """Names the samples at fault; where none could be singled out, all of the global batch."""
@@ -154,18 +163,23 @@ class Recorder:
         self.write("step_skipped", step=record.step, reason="non_finite", keys=keys, singled_out=bool(suspects))
 
     def _log(self, terms: Mapping[str, float], record: StepRecord) -> None:
-        for name, value in terms.items():
-            self.exporter.metric("fathom_loss").labels(term=name).set(value)
-        grad_norm = float(record.result.grad_norm)  # it may be a tensor until somebody asks
-        if math.isfinite(grad_norm):
-            self.exporter.metric("fathom_grad_norm").set(grad_norm)
-        steps, images, seconds = self._since_line
-        self._since_line = (0, 0, 0.0)
+        since, self._since = self._since or Since(), Since()
+        waited = self._most(since.waited, record)
         if self.context.rank:
             return
+        grad_norm = float(record.result.grad_norm)  # it may be a tensor until somebody asks
         weights = self.task.term_weights
         total = sum(weights[name] * value for name, value in terms.items())
-        images_per_second = images / max(seconds, 1e-9)
+        images_per_second = since.images / max(since.seconds, 1e-9)
+        for name, value in (*terms.items(), ("total", total)):
+            self.exporter.metric("fathom_loss").labels(term=name).set(value)
+        if math.isfinite(grad_norm):
+            self.exporter.metric("fathom_grad_norm").set(grad_norm)
+        utilisation = {}
+        if self._ideal_s is not None and since.seconds:
+            utilisation = {"mfu": round(self._ideal_s * since.steps / since.seconds, 4)}
+            self.exporter.metric("fathom_model_flops_utilization_ratio").set(utilisation["mfu"])
+        self._expect_checkpoints(since.seconds / max(1, since.steps))
         self._append(
             {
                 "step": record.step,
@@ -175,12 +189,15 @@ class Recorder:
                 "grad_norm": finite(grad_norm),
                 "skipped": record.result.skipped,
                 "lr": record.learning_rates,
-                "seconds": round(seconds / steps, 6),
+                "seconds": round(since.seconds / max(1, since.steps), 6),
                 "images_per_second": round(images_per_second, 2),
+                **utilisation,
+                "time": round(time.time(), 3),
+                "spent": spent(since, waited),
                 "phases": {name: round(spent, 6) for name, spent in record.phases.items()},
             }
         )
-        scalars = {"loss": total, "grad_norm": grad_norm, "images_per_second": images_per_second}
+        scalars = {"loss": total, "grad_norm": grad_norm, "images_per_second": images_per_second, **utilisation}
         for group, values in (("terms", terms), ("lr", record.learning_rates), ("phases", record.phases)):
             scalars |= {f"{group}/{name}": value for name, value in values.items()}
         self._track(record.step, scalars)
@@ -194,6 +211,21 @@ class Recorder:
                 "notes": list(self._notes),
             }
         )
+
+    def _most(self, seconds: float, record: StepRecord) -> float:
+        """The largest of all ranks': the others wait for that one in their backward pass. A collective."""
+        if self.context.world_size == 1:
+            return seconds
+        most = torch.tensor(seconds, dtype=torch.float64, device=next(iter(record.terms.values())).device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return float(most)
+
+    def _expect_checkpoints(self, step_s: float) -> None:
+        every = self.config.checkpoint
+        intervals = [step_s * every.every] if every.every else []
+        intervals += [60 * every.every_minutes] if every.every_minutes else []
+        if intervals:
+            self.exporter.metric("fathom_checkpoint_interval_seconds").set(min(intervals))
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with self._unless_full("metrics.jsonl"):

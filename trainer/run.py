@@ -16,9 +16,11 @@ from importlib import metadata
 from typing import Any
 
 from cluster import storage
+from cluster.exporter import Exporter
 from cluster.lock import locked_folder
 from cluster.progress import Progress
 from cluster.stop import StopFlag
+from trainer.account import RunAccount
 from trainer.attempts import TrainOutcome, newest_checkpoint, passing_over, run_attempts
 from trainer.changes import refuse_changes, say_changes
 from trainer.checkpoint import CheckpointError, clean, list_checkpoints, step_of
@@ -27,6 +29,7 @@ from trainer.config_train import TrainConfig
 from trainer.folder import RunFolder
 from trainer.inputs import check_inputs, order_facts, order_lines, with_steps
 from trainer.journal import Journal
+from trainer.vitals import watch_disk
 
 PACKAGES = (
     "torch",
@@ -75,13 +78,22 @@ def train(
         if say and (lines := order_lines(facts)):
             say("\n".join(lines))
         try:
-            return run_attempts(config, checkpoint, facts, on_progress, stop or StopFlag(), say or print_line)
+            with exporter(config, folder):
+                return run_attempts(config, checkpoint, facts, on_progress, stop or StopFlag(), say or print_line)
         except CheckpointError:  # the ranks have refused to go on: as if nobody had asked
             if settings_of(folder).get(folder.config) == prepared:  # a roll-back's samples stay passed over
                 put_back(before)
             raise
         finally:
             forget_ranks(folder)
+
+
+def exporter(config: TrainConfig, folder: RunFolder) -> Exporter:
+    """The driver's own metrics."""
+    served = Exporter(config.name, "driver", host=config.cluster.metrics_host, discovery=folder.telemetry)
+    RunAccount(served, folder)
+    watch_disk(served, folder.path)
+    return served
 
 
 def tell_submitted(folder: RunFolder) -> None:
@@ -128,7 +140,7 @@ def show_step(bar: Progress) -> Callable[[Mapping[str, Any]], None]:
 
 
 def forget_ranks(folder: RunFolder) -> None:
-    """With no rank running: what a killed one announced must not be scraped for ever."""
+    """With nobody at work: what a killed process announced must not be scraped for ever."""
     shutil.rmtree(folder.telemetry, ignore_errors=True)
 
 

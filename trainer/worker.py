@@ -14,13 +14,12 @@ from torch import nn
 
 from cluster import storage
 from cluster.exchange import first_rank_s, gathered
-from cluster.telemetry import Exporter
+from cluster.exporter import Exporter
 from cluster.worker import WorkerContext
 from dataio.loader import Loader
 from dataio.quarantine import Quarantine
 from dataio.types import Batch
 from trainer.autobatch import circumstances, micro_batch_count, share_of
-from trainer.changes import differences, listing
 from trainer.checkpoint import (
     About,
     Checkpoint,
@@ -38,14 +37,18 @@ from trainer.divergence import SpikeDetector
 from trainer.ema import Ema
 from trainer.ends import CheckpointLost, OutOfMemory
 from trainer.engine import Engine
+from trainer.flops import device_flops, step_flops
 from trainer.folder import RunFolder
 from trainer.invariants import Invariants
 from trainer.loop import Loop, StepRecord, step_seed
 from trainer.record import Recorder
+from trainer.resume import require_same_data, require_same_frozen, require_same_groups, require_same_network
 from trainer.saver import Keep, Saved, Saver, require_space
 from trainer.shadow import Shadow
+from trainer.step_metrics import count_save
 from trainer.tasks.base import Task, make_task
 from trainer.validation import Validator
+from trainer.vitals import watch_rank
 
 
 def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +87,10 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         self.measured: dict[str, Any] | None = None  # under what `micro_batch: auto` was found
         self._clock = time.monotonic()
         try:
-            self._build(load_checkpoint(checkpoint_path) if checkpoint_path else None)
+            began = time.monotonic()
+            checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+            self._load_s = time.monotonic() - began
+            self._build(checkpoint)
         except BaseException:
             self._stack.close()
             raise
@@ -99,6 +105,7 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         copied = config.optim.ema_decay is not None or config.engine.zero_stage == 3
         self.shadow = Shadow(module, copied)
         micro_batches = self._micro_batches(module, checkpoint)
+        self._ideal_s = self._ideal_step_s(module)
         module.train()
         self.engine = Engine(
             module,
@@ -123,11 +130,16 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         if context.rank == 0:
             existing = len(list_checkpoints(self.folder.checkpoints))
             require_space(self.folder.checkpoints, self.engine, keep, existing, averaged=self.ema is not None)
-        exporter = Exporter(config.name, context.rank, discovery=self.folder.telemetry)
+        exporter = Exporter(
+            config.name, "train", rank=context.rank, host=config.cluster.metrics_host, discovery=self.folder.telemetry
+        )
         self.exporter = self._stack.enter_context(exporter)
+        watch_rank(exporter, context, self.device)
+        if checkpoint:
+            exporter.metric("fathom_checkpoint_duration_seconds").labels(op="load").observe(self._load_s)
         self.loader = self._loader(checkpoint)
         self._stack.callback(self.loader.close)
-        self.recorder = Recorder(config, self.task, context, self.exporter, self.loader)
+        self.recorder = Recorder(config, self.task, context, self.exporter, self.loader, self._ideal_s)
         self._stack.callback(self.recorder.close)
         self.saver = Saver(self.folder.checkpoints, self.engine, self.ema, keep, self._on_saved)
         self._stack.callback(self.saver.close)
@@ -160,26 +172,23 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         self.task: Task = make_task(self.config)
         module = self.task.build()
         if checkpoint:
-            self._check_network(checkpoint, module)
+            require_same_network(checkpoint, self.task, module)
             load_weights(module, checkpoint)
         self.task.prepare(self.device)
-        if checkpoint and checkpoint.about.frozen != self.task.frozen_fingerprint():
-            raise CheckpointError(
-                f"{checkpoint.path}: was trained with another frozen encoder than the file named now "
-                "(task.frozen_encoder or model.encoder_weights); restore that file"
-            )
+        if checkpoint:
+            require_same_frozen(checkpoint, self.task)
         return module
+
+    def _ideal_step_s(self, module: nn.Module) -> float | None:
+        """What a step's arithmetic takes at the devices' full speed; rank 0 alone shows it."""
+        if self.context.rank:
+            return None
+        peak = device_flops(self.device, self.config.engine.precision, device_name(self.device))
+        return step_flops(self.task, module, self.config) / (peak * self.context.world_size)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Moments, average and counters; then look whether what the engine holds is what was saved."""
-        expected = {name: [n for n, _ in ps] for name, ps in self.engine.groups.items()}
-        if dict(checkpoint.state.groups) != expected:
-            both = (checkpoint.state.groups, expected)
-            sizes = [{name: len(names) for name, names in groups.items()} for groups in both]
-            raise CheckpointError(
-                f"{checkpoint.path}: its parameter groups differ from this network's: parameters by group were "
-                f"{sizes[0]} and are {sizes[1]}; check task, model and optim.decay_norms_and_biases"
-            )
+        require_same_groups(checkpoint, self.engine)
         self.engine.load_optimizer_state(checkpoint.optimizer, checkpoint.state.applied_steps)
         if self.ema:
             self.ema.load(checkpoint.ema or checkpoint.weights)
@@ -204,26 +213,14 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
             device=str(self.device),
             quarantine=quarantine,
         )
-        if checkpoint and (found := differences("data", dict(checkpoint.state.data), loader.describe())):
-            loader.close()
-            raise CheckpointError(
-                f"{checkpoint.path}: was made with other data (its shards, labels or their order changed): "
-                f"{listing(found, 'was')}; restore what it was, or start a new run from its weights with model.weights"
-            )
         if checkpoint:
+            try:
+                require_same_data(checkpoint, loader)
+            except CheckpointError:
+                loader.close()
+                raise
             loader.seek(checkpoint.state.cursor)
         return loader
-
-    def _check_network(self, checkpoint: Checkpoint, module: nn.Module) -> None:
-        """The file that `model.weights` names may have changed since: same tensors, another function."""
-        saved, built = checkpoint.about.network, self.task.network_record(module)
-        if saved is None or built is None:
-            return
-        if found := differences("network", dict(saved), built):
-            raise CheckpointError(
-                f"{checkpoint.path}: is of another network: {listing(found, 'was')}; restore what model.preset and "
-                "model.weights named"
-            )
 
     def record_devices(self) -> None:
         """Add every rank's machine and device to environment.json. A collective."""
@@ -279,13 +276,18 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
 
     def agreed(self, due: bool, written: int, failed: int) -> None:
         self.context.beat(self.loop.step, "saving")  # rank 0 may write the manifest, the others wait
-        self.saver.settle(written, failed)
+        with self.recorder.timed("checkpoint"):
+            self.saver.settle(written, failed)
         if due and self.loop.step:
             self.checkpoint(last=False)
         self.recorder.start_clock()
 
     def checkpoint(self, *, last: bool, prune: bool = True) -> None:
         """Nothing where this step has its own, unless `prune` is off. CheckpointLost when the last is not written."""
+        with self.recorder.timed("checkpoint"):
+            self._checkpoint(last=last, prune=prune)
+
+    def _checkpoint(self, *, last: bool, prune: bool) -> None:
         if not prune:
             self._saved = None  # a validation's of this very step holds the count of skipped steps
         if last and self._short_of_time():
@@ -349,21 +351,18 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
 
     def _on_saved(self, saved: Saved) -> None:
         """A failed save is told and counted; the run goes on."""
-        metric = self.exporter.metric
-        metric("fathom_checkpoint_duration_seconds").labels(op="save").observe(saved.seconds)
-        metric("fathom_checkpoint_stall_seconds_total").inc(saved.stall_s)
+        path = f"step_{saved.step:08d}"
+        count_save(self.exporter, saved, self.context.rank, storage.join(self.folder.checkpoints, path))
         if saved.error is not None:
             self._saved, self._failure = None, storage.StorageError(saved.error)
-            if self.context.rank == 0:  # a checkpoint is one, however many ranks write it
-                metric("fathom_checkpoint_failures_total").inc()
+            if self.context.rank == 0:
                 self.recorder.note(f"warning: checkpoint of step {saved.step} failed: {saved.error}; the run goes on")
                 self.recorder.write("checkpoint_failed", step=saved.step, error=saved.error)
             return
         self._failure, self._save_s = None, saved.seconds
-        metric("fathom_checkpoint_last_success_timestamp_seconds").set_to_current_time()
         if self.context.rank == 0:
             self.recorder.write(
-                "checkpoint", step=saved.step, path=f"step_{saved.step:08d}",
+                "checkpoint", step=saved.step, path=path,
                 stall_seconds=round(saved.stall_s, 3), seconds=round(saved.seconds, 3),
             )  # fmt: skip
 
@@ -373,7 +372,8 @@ class RankTrainer(contextlib.AbstractContextManager["RankTrainer"]):
         network = self.shadow.current(self.engine, self.ema, everywhere=True)
         assert network is not None
         try:
-            values = validator.run(network, lambda: self.context.stop_requested() is not None)
+            with self.recorder.timed("evaluation"):
+                values = validator.run(network, lambda: self.context.stop_requested() is not None)
         finally:
             self.shadow.put_away()
             self.engine.module.train()

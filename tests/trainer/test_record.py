@@ -18,7 +18,7 @@ from PIL import Image
 from prometheus_client import generate_latest
 from torch import nn
 
-from cluster.telemetry import Exporter
+from cluster.exporter import Exporter
 from cluster.worker import WorkerContext
 from dataio.show import colorize
 from dataio.types import Batch, Target
@@ -41,6 +41,9 @@ class Loader:
 
     def read_counts(self) -> dict[str, int]:
         return {"bytes": 0, "cache_hits": 0, "cache_misses": 0}
+
+    def stage_seconds(self) -> dict[str, float]:
+        return {"read": 0.5, "decode": 0.0, "copy": 0.0, "idle": 0.0}
 
 
 class Network(nn.Module):
@@ -91,7 +94,7 @@ class Rank:
         self.reports: list[dict[str, Any]] = []
         self.context = WorkerContext(rank=rank, world_size=world_size)
         self.context.report = self.reports.append  # type: ignore[method-assign]
-        self.exporter = Unserved("run", rank)
+        self.exporter = Unserved("run", "train", rank=rank)
         self.loop, self.loader = Loop(), Loader()
         task: Any = Task()
         loader: Any = self.loader
@@ -146,7 +149,9 @@ def test_logged_steps_go_to_a_file_to_prometheus_and_to_the_driver(tmp_path: Pat
         assert (report["done"], report["total"], report["loss"], report["notes"]) == (10, 20, 20.0, [])
         assert report["shown"] == {"loss": 20.0, "images/s": pytest.approx(last["images_per_second"], abs=0.01)}
         assert report["metrics"] == rank.exporter.address
-        assert rank.metric("fathom_loss", term="b") == 20.0
+        assert rank.metric("fathom_loss", term="b") == 20.0 and rank.metric("fathom_loss", term="total") == 20.0
+        assert rank.metric("fathom_step") == 11 and rank.metric("fathom_steps_planned") == 20
+        assert rank.metric("fathom_loader_seconds_total", stage="read") == 0.5
         assert rank.metric("fathom_grad_norm") == 0.5
         assert rank.metric("fathom_steps_total") == 11
         assert rank.metric("fathom_images_total") == 11 * 8
@@ -159,7 +164,9 @@ def test_the_rate_is_of_all_steps_since_the_last_line(
 ) -> None:
     """What logging takes is no part of it; what the device still did for the step is."""
     now = [0.0]
-    monkeypatch.setattr("trainer.record.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = SimpleNamespace(perf_counter=lambda: now[0], time=lambda: 1e9 + now[0])
+    monkeypatch.setattr("trainer.record.time", clock)
+    monkeypatch.setattr("trainer.step_metrics.time", clock)
 
     def waited_for(record: StepRecord) -> dict[str, float]:
         now[0] += 0.5
@@ -175,11 +182,50 @@ def test_the_rate_is_of_all_steps_since_the_last_line(
         monkeypatch.setattr(rank.loop, "global_terms", waited_for)
         monkeypatch.setattr(rank.recorder, "_append", slow)
         for step, seconds in enumerate((1.0, 1.0, 2.0, 1.0, 6.0, 4.0, 4.0, 4.0, 4.0, 4.0), start=1):
+            if step == 7:
+                with rank.recorder.timed("evaluation"):
+                    now[0] += 30.0
+                now[0] += 5.0  # whatever else
+                rank.recorder.start_clock()
             now[0] += seconds
             rank.step(record_of(step), batch)
         assert rank.metric("fathom_step_duration_seconds_sum") == 32.5
+        assert rank.metric("fathom_phase_seconds_total", phase="evaluation") == 30.0
     found = [(line["seconds"], line["images_per_second"]) for line in lines(tmp_path)]
     assert found == [(1.5, 5.33), (2.625, 3.05), (4.1, 1.95)]
+    waits = [(line["spent"]["step"], line["spent"]["data_wait"]) for line in lines(tmp_path)]
+    assert waits == [(1.499, 0.001), (10.496, 0.004), (20.495, 0.005)]
+    assert lines(tmp_path)[-1]["spent"]["evaluation"] == 30.0
+    assert [line["spent"]["other"] for line in lines(tmp_path)] == [0.0, 1000.0, 1005.0]  # 1000: the line before
+    assert [line["time"] for line in lines(tmp_path)] == [1e9 + 1.5, 1e9 + 1012.0, 1e9 + 2067.5]
+
+
+def test_utilisation_is_what_the_arithmetic_needs_of_a_step_s_time(tmp_path: Path, batch: Batch) -> None:
+    with Rank(settings(tmp_path)) as rank:
+        rank.recorder._ideal_s = 0.25
+        rank.recorder._last -= 1.0  # the step took a second
+        rank.step(record_of(1), batch)
+        [line] = lines(tmp_path)
+        assert line["mfu"] == pytest.approx(0.25 / line["seconds"], abs=1e-4) and 0.2 < line["mfu"] <= 0.25
+        assert rank.metric("fathom_model_flops_utilization_ratio") == line["mfu"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "expected"),
+    [
+        ({"every": 100}, 200.0),
+        ({"every": 100, "every_minutes": 1}, 60.0),
+        ({"every": None, "every_minutes": 2}, 120.0),
+    ],
+)
+def test_checkpoints_are_expected_at_the_present_pace(
+    tmp_path: Path, batch: Batch, checkpoint: dict[str, Any], expected: float
+) -> None:
+    with Rank(settings(tmp_path, checkpoint=checkpoint)) as rank:
+        rank.recorder._last -= 2.0
+        rank.step(record_of(1), batch)
+        interval = rank.metric("fathom_checkpoint_interval_seconds")
+        assert interval == pytest.approx(expected, rel=0.1)
 
 
 class Untouchable:
@@ -213,7 +259,8 @@ def test_other_ranks_write_nothing(tmp_path: Path, batch: Batch) -> None:
     with Rank(settings(tmp_path, track={}), rank=1) as rank:
         rank.step(record_of(5), batch)
         rank.recorder.event("validation", 5, {"abs_rel": 0.5})
-        assert rank.metric("fathom_loss", term="a") == 1.0
+        assert rank.metric("fathom_steps_total") == 1
+        assert "fathom_loss" not in rank.exporter._metrics  # rank 0 says it
         assert rank.reports == []
         assert b"fathom_event_result" not in generate_latest(rank.exporter.registry)
     assert list(tmp_path.iterdir()) == []

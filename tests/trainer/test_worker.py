@@ -134,7 +134,7 @@ def train(rank: int, world_size: int, runs: Path, data: dict[str, str], names: l
     for name in names:
         with RankTrainer(config_of(runs, data, name), WorkerContext(rank=rank, world_size=world_size), None) as trainer:
             assert trainer.run() is None
-            trains[name] = trainer.exporter.metric("fathom_checkpoint_failures_total")._value.get() == 0
+            trains[name] = not trainer.exporter.registry.get_sample_value("fathom_checkpoint_failures_total")
     with RankTrainer(config_of(runs, data, "told"), Told(rank=rank, world_size=world_size), None) as trainer:
         trains["told"] = trainer.run() == "PREEMPTED" and trainer.loop.step == 3  # told with the next step
     return trains
@@ -300,7 +300,7 @@ def full_disk(rank: int, world_size: int, runs: Path, data: dict[str, str]) -> A
             ended = "finished"
         except CheckpointLost as error:
             ended = str(error)
-        failures = trainer.exporter.metric("fathom_checkpoint_failures_total")._value.get()
+        failures = trainer.exporter.registry.get_sample_value("fathom_checkpoint_failures_total") or 0
         return ended, failures, trainer.loop.step, trainer.recorder._notes
 
 

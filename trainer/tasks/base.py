@@ -99,6 +99,10 @@ class Task(abc.ABC):
         """How many numbers the frozen networks have, before they are built."""
         return 0
 
+    def frozen_rows(self, rows: Mapping[str, int]) -> list[tuple[nn.Module, int]]:
+        """The frozen networks, once prepared, each with how many images of so many by role go through it."""
+        return []
+
     def frozen_fingerprint(self) -> str | None:
         """Fingerprint of frozen networks, for the checkpoint manifest."""
         return None

@@ -193,5 +193,8 @@ class TrainingTask(DepthTask):
         with torch.device("meta"):
             return sum(p.numel() for p in Encoder(self.frozen_preset).parameters())
 
+    def frozen_rows(self, rows: Mapping[str, int]) -> list[tuple[nn.Module, int]]:
+        return [(self.frozen, rows.get("unlabelled", 0))] if self.frozen is not None else []
+
     def frozen_fingerprint(self) -> str | None:
         return self._fingerprint

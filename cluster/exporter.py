@@ -1,0 +1,178 @@
+"""Serves a process's metrics over HTTP, and says in a folder where: one registry, one port and one file a process.
+
+The files are Prometheus's `file_sd` entries. Each is touched as long as its process lives, and gone when it has left;
+those of killed processes are for whoever reads the folder to pass over (cluster/targets.py).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Literal
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from cluster import storage
+from cluster.background import Background
+from cluster.telemetry import METRICS, Part, make_metric, served_by
+
+Role = Literal["train", "driver", "label", "label-driver"]
+
+TOUCH_EVERY_S = 10.0
+
+
+class Exporter:
+    """Serves while its block runs, on loopback unless `host` says otherwise (0.0.0.0: every interface).
+
+    It serves what METRICS declares for the process's part: a rank (`role` "train", with its `rank`), a labelling worker
+    (with its `worker`'s name) or a driver. `discovery`: the folder of the entries (a local path), or None.
+    StorageError when the folder cannot be written; OSError when the port is taken or the host is not this machine's.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        role: Role,
+        *,
+        rank: int = 0,
+        worker: str | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        discovery: str | None = None,
+    ) -> None:
+        self.registry = _Registry()
+        own = {"rank": str(rank)} if role == "train" else {"worker": worker} if worker else {}
+        self.labels = {"run": run, "role": role, "node": socket.gethostname(), **own}
+        self._host, self._port, self._discovery = host, port, discovery
+        parts: list[Part] = ["rank", *(["first-rank"] if rank == 0 else [])] if role == "train" else [role]  # type: ignore[list-item]
+        self._metrics = {name: make_metric(name, self.registry) for name in served_by(parts) if always(name)}
+        self._late = {name for name in served_by(parts) if name not in self._metrics}
+        self._lock = threading.Lock()
+        self._server: WSGIServer | None = None
+        self._thread: threading.Thread | None = None
+        self._entry: _Entry | None = None
+
+    def __enter__(self) -> Exporter:
+        self._server, self._thread = start_http_server(self._port, self._host, self.registry)
+        try:
+            self.metric("fathom_build_info").labels(**_build()).set(1)
+            if self._discovery is not None:
+                self._entry = _Entry(self._discovery, self.address, self.labels)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        """`host:port` to scrape; the host others reach when it listens on all addresses."""
+        if self._server is None:
+            raise RuntimeError("the exporter is not running")
+        host = reachable() if self._host in ("0.0.0.0", "::", "") else self._host
+        return f"[{host}]:{self._server.server_port}" if ":" in host else f"{host}:{self._server.server_port}"
+
+    def metric(self, name: str) -> Any:
+        """The Counter, Gauge or Histogram declared as `name`. KeyError when it is not this process's to serve."""
+        found = self._metrics.get(name)
+        if found is not None:
+            return found
+        with self._lock:
+            if name in self._late:
+                self._metrics[name] = make_metric(name, self.registry)
+                self._late.discard(name)
+            return self._metrics[name]
+
+    def before_scrape(self, look: Callable[[], None]) -> None:
+        """Have `look` called when somebody scrapes, to set what changes by itself; what it raises is passed over."""
+        self.registry.looks.append(look)
+
+    def close(self) -> None:
+        """Remove the entry, stop the server and its threads, free the port. Again is nothing."""
+        if self._entry is not None:
+            self._entry.close()
+            self._entry = None
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join(timeout=5)
+            self._server = self._thread = None
+
+
+class _Registry(CollectorRegistry):
+    """Calls `looks` before it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks: list[Callable[[], None]] = []
+        self._looking = threading.Lock()
+
+    def collect(self) -> Iterable[Any]:
+        with self._looking:
+            for look in self.looks:
+                with suppress(Exception):  # a full disk, a folder that is gone: the rest is still worth having
+                    look()
+        return super().collect()
+
+
+class _Entry(Background):
+    """A file_sd entry, touched until it is closed."""
+
+    def __init__(self, folder: str, address: str, labels: dict[str, str]) -> None:
+        who = labels.get("rank") or labels.get("worker") or "0"
+        name = f"{labels['role']}-{who}-{os.getpid()}-{secrets.token_hex(4)}.json".replace("/", "_")
+        self.path = storage.join(folder, name)
+        self._text = json.dumps([{"targets": [address], "labels": labels}]) + "\n"
+        storage.atomic_write(self.path, self._text)
+        super().__init__("fathom-entry", join_s=5.0)
+        self.__enter__()
+
+    def _run(self) -> None:
+        while not self._closed.wait(TOUCH_EVERY_S):
+            with suppress(OSError):
+                os.utime(self.path)
+
+    def close(self) -> None:
+        self.__exit__(None, None, None)
+        with suppress(OSError):
+            os.unlink(self.path)
+
+
+def always(name: str) -> bool:
+    """Whether a metric is served from the start; others from their first value on: 0 would be a wrong one."""
+    declared = METRICS[name]
+    return declared.kind != "gauge" or (bool(declared.labels) and all(declared.labels.values()))
+
+
+def reachable() -> str:
+    """This machine's address for others: the one Ray knows it by, where Ray runs."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return str(ray.util.get_node_ip_address())
+    with suppress(OSError):
+        return socket.gethostbyname(socket.gethostname())
+    return socket.gethostname()
+
+
+def _build() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for label, distribution in (("version", "fathom-depth"), ("torch", "torch")):
+        try:
+            versions[label] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            versions[label] = "unknown"
+    return versions
