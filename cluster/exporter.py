@@ -1,16 +1,9 @@
-"""Serves a process's metrics over HTTP, and says in a folder where: one registry, one port and one file a process.
-
-The files are Prometheus's `file_sd` entries. Each is touched as long as its process lives, and gone when it has left;
-those of killed processes are for whoever reads the folder to pass over (cluster/targets.py).
-"""
+"""Serves a process's metrics over HTTP, and says in a folder where: one registry, one port and one entry a process."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
 import platform
-import secrets
 import socket
 import sys
 import threading
@@ -22,13 +15,10 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from cluster import storage
-from cluster.background import Background
+from cluster.announce import Entry
 from cluster.telemetry import METRICS, Part, make_metric, served_by
 
 Role = Literal["train", "driver", "label", "label-driver"]
-
-TOUCH_EVERY_S = 10.0
 
 
 class Exporter:
@@ -60,14 +50,14 @@ class Exporter:
         self._lock = threading.Lock()
         self._server: WSGIServer | None = None
         self._thread: threading.Thread | None = None
-        self._entry: _Entry | None = None
+        self._entry: Entry | None = None
 
     def __enter__(self) -> Exporter:
         self._server, self._thread = start_http_server(self._port, self._host, self.registry)
         try:
             self.metric("fathom_build_info").labels(**_build()).set(1)
             if self._discovery is not None:
-                self._entry = _Entry(self._discovery, self.address, self.labels)
+                self._entry = Entry(self._discovery, self.address, self.labels)
         except BaseException:
             self.close()
             raise
@@ -127,29 +117,6 @@ class _Registry(CollectorRegistry):
                 with suppress(Exception):  # a full disk, a folder that is gone: the rest is still worth having
                     look()
         return super().collect()
-
-
-class _Entry(Background):
-    """A file_sd entry, touched until it is closed."""
-
-    def __init__(self, folder: str, address: str, labels: dict[str, str]) -> None:
-        who = labels.get("rank") or labels.get("worker") or "0"
-        name = f"{labels['role']}-{who}-{os.getpid()}-{secrets.token_hex(4)}.json".replace("/", "_")
-        self.path = storage.join(folder, name)
-        self._text = json.dumps([{"targets": [address], "labels": labels}]) + "\n"
-        storage.atomic_write(self.path, self._text)
-        super().__init__("fathom-entry", join_s=5.0)
-        self.__enter__()
-
-    def _run(self) -> None:
-        while not self._closed.wait(TOUCH_EVERY_S):
-            with suppress(OSError):
-                os.utime(self.path)
-
-    def close(self) -> None:
-        self.__exit__(None, None, None)
-        with suppress(OSError):
-            os.unlink(self.path)
 
 
 def always(name: str) -> bool:

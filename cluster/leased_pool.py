@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.announce import announced_nodes
 from cluster.failures import WorkerDied
 from cluster.lease_actor import LeaseActor, Settings, View
 from cluster.leased_worker import LeasedProcessor, LeasedWorker
@@ -76,13 +77,15 @@ def run_leased(
     stop: StopFlag,
     address: str | None = None,
     ttl_s: float = 60.0,
+    telemetry: str | None = None,
 ) -> LeasedResult:
     """Process every item that `listed()` does not name, on up to `workers` workers (None: as many as there is room
     for) built by `make(owner)`; call it from the main thread.
 
     On the Ray cluster at `address`, or an embedded one, or that of the `ray_session` around. `on_look` gets a View
     twice a second, in this thread. After a stop request no item is begun; those in hand are finished, but not beyond
-    the stop's deadline. Items that cannot be done do not end the others' work: they are in `view.given_up`.
+    the stop's deadline. Items that cannot be done do not end the others' work: they are in `view.given_up`. In the
+    folder `telemetry` Ray's nodes are announced to Prometheus.
 
     Raises what `make` raised; a worker's exception when workers fail one after the other; WorkerDied likewise;
     StorageError for a store that cannot be written; ClusterAddressError when no machine has room for a worker;
@@ -90,7 +93,7 @@ def run_leased(
     """
     run = secrets.token_hex(4)
     settings = Settings(run=run, items=items, listed=listed, claims=claims, ttl_s=ttl_s)
-    with ray_session(address, cpus=(workers or 1) * need.cpus):
+    with ray_session(address, cpus=(workers or 1) * need.cpus), announced_nodes(telemetry):
         _require_room(need)
         crew = _Crew(make, settings, need, workers)
         try:

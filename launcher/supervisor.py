@@ -10,7 +10,6 @@ a job that Ray calls failed. Standard library only, since this must start where 
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -24,19 +23,6 @@ TRY_AGAIN = 75  # preempted, with a checkpoint
 RESTARTS = 5  # in a row, each sooner than STEADY_S
 STEADY_S = 600.0  # a verb that ran so long got somewhere
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
-# Becomes the program in its arguments, which then gets SIGTERM when the process of the first argument ends: 1 is
-# PR_SET_PDEATHSIG, which survives exec. That process may have ended before the call: then nothing is to be started.
-TIED = """
-import os, signal, sys
-try:
-    import ctypes
-    ctypes.CDLL(None).prctl(1, ctypes.c_ulong(signal.SIGTERM))
-except (ImportError, AttributeError, OSError):
-    pass  # no Linux
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(128 + signal.SIGTERM)
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
 
 
 def again(arguments: Sequence[str]) -> list[str] | None:
@@ -90,11 +76,12 @@ class Supervisor:
             arguments = after
 
     def _once(self, arguments: Sequence[str]) -> int:
+        from cluster.tied import tied
+
         # A process group of its own: when Ray's part of the job dies, Ray kills ours with SIGKILL, and the verb is to
         # save then. Ray's stop signals every process by its number, so that the verb gets SIGTERM twice, group or
         # not; cluster/stop.py does not mind.
-        tied = [sys.executable, "-I", "-S", "-c", TIED, str(os.getpid())]
-        self._child = subprocess.Popen([*tied, *self._program, *arguments], process_group=0)
+        self._child = subprocess.Popen(tied([*self._program, *arguments]), process_group=0)
         if self._stopping.is_set():  # it came while there was no child
             self._child.send_signal(signal.SIGTERM)
         try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster import storage
+from cluster.announce import announced_nodes
 from cluster.attempts import Ending, GiveUp, Kind, Policy, decide, fitting, reason_of, worth_growing
 from cluster.stop import StopFlag
 from cluster.surroundings import Seen
@@ -48,7 +49,8 @@ def run_attempts(
     """
     from cluster.runtime import ray_session
 
-    with ray_session(config.cluster.address, cpus=config.cluster.workers * config.cluster.threads) as session:
+    cpus = config.cluster.workers * config.cluster.threads
+    with ray_session(config.cluster.address, cpus=cpus) as session, announced_nodes(RunFolder(config.folder).telemetry):
         return Attempts(config, checkpoint, facts, on_progress, stop, say, alone=session.embedded).run()
 
 

@@ -150,6 +150,7 @@ def work_on(
                 stop=stop,
                 address=config.cluster.address,
                 ttl_s=config.cluster.lease_s,
+                telemetry=_discovery(store),
             )
         account.on_look(replace(result.view, results=[], late=[]))
     left = len(job.stems) - account.done - len(account.given_up)

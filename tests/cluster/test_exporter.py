@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-import cluster.exporter
+import cluster.announce
 from cluster.exporter import Exporter
 
 
@@ -105,7 +105,7 @@ def test_what_changes_by_itself_is_looked_up_at_a_scrape() -> None:
 
 
 def test_an_entry_is_touched_while_its_process_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.exporter, "TOUCH_EVERY_S", 0.05)
+    monkeypatch.setattr(cluster.announce, "TOUCH_EVERY_S", 0.05)
     with Exporter("label-x", "label", worker="node-1/7", discovery=str(tmp_path)):
         [entry] = tmp_path.iterdir()
         assert entry.name.startswith("label-node-1_7-")

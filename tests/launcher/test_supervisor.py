@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.tied import tied
 from launcher import supervisor
-from launcher.supervisor import TIED, Supervisor, again, main, worth_another
+from launcher.supervisor import Supervisor, again, main, worth_another
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
@@ -206,7 +207,7 @@ def test_a_killed_supervisor_leaves_no_driver(tmp_path: Path, whole_group: bool)
 def test_nothing_starts_for_a_supervisor_that_has_ended(tmp_path: Path) -> None:
     """It is killed between the start of its child and the child's wish to hear of that."""
     for parent, status in ((os.getpid(), 0), (os.getpid() + 1, 143)):
-        command = [sys.executable, "-I", "-S", "-c", TIED, str(parent), "touch", str(tmp_path / str(status))]
+        command = tied(["touch", str(tmp_path / str(status))], parent)
         assert subprocess.run(command).returncode == status
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
