@@ -61,3 +61,10 @@ def test_promtool_finds_nothing() -> None:
         pytest.skip("promtool is not installed")
     checked = subprocess.run([promtool, "check", "metrics"], input=everything(), capture_output=True)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+
+
+def test_the_documentation_has_every_metric() -> None:
+    from tools.metrics_table import PAGE, page
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert text == page(text), "tools/metrics_table.py --write"

@@ -77,7 +77,7 @@ def student(encoder_world: World, labels: Path) -> tuple[Path, list[str]]:
 
 def scrape(discovery: Path) -> str:
     """The metrics page of rank 0, or nothing while there is none."""
-    for entry in sorted(discovery.glob("*.json")) if discovery.is_dir() else []:
+    for entry in sorted(discovery.glob("train-*.json")) if discovery.is_dir() else []:
         try:
             content = json.loads(entry.read_text())[0]
             if content["labels"]["rank"] != "0":
