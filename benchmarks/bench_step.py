@@ -112,14 +112,15 @@ class BareLoop:
 
 
 def measure(arguments: argparse.Namespace, folder: str) -> dict[str, np.ndarray]:
-    """Seconds of each step after the warm-up: `trainer`, `bare` and the trainer's phases."""
+    """Seconds of each step after the warm-up: `trainer`, `bare`, `metrics` (the part of the trainer's in which it adds
+    to its Prometheus metrics) and phases."""
     from trainer.worker import RankTrainer
 
     cuda = arguments.device == "cuda"
     device = torch.device("cuda:0" if cuda else "cpu")
     config = config_of(arguments, folder)
     bare, batches = BareLoop(config, device), batches_of(arguments, device)
-    seconds: dict[str, list[float]] = {"trainer": [], "bare": []}
+    seconds: dict[str, list[float]] = {"trainer": [], "bare": [], "metrics": []}
     phases: list[dict[str, float]] = []
     bare_phases: list[dict[str, float]] = []
 
@@ -146,7 +147,15 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, np.ndarray]
             after_step(record, batch)
             phases.append(dict(record.phases))
 
+        feed = trainer.recorder._feed
+
+        def fed(record: Any, batch: Batch) -> None:
+            began = time.perf_counter()
+            feed(record, batch)
+            seconds["metrics"].append(time.perf_counter() - began)
+
         trainer.after_step = noted  # type: ignore[method-assign]
+        trainer.recorder._feed = fed  # type: ignore[method-assign]
         trainer.checkpoint = lambda *, last: None  # type: ignore[method-assign]
         trainer.loop.run(turns(), trainer)
     kept = slice(WARM_UP, WARM_UP + arguments.steps)
@@ -195,6 +204,8 @@ def main() -> None:
         cells = [quartiles(1e3 * found[name]) for name in (who, *(f"{who} {phase}" for phase in PHASES))]
         ratio = quartiles(found["trainer"] / found["bare"], 3) if who == "trainer" else ""
         print(f"| {who} | {' | '.join(cells)} | {ratio} |")
+    share = quartiles(1e2 * found["metrics"] / found["trainer"], 3)
+    print(f"| metrics' updates | {quartiles(1e3 * found['metrics'], 3)} |{' |' * len(PHASES)} {share} % of the step |")
 
 
 if __name__ == "__main__":

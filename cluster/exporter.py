@@ -13,10 +13,12 @@ from types import TracebackType
 from typing import Any, Literal
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
 
 from cluster.announce import Entry
 from cluster.telemetry import METRICS, Part, make_metric, served_by
+
+disable_created_metrics()  # a second series for every counter, which says when its process began
 
 Role = Literal["train", "driver", "label", "label-driver"]
 

@@ -27,6 +27,14 @@ AddressOption = Annotated[str | None, typer.Option("--address", help="A Ray clus
 LeaseOption = Annotated[
     float, typer.Option("--lease", min=1, help="Seconds of silence after which a worker has lost its shard.")
 ]
+MetricsHostOption = Annotated[
+    str, typer.Option("--metrics-host", help="Where live metrics are served; 0.0.0.0: to all that reach it.")
+]
+TelemetryOption = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Announce metrics there, for `monitor up`; default: telemetry/ in local labels."),
+]
+_LOOPBACK = "127.0.0.1"
 _SHOWN = 10
 _GRACE_S = 25.0  # after a SIGTERM: most clusters give 30
 
@@ -65,6 +73,8 @@ def run(
     gpu: Annotated[bool, typer.Option("--gpu/--cpu", help="One GPU per worker.")] = False,
     address: AddressOption = None,
     lease: LeaseOption = 60.0,
+    metrics_host: MetricsHostOption = _LOOPBACK,
+    telemetry: TelemetryOption = None,
 ) -> int:
     """Label every shard that is not labelled yet; prints the sidecar's folder, which a student's configuration names.
 
@@ -81,6 +91,7 @@ def run(
         dataset=dataset, weights=weights, out=out, preset=preset, position_mode=position_mode, input_size=input_size,
         flip=flip, quality=quality, precision=precision, encoding=encoding, batch=batch, compile=compile,
         workers=workers, threads=threads, gpu=gpu, address=address, lease=lease,
+        metrics_host=metrics_host, telemetry=telemetry,
     )  # fmt: skip
     from trainer.labelling import run_labelling
 
@@ -98,6 +109,8 @@ def retry(
     workers: WorkersOption = None,
     address: AddressOption = None,
     lease: LeaseOption = 60.0,
+    metrics_host: MetricsHostOption = _LOOPBACK,
+    telemetry: TelemetryOption = None,
 ) -> int:
     """Label the samples that failed once more, and no others: after a repair of the dataset's files.
 
@@ -113,7 +126,10 @@ def retry(
     from trainer.labelling import config_again
 
     check_reasons(reason)
-    cluster = {"workers": workers, "address": address, "lease_s": lease}
+    cluster = {
+        "workers": workers, "address": address, "lease_s": lease, "metrics_host": metrics_host,
+        "telemetry": telemetry and _absolute(telemetry),
+    }  # fmt: skip
     folder = LabelStore.open(_absolute(labels)).path
     config = config_again(folder, _dataset_of(folder, dataset), _absolute(weights), cluster, preset)
 
@@ -267,12 +283,9 @@ def values_of(**given: Any) -> dict[str, Any]:
     """The same before it is looked at."""
     from trainer.config import absolute_paths
 
-    workers, threads, gpu, address, lease = (
-        given.pop(name) for name in ("workers", "threads", "gpu", "address", "lease")
-    )
-    given["cluster"] = {
-        "workers": workers, "threads": threads, "use_gpu": gpu, "address": address, "lease_s": lease,
-    }  # fmt: skip
+    names = {"gpu": "use_gpu", "lease": "lease_s"}
+    own = ("workers", "threads", "gpu", "address", "lease", "metrics_host", "telemetry")
+    given["cluster"] = {names.get(name, name): given.pop(name) for name in own}
     return absolute_paths(given)
 
 

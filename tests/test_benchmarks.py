@@ -32,7 +32,9 @@ COMMANDS = {
     ),
     "bench_losses.py --device cpu --preset tiny --batch 2 --size 70 --repeats 1": ("| frozen encoder |", "| SiLog |"),
     "bench_checkpoint.py --preset tiny --repeats 2": ("| 2 | 0 |", "| 2 | 1 |"),
-    "bench_step.py --device cpu --preset tiny --batch 2 --size 56 --steps 2": ("| trainer |", "| bare |"),
+    "bench_step.py --device cpu --preset tiny --batch 2 --size 56 --steps 2": (
+        "| trainer |", "| bare |", "| metrics' updates |",
+    ),
     "bench_data.py --device cpu --threads 1 --size 56 --batch 6 --images 12 --repeats 1": (
         "| ours |",
         "| DataLoader, webdataset, PIL |",

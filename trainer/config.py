@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
 
 # Keys whose values are paths, wherever they stand; a task's own option that names a file belongs here too.
-PATHS = frozenset({"runs", "encoder_weights", "weights", "dataset", "out", "frozen_encoder", "cache"})
+PATHS = frozenset({"runs", "encoder_weights", "weights", "dataset", "out", "frozen_encoder", "cache", "telemetry"})
 PATH_LISTS = frozenset({"datasets", "labels"})
 
 

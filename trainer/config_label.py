@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from model.presets import PositionMode
 from trainer.config import Section
@@ -20,6 +20,17 @@ class LabelCluster(ClusterSection):
 
     workers: int | None = Field(default=None, ge=1)  # type: ignore[assignment]
     lease_s: float = Field(default=60.0, ge=1, description="a worker that says nothing for so long has lost its shard")
+    telemetry: str | None = Field(
+        default=None,
+        description="folder that says where live metrics are served; default: telemetry/ beside local labels",
+    )
+
+    @field_validator("telemetry")
+    @classmethod
+    def _on_a_disk(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError("must be a folder on a disk")
+        return value
 
 
 class LabelConfig(Section):

@@ -99,7 +99,7 @@ class Labeller:
         self._sizer = sizer(self.config.input_size, self.predictor.network.preset.multiple)
         self._open = ExitStack()
         self._encoders = self._open.enter_context(ThreadPoolExecutor(cluster.threads, "encode"))
-        self._exporter = self._open.enter_context(exporter(self.store, "label", cluster.metrics_host, owner))
+        self._exporter = self._open.enter_context(exporter(self.store, "label", cluster, owner))
 
         self._spent = Spent(self._exporter.metric("fathom_label_phase_seconds_total"))
 

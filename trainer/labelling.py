@@ -29,7 +29,7 @@ from dataio.labels import INFO_NAME, LABEL_FORMAT, WORKING, LabelStore, plan_dig
 from dataio.spec import DataError
 from model.presets import Preset
 from trainer.config import ConfigError, parse_config
-from trainer.config_label import LabelConfig
+from trainer.config_label import LabelCluster, LabelConfig
 from trainer.vitals import watch_disk
 
 _STALE = 2  # times the length of a lease: a temporary file that nobody has written to for so long
@@ -136,7 +136,7 @@ def work_on(
     if not done.issuperset(job.stems):
         need = need_of(config, preset or read_teacher(config).preset)
         _sweep(store, config.cluster.lease_s)
-        with exporter(store, "label-driver", config.cluster.metrics_host) as account.exporter:
+        with exporter(store, "label-driver", config.cluster) as account.exporter:
             if not storage.is_url(store.path):
                 watch_disk(account.exporter, store.path)
             result = run_leased(
@@ -150,7 +150,7 @@ def work_on(
                 stop=stop,
                 address=config.cluster.address,
                 ttl_s=config.cluster.lease_s,
-                telemetry=_discovery(store),
+                telemetry=_discovery(store, config.cluster),
             )
         account.on_look(replace(result.view, results=[], late=[]))
     left = len(job.stems) - account.done - len(account.given_up)
@@ -343,11 +343,13 @@ def _sweep(store: LabelStore, lease_s: float) -> None:
 
 
 def exporter(
-    store: LabelStore, role: Literal["label", "label-driver"], host: str, worker: str | None = None
+    store: LabelStore, role: Literal["label", "label-driver"], cluster: LabelCluster, worker: str | None = None
 ) -> Exporter:
-    """The metrics of one process of a labelling job, to be found through the labels' folder where that is local."""
-    return Exporter(f"label-{store.digest}", role, worker=worker, host=host, discovery=_discovery(store))
+    """The metrics of one process of a labelling job."""
+    where = _discovery(store, cluster)
+    return Exporter(f"label-{store.digest}", role, worker=worker, host=cluster.metrics_host, discovery=where)
 
 
-def _discovery(store: LabelStore) -> str | None:
-    return None if storage.is_url(store.path) else storage.join(store.path, "telemetry")
+def _discovery(store: LabelStore, cluster: LabelCluster) -> str | None:
+    """Where its processes can be found: a folder on a disk, if there is one."""
+    return cluster.telemetry or (None if storage.is_url(store.path) else storage.join(store.path, "telemetry"))

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from cluster.tied import tied
 from launcher import supervisor
 from launcher.supervisor import Supervisor, again, main, worth_another
 
@@ -202,14 +201,6 @@ def test_a_killed_supervisor_leaves_no_driver(tmp_path: Path, whole_group: bool)
     assert (tmp_path / "signals").read_text().split() == ["SIGTERM"]  # so it could save
     assert process.stderr is not None
     process.stderr.close()
-
-
-def test_nothing_starts_for_a_supervisor_that_has_ended(tmp_path: Path) -> None:
-    """It is killed between the start of its child and the child's wish to hear of that."""
-    for parent, status in ((os.getpid(), 0), (os.getpid() + 1, 143)):
-        command = tied(["touch", str(tmp_path / str(status))], parent)
-        assert subprocess.run(command).returncode == status
-    assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
 def test_what_goes_on_and_how() -> None:

@@ -12,6 +12,7 @@ from cluster.leases import Counts
 from dataio.dataset import Dataset
 from dataio.labels import LabelStore
 from tests.trainer.test_labelling import config_of, dataset, grip, labeller, weights
+from trainer.config_label import LabelCluster
 from trainer.labelling import _Account, describe, exporter
 
 __all__ = ["dataset", "weights"]  # fixtures
@@ -47,7 +48,7 @@ def test_the_command_tells_how_the_shards_stand(tmp_path: Path) -> None:
     account = _Account(10, None)
     results = [{"samples": 8, "failed": 1, "differs": differs} for differs in (True, False)]
     late = [("l", {"samples": 8, "failed": 0, "differs": True})]
-    with exporter(store, "label-driver", "127.0.0.1") as account.exporter:
+    with exporter(store, "label-driver", LabelCluster()) as account.exporter:
         counts = Counts(todo=4, leased=2, foreign=1, done=2, given_up=1, expired=3, speculated=1, deaths=5, late=1)
         for _ in range(2):  # counters are told what is new
             told = [("s", each) for each in results]
