@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import socket
 import sys
@@ -19,6 +20,8 @@ from cluster.announce import Entry
 from cluster.telemetry import METRICS, Part, make_metric, served_by
 
 disable_created_metrics()  # a second series for every counter, which says when its process began
+
+_ANYWHERE = "192.0.2.1"  # for documentation (RFC 5737): nobody's, and so behind the default route
 
 Role = Literal["train", "driver", "label", "label-driver"]
 
@@ -128,13 +131,34 @@ def always(name: str) -> bool:
 
 
 def reachable() -> str:
-    """This machine's address for others: the one Ray knows it by, where Ray runs."""
+    """This machine's address for others: the one Ray knows it by, else that of its way to Ray's head, or to anywhere.
+    Loopback where there is none of these."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        return str(ray.util.get_node_ip_address())
+        address = str(ray.util.get_node_ip_address())
+        if not is_loopback(address):
+            return address
+    head = os.environ.get("RAY_ADDRESS", "").rpartition("://")[2].rpartition(":")[0].strip("[]")
+    for peer in (head, _ANYWHERE):
+        address = _way_to(peer) if peer else ""
+        if address and not is_loopback(address):
+            return address
+    return "127.0.0.1"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of the same machine reach an address, with a port or without."""
+    return host.startswith(("127.", "::1", "[::1]", "localhost"))
+
+
+def _way_to(peer: str) -> str:
+    """Of this machine's addresses, the one from which it would ask `peer`; "" where there is none. Nothing is sent."""
     with suppress(OSError):
-        return socket.gethostbyname(socket.gethostname())
-    return socket.gethostname()
+        family, kind, protocol, _, where = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as asking:
+            asking.connect(where)
+            return str(asking.getsockname()[0])
+    return ""
 
 
 def _build() -> dict[str, str]:

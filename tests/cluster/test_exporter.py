@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 import cluster.announce
-from cluster.exporter import Exporter
+import cluster.exporter
+from cluster.exporter import Exporter, is_loopback, reachable
 
 
 def scrape(address: str) -> str:
@@ -128,3 +131,34 @@ def test_it_listens_on_loopback_unless_told_otherwise() -> None:
         assert listens(exporter) == {"0.0.0.0"}
         assert not exporter.address.startswith("0.0.0.0")
         assert "fathom_build_info" in scrape(exporter.address)
+
+
+def test_loopback() -> None:
+    assert all(map(is_loopback, ("127.0.0.1:1", "127.1.2.3", "[::1]:1", "::1", "localhost:1")))
+    assert not any(map(is_loopback, ("10.0.0.127:1", "[fe80::1]:1", "gpu-127:1")))
+
+
+def test_the_address_for_others_is_never_this_machine_s_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names resolve to loopback on many a machine, or not at all."""
+    ways = {"10.0.0.9": "10.0.0.1", cluster.exporter._ANYWHERE: "192.168.1.2"}
+    monkeypatch.setattr(cluster.exporter, "_way_to", lambda peer: ways.get(peer, ""))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert reachable() == "192.168.1.2"
+    for head in ("10.0.0.9:6379", "ray://10.0.0.9:10001"):
+        monkeypatch.setenv("RAY_ADDRESS", head)
+        assert reachable() == "10.0.0.1"
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert reachable() == "192.168.1.2"
+    ways[cluster.exporter._ANYWHERE] = ""
+    assert reachable() == "127.0.0.1"
+    ray = SimpleNamespace(is_initialized=lambda: True, util=SimpleNamespace(get_node_ip_address=lambda: "10.0.0.7"))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert reachable() == "10.0.0.7"
+    ray.util.get_node_ip_address = lambda: "127.0.0.1"  # an embedded one
+    assert reachable() == "127.0.0.1"
+
+
+def test_the_way_to_a_machine_is_asked_of_the_kernel() -> None:
+    assert cluster.exporter._way_to("127.0.0.1") == "127.0.0.1"
+    assert cluster.exporter._way_to("no-such-host.invalid") == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -71,6 +72,30 @@ def test_a_stopped_job_saves_and_is_resumed(
         "stopped": "CANCELLED", "stopped.2": "SUCCEEDED",
     }  # fmt: skip
     assert fathom(machines, "jobs", "delete", "stopped", cwd=tmp_path).out == "stopped.2: forgotten\n"
+
+
+def test_a_monitor_outside_of_the_cluster_sees_all_machines(tmp_path: Path, machines: Bed, data_world: World) -> None:
+    if shutil.which("prometheus") is None:
+        pytest.skip("prometheus is not installed")
+    values = run_values(data_world) | {"name": "watched", "steps": 1_000_000}
+    write_config(tmp_path / "watched.yaml", values | {"cluster": {"workers": 2, "metrics_host": "0.0.0.0"}})
+
+    def scraped() -> dict[str, int]:
+        done = fathom(machines, "monitor", "status", "--json", cwd=tmp_path)
+        found: dict[str, int] = json.loads(done.out)["standing"]["up"]
+        return found
+
+    assert fathom(machines, "monitor", "up", "--interval", "1", cwd=tmp_path).status == 0
+    try:
+        assert fathom(machines, "submit", "train", "watched.yaml", cwd=tmp_path).out == "watched\n"
+        wait_for(lambda: scraped() == {"driver": 1, "ray": 3, "train": 2}, "all processes of three machines", TIMEOUT_S)
+        entries = json.loads((tmp_path / "runs" / ".monitor" / "targets.json").read_text())
+        hosts = {entry["targets"][0].rpartition(":")[0] for entry in entries if entry["labels"]["role"] == "train"}
+        assert len(hosts) == 2 and not any(host.startswith("127.") for host in hosts)
+        assert fathom(machines, "jobs", "stop", "watched", cwd=tmp_path).status == 0
+        wait_for(lambda: scraped() == {}, "end of all that was scraped", 60.0)
+    finally:
+        assert fathom(machines, "monitor", "down", cwd=tmp_path).out == "ended\n"
 
 
 def test_what_cannot_be_is_one_line(tmp_path: Path, machines: Bed) -> None:
