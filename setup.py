@@ -77,6 +77,8 @@ TEST = [
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
     "transformers>=5.0",
+    "playwright>=1.50",  # drives the Chromium that is installed
+    "grafana-foundation-sdk",
     "opencv-python-headless>=4.10",  # the originals' own resize, to compare with
 ]
 DEV = [*TEST, "ruff>=0.12", "mypy>=1.13", "types-PyYAML"]
@@ -93,7 +95,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
-    package_data={"launcher": ["recipes/*.yaml"], "cluster": ["templates/*"]},
+    package_data={"launcher": ["recipes/*.yaml"], "cluster": ["templates/*", "monitor/web/*"]},
     install_requires=REQUIRES,
     extras_require={
         **DALI,

@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # The only reasons for which a test may be skipped where FATHOM_CI=1 says that everything else must run.
 ALLOWED_SKIPS = (
     r"no (NVIDIA )?GPU", r"no \.\./shared/real", r"no network namespaces", r"mounting a small tmpfs needs root",
-    r"no real weights",
+    r"no real weights", r"no IPv6",
 )  # fmt: skip
 # Set for a session that a test starts: other tests' buffers come and go in /dev/shm while it runs.
 NESTED = "FATHOM_NESTED_TESTS"

@@ -118,8 +118,9 @@ TRAINING = Board(
                 queries=_of(f"max by (run) (fathom_model_flops_utilization_ratio{{{_R}}})"),
             ),
             Panel(
-                title="Slow ranks", unit="ratio", empty="with one rank, and before the ranks have been compared",
-                help="A rank's own work on a sample, over the median rank's. Above 1.5 for long: look at that machine.",
+                title="Slow ranks", empty="with one rank, and before the ranks have been compared",
+                help="Time of a rank's own work on a sample, in multiples of the median rank's. Above 1.5 for long: "
+                "look at that machine.",
                 queries=_of(f"max by (run, rank) (fathom_rank_slowdown_ratio{{{_N}}})", "{{run}} rank {{rank}}"),
             ),
         )),

@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Board:
-    """A dashboard. `key`: its name in addresses and files. `runs`: of which roles the runs to choose from are."""
+    """A dashboard. `key`: its name in addresses and files. `roles`: of whose runs one chooses."""
 
     key: str
     title: str
@@ -72,10 +72,13 @@ class Board:
 def bound(expr: str, values: Mapping[str, str], window: str) -> str:
     """The expression with regular expressions for `$run` and `$node` (".*" where `values` has none) and `window`, such
     as "20s", for `$__rate_interval`. Values may hold any character."""
-    for name in VARIABLES:
-        text = values.get(name, ".*").replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        expr = re.sub(rf"\${name}\b", lambda _, text=text: text, expr)  # type: ignore[misc]
-    return expr.replace("$__rate_interval", window)
+    texts = {name: _in_quotes(values.get(name, ".*")) for name in VARIABLES}
+    texts["__rate_interval"] = window
+    return re.sub(rf"\$({'|'.join(texts)})\b", lambda found: texts[found[1]], expr)
+
+
+def _in_quotes(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def exactly(value: str) -> str:
