@@ -19,7 +19,7 @@ MOST_POINTS = 400  # of a curve; more are averaged, with their range as a band: 
 _LEGEND_CHARS = 100  # of names beside one another
 _STROKES = ("-", "--", ":")  # after ten colours the same ten come with the next one
 # Text stays text, and a page is the same whenever it is made.
-_SVG: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "fathom"}
+SVG: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "fathom"}
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 60rem; margin: 2rem auto;
@@ -30,9 +30,10 @@ th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2
 tbody tr + tr td { border-top: 1px solid #d8dee4; }
 div.wide { overflow-x: auto; }
 table.words { font-size: .9rem; } table.words th, table.words td { text-align: left; vertical-align: top; }
-table.words td:first-child { white-space: nowrap; } table.words td:nth-child(n+3) { overflow-wrap: anywhere; }
+table.words td:first-child { white-space: nowrap; } table.words td:nth-child(n+3) { overflow-wrap: anywhere; min-width: 12rem; }
 svg text, svg tspan { font-family: "DejaVu Sans", Verdana, sans-serif !important; }
-img, svg { max-width: 100%; height: auto; } figcaption { color: #57606a; font-size: .9rem; } figure { margin: 1rem 0; }
+img, svg { max-width: 100%; height: auto; } figcaption { color: #57606a; font-size: .9rem; }
+figure { margin: 1rem 0; overflow-x: auto; } figure svg { min-width: 36rem; }
 details { margin: 1rem 0; } pre { overflow-x: auto; background: #f6f8fa; padding: .8rem; font-size: .8rem; }
 """
 
@@ -68,11 +69,11 @@ class Page:
             image.convert("RGB").save(buffer, format="JPEG", quality=quality)
         data = base64.b64encode(buffer.getvalue()).decode()
         kind = "png" if quality is None else "jpeg"
-        self._figure(f'<img alt="{html.escape(caption)}" src="data:image/{kind};base64,{data}">', caption)
+        self.figure(f'<img alt="{html.escape(caption)}" src="data:image/{kind};base64,{data}">', caption)
 
     def curves(self, series: Mapping[str, Points], *, x: str, y: str, caption: str) -> None:
         """Lines over a common pair of axes, as SVG."""
-        self._figure(curves_svg(series, x=x, y=y), caption)
+        self.figure(curves_svg(series, x=x, y=y), caption)
 
     def details(self, summary: str, text: str) -> None:
         self._parts.append(
@@ -89,7 +90,8 @@ class Page:
             f"<body><h1>{title}</h1>{''.join(self._parts)}</body></html>\n",
         )
 
-    def _figure(self, content: str, caption: str) -> None:
+    def figure(self, content: str, caption: str) -> None:
+        """An element that is markup already."""
         below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
         self._parts.append(f"<figure>{content}{below}</figure>")
 
@@ -102,7 +104,7 @@ def curves_svg(series: Mapping[str, Points], *, x: str, y: str) -> str:
     from matplotlib import rc_context  # heavy: only who writes a report pays for it
     from matplotlib.figure import Figure
 
-    with rc_context(_SVG):
+    with rc_context(SVG):
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         axes = figure.add_subplot()
         for place, (name, points) in enumerate(series.items()):
@@ -124,8 +126,13 @@ def curves_svg(series: Mapping[str, Points], *, x: str, y: str) -> str:
         if series:
             columns = max(1, min(5, _LEGEND_CHARS // (6 + max(len(name) for name in series))))
             figure.legend(frameon=False, loc="outside upper left", ncols=columns)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        return svg_of(figure)
+
+
+def svg_of(figure: Any) -> str:
+    """A matplotlib Figure as an SVG element, the same whenever it is drawn; inside an `rc_context` of `SVG`."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

@@ -22,6 +22,7 @@ from trainer.config import ConfigError
 from trainer.folder import RunFolder, last_end
 from trainer.journal import logged_lines, read_json_lines
 from trainer.report import Page
+from trainer.report_time import add_time
 
 Curves = dict[str, list[tuple[float, float]]]
 Lines = list[dict[str, Any]]
@@ -63,6 +64,7 @@ def write_report(folders: Sequence[str], out: str | None = None) -> str:
     page = Page(f"fathom report: {', '.join(run.name for run in runs)}")
     page.table(*summary(runs), words=True)
     add_curves(page, runs)
+    add_time(page, {run.name: run.folder for run in runs})
     for run in runs:
         add_evaluations(page, run)
     for run in runs:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 from playwright.sync_api import Page as Tab
 
 from cluster.monitor.boards import BOARDS
 from cluster.monitor.page import Page
+from tests.chromium import TEXTS, chromium, overlapping
 from tests.cluster.monitor.synthetic import LABELLING, NODES, ODD, RUNS, Prometheus, World
 
 PATIENCE_S = 60.0
@@ -31,30 +32,6 @@ PANELS = """() => [...document.querySelectorAll("article")].map((panel) => ({
   ticks: [...panel.querySelectorAll("svg text")].map((tick) => [tick.getAttribute("text-anchor"), tick.textContent]),
   curves: [...panel.querySelectorAll(".plot path")].filter((path) => path.getAttribute("d").length > 8).length,
 }))"""
-# Every piece of text that can be seen: its lines' boxes, cut where an element around it cuts it, and its size.
-TEXTS = """() => {
-  const found = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
-    const parent = node.parentElement;
-    if (!node.data.trim() || parent.closest("option, noscript") || !parent.checkVisibility()) continue;
-    const range = document.createRange();
-    range.selectNodeContents(node);
-    const scale = parent instanceof SVGElement ? parent.getScreenCTM().a : 1;
-    const size = parseFloat(getComputedStyle(parent).fontSize) * scale;
-    for (const box of range.getClientRects()) {
-      let [left, top, right, bottom] = [box.left, box.top, box.right, box.bottom];
-      for (let around = parent; around; around = around.parentElement) {
-        if (getComputedStyle(around).overflowY === "visible" || around === document.documentElement) continue;
-        const cut = around.getBoundingClientRect();
-        [left, top, right, bottom] =
-          [Math.max(left, cut.left), Math.max(top, cut.top), Math.min(right, cut.right), Math.min(bottom, cut.bottom)];
-      }
-      if (right > left && bottom > top) found.push({ node: node.data, size, left, top, right, bottom });
-    }
-  }
-  return found;
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +56,8 @@ def page(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("chromium is not installed")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"], timeout=PATIENCE_S * 1000
-        )
+    with chromium() as started:
         yield started
-        started.close()
 
 
 Open = Callable[..., Tab]
@@ -133,19 +103,6 @@ def until(condition: Callable[[], Any], tab: Tab, what: str) -> Any:
 def drawn(tab: Tab) -> Tab:
     until(lambda: tab.evaluate(DRAWN), tab, "panels")
     return tab
-
-
-def overlapping(texts: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Pairs of lines of which one covers more than a pixel of the other in both directions."""
-    found = []
-    texts = sorted(texts, key=lambda text: text["top"])
-    for number, one in enumerate(texts):
-        for other in texts[number + 1 :]:
-            if other["top"] >= one["bottom"] - 1:
-                break
-            if min(one["right"], other["right"]) - max(one["left"], other["left"]) > 1:
-                found.append((one["node"], other["node"]))
-    return found
 
 
 UNITS = {
