@@ -30,7 +30,8 @@ th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2
 tbody tr + tr td { border-top: 1px solid #d8dee4; }
 div.wide { overflow-x: auto; }
 table.words { font-size: .9rem; } table.words th, table.words td { text-align: left; vertical-align: top; }
-table.words td:first-child { white-space: nowrap; } table.words td:nth-child(n+3) { overflow-wrap: anywhere; min-width: 12rem; }
+table.words td:first-child { white-space: nowrap; }
+table.words td:nth-child(n+3) { overflow-wrap: anywhere; min-width: 12rem; }
 svg text, svg tspan { font-family: "DejaVu Sans", Verdana, sans-serif !important; }
 img, svg { max-width: 100%; height: auto; } figcaption { color: #57606a; font-size: .9rem; }
 figure { margin: 1rem 0; overflow-x: auto; } figure svg { min-width: 36rem; }

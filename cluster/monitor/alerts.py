@@ -48,11 +48,14 @@ def _last(expr: str) -> str:
     return f"last_over_time(({expr})[1h:5s])"
 
 
+_AT_IT = 'max by (run) (fathom_run_state{state=~"STARTING|RUNNING|RECOVERING|RESIZING"})'
+_FAILED = 'max by (run) (fathom_run_state{state="FAILED"})'
 # Of the driver: one replaces another and takes the count over, so each series is not looked at by itself.
 _RESTARTS = 'sum by (run) (max by (run, reason) (fathom_restarts_total{reason!~"preempted|resized"}))'
 _LOST_S = 'sum by (run) (max by (run, cause) (fathom_badput_seconds_total{cause!="evaluation"}))'
-# Of rank 0: work of now and then may hold up the steps for longer than any step takes.
+# Work of now and then, which may hold up the steps for longer than any step takes.
 _BUSY = 'fathom_rank_state{state=~"validation|checkpoint|saving|export"}'
+_SKIPPED = 'fathom_steps_skipped_total{reason="non_finite"}'
 _LOSS = 'fathom_loss{term="total"}'
 # The pace jumps about, and the first step's says nothing; of a few seconds, nobody would miss a checkpoint.
 _TWO_INTERVALS = "2 * clamp_min(max by (run) (quantile_over_time(0.9, fathom_checkpoint_interval_seconds[6h])), 300)"
@@ -79,10 +82,10 @@ ALERTS = (
     Alert(
         name="FathomRunGone", severity="critical", for_="10m",
         # its last minutes may pass between two scrapes: it has not ended well if over two of them were left
-        expr=f'({_last("""max by (run) (fathom_run_state{state=~"STARTING|RUNNING|RECOVERING|RESIZING"})""")} == 1 '
+        expr=f"({_last(_AT_IT)} == 1 "
              f'and on (run) {_last("max by (run) (fathom_steps_planned - fathom_step)")} '
              '> 120 * max_over_time((max by (run) (rate(fathom_steps_total{rank="0"}[2m])))[1h:1m]) '
-             f'or {_last("""max by (run) (fathom_run_state{state="FAILED"})""")} == 1) '
+             f"or {_last(_FAILED)} == 1) "
              'unless on (run) up{role="driver"}',
         what="{{ $labels.run }} is not done, and nobody is at work on it any more",
     ),
@@ -101,7 +104,7 @@ ALERTS = (
     ),
     Alert(
         name="FathomNonFinite", severity="critical", for_="0m",
-        expr=f"""max by (run) {_grown('fathom_steps_skipped_total{reason="non_finite"}', "30m")} > 5{_LIVES}""",
+        expr=f"max by (run) {_grown(_SKIPPED, '30m')} > 5{_LIVES}",
         what="{{ $labels.run }} has skipped {{ $value }} steps in half an hour for gradients that are not finite",
     ),
     Alert(
