@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
@@ -22,6 +24,8 @@ from cluster.telemetry import METRICS, Part, make_metric, served_by
 disable_created_metrics()  # a second series for every counter, which says when its process began
 
 _ANYWHERE = "192.0.2.1"  # for documentation (RFC 5737): nobody's, and so behind the default route
+
+LAST_WORD_S = 20.0  # longer than most scrape intervals
 
 Role = Literal["train", "driver", "label", "label-driver"]
 
@@ -96,6 +100,13 @@ class Exporter:
         """Have `look` called when somebody scrapes, to set what changes by itself; what it raises is passed over."""
         self.registry.looks.append(look)
 
+    def last_word(self, most_s: float = LAST_WORD_S) -> None:
+        """Wait until whoever scrapes has seen what is served now: how it ended, the last counts. At once where nobody
+        scrapes; no longer than `most_s`."""
+        gap, silent = self.registry.rhythm()
+        if silent <= gap + 2.0:
+            self.registry.scraped_again(min(most_s, 1.5 * gap + 1.0))
+
     def close(self) -> None:
         """Remove the entry, stop the server and its threads, free the port. Again is nothing."""
         if self._entry is not None:
@@ -114,14 +125,34 @@ class _Registry(CollectorRegistry):
     def __init__(self) -> None:
         super().__init__()
         self.looks: list[Callable[[], None]] = []
-        self._looking = threading.Lock()
+        self._looking = threading.Condition()
+        self._scraped = [-math.inf, -math.inf]  # when, the last two times
+
+    def rhythm(self) -> tuple[float, float]:
+        """Seconds between the last two scrapes, and since the last."""
+        with self._looking:
+            before, last = self._scraped
+            return (last - before if math.isfinite(before) else 0.0), time.monotonic() - last
+
+    def scraped_again(self, patience_s: float) -> bool:
+        """Whether there is a scrape, from now on, within so many seconds."""
+        with self._looking:
+            last = self._scraped[-1]
+            return self._looking.wait_for(lambda: self._scraped[-1] > last, patience_s)
 
     def collect(self) -> Iterable[Any]:
+        found = self._collect()
+        with self._looking:
+            self._scraped = [self._scraped[-1], time.monotonic()]
+            self._looking.notify_all()
+        return found
+
+    def _collect(self) -> Iterable[Any]:
         with self._looking:
             for look in self.looks:
                 with suppress(Exception):  # a full disk, a folder that is gone: the rest is still worth having
                     look()
-        return super().collect()
+        return list(super().collect())
 
 
 def always(name: str) -> bool:

@@ -152,7 +152,9 @@ def work_on(
                 ttl_s=config.cluster.lease_s,
                 telemetry=_discovery(store, config.cluster),
             )
-        account.on_look(replace(result.view, results=[], late=[]))
+            account.on_look(replace(result.view, results=[], late=[]))
+            if stop.reason is None:
+                account.exporter.last_word()
     left = len(job.stems) - account.done - len(account.given_up)
     if not left and alone(claims, config.cluster.lease_s, lambda: stop.reason is not None):
         _clear_up(store)

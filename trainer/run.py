@@ -78,8 +78,11 @@ def train(
         if say and (lines := order_lines(facts)):
             say("\n".join(lines))
         try:
-            with exporter(config, folder):
-                return run_attempts(config, checkpoint, facts, on_progress, stop or StopFlag(), say or print_line)
+            with exporter(config, folder) as served:
+                outcome = run_attempts(config, checkpoint, facts, on_progress, stop or StopFlag(), say or print_line)
+                if outcome.stopped is None:
+                    served.last_word()
+                return outcome
         except CheckpointError:  # the ranks have refused to go on: as if nobody had asked
             if settings_of(folder).get(folder.config) == prepared:  # a roll-back's samples stay passed over
                 put_back(before)

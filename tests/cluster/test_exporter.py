@@ -162,3 +162,38 @@ def test_the_address_for_others_is_never_this_machine_s_own_name(monkeypatch: py
 def test_the_way_to_a_machine_is_asked_of_the_kernel() -> None:
     assert cluster.exporter._way_to("127.0.0.1") == "127.0.0.1"
     assert cluster.exporter._way_to("no-such-host.invalid") == ""
+
+
+def test_the_last_word_is_heard_by_who_listens() -> None:
+    with Exporter("run-1", "driver") as exporter:
+        began = time.monotonic()
+        exporter.last_word()  # to nobody
+        assert time.monotonic() - began < 5
+        pages = [scrape(exporter.address) for _ in range(2)]
+        last = exporter.registry._scraped[-1]
+        exporter.registry._scraped = [last - 10.0, last]  # every ten seconds
+        exporter.metric("fathom_device_oom_total").inc()
+
+        def again() -> None:
+            time.sleep(0.3)
+            pages.append(scrape(exporter.address))
+
+        thread = threading.Thread(target=again)
+        thread.start()
+        exporter.last_word()
+        assert exporter.registry._scraped[-1] > last
+        thread.join()
+    assert ["fathom_device_oom_total 1.0" in page for page in pages] == [False, False, True]
+
+
+def test_who_has_left_is_not_waited_for() -> None:
+    with Exporter("run-1", "driver") as exporter:
+        for _ in range(2):
+            scrape(exporter.address)
+        exporter.registry._scraped = [now - 60.0 for now in exporter.registry._scraped]
+        began = time.monotonic()
+        exporter.last_word()
+        assert time.monotonic() - began < 5
+        scrape(exporter.address)  # a person with curl, once in a while: one gap is not much of a rhythm
+        exporter.last_word(most_s=0.2)
+        assert time.monotonic() - began < 5
