@@ -364,7 +364,7 @@ CLUSTER = Board(
                 ),
             ),
             Panel(title="Actors", kind="stack", empty="where Ray serves no metrics", help="Ray's actors, by state.",
-                  queries=_of('sum by (State) (ray_actors{Source="gcs",node=~"$node"}) > 0', "{{State}}")),
+                  queries=_of('sum by (State) (ray_actors{Source!="executor",node=~"$node"}) > 0', "{{State}}")),
             Panel(title="Memory by program", unit="bytes", kind="stack", empty="where Ray serves no metrics",
                   help="What Ray's processes hold, its workers (our ranks) among them.",
                   queries=_of('sum by (Component) (ray_component_rss_bytes{node=~"$node"})', "{{Component}}")),

@@ -146,7 +146,7 @@ export class PanelView {
   entry({ name, place, points }) {
     const last = points.findLast(([, value]) => value !== null)[1];
     const over = points.at(-1)[1] === null ? { class: "over", title: "its last value; there is none now" } : {};
-    return element("li", over, swatch(place, this.panel.kind), called(name),
+    return element("li", over, swatch(place, this.panel.kind), called(name || "latest"),
       element("b", {}, format(last, this.panel.unit)));
   }
 

@@ -55,6 +55,7 @@ function duration(seconds) {
 /** A value with its unit, as it stands in a legend. */
 export function format(value, unit) {
   if (value === null || value === undefined) return "–";
+  if (unit === "seconds" && value === 0) return withUnit("0", "s");
   if (unit === "seconds" && Math.abs(value) >= 2 * MINUTE) return duration(value);
   const [factor, name] = scaleOf(unit, Math.abs(value));
   const text = withUnit(short(value / factor), name);

@@ -274,7 +274,7 @@ def test_numbers_as_text(page: str, visit: Open) -> None:
     tab = visit(page)
     cases = [
         [0, "", "0"], [3, "", "3"], [12345, "", "12,345"], [2.5e6, "", "2.5 M"], [0.12345, "", "0.123"],
-        [2.81e-6, "", "2.81e-6"], [0.002, "seconds", "2 ms"], [0.34567, "seconds", "346 ms"],
+        [2.81e-6, "", "2.81e-6"], [0, "seconds", "0 s"], [0.002, "seconds", "2 ms"], [0.34567, "seconds", "346 ms"],
         [59.95, "seconds", "60 s"],
         [12.34, "seconds", "12.3 s"], [750, "seconds", "12 min 30 s"], [8000, "seconds", "2 h 13 min"],
         [273600, "seconds", "3 d 4 h"], [-300, "seconds", "-5 min"], [1536, "bytes", "1.5 KiB"],
