@@ -3,9 +3,11 @@ neither a restart nor another driver loses count."""
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.exporter import Exporter
@@ -13,7 +15,7 @@ from cluster.telemetry import RUN_STATES
 from trainer.folder import RunFolder, state_of
 from trainer.goodput import Goodput, goodput_of
 
-_KEPT = ("time", "step", "spent", "event")  # of a line of the log
+_TOGETHER = 100  # lines of the log that are kept as one: a long run has more than could be gone through at each scrape
 
 
 class RunAccount:
@@ -23,15 +25,17 @@ class RunAccount:
         self._exporter = exporter
         self._journal, self._log = Tail(folder.journal), Tail(folder.metrics)
         self._events: list[dict[str, Any]] = []
-        self._lines: list[dict[str, Any]] = []
+        self._lines = Folded()
         self._counted: dict[tuple[str, str], float] = {}
         exporter.before_scrape(self.look)
 
     def look(self) -> None:
         """Raises OSError when a file cannot be read."""
         self._events += self._journal.new()
-        self._lines += ({name: line.get(name) for name in _KEPT if name in line} for line in self._log.new())
-        self._serve(goodput_of(self._events, self._lines, time.time()))
+        began = [line["time"] for line in self._events if line.get("event") == "started"]
+        for line in self._log.new():
+            self._lines.add(line, began)
+        self._serve(goodput_of(self._events, self._lines.lines, time.time()))
         now = state_of(self._events)
         for state in RUN_STATES:
             self._exporter.metric("fathom_run_state").labels(state=state).set(now is not None and now.state == state)
@@ -54,6 +58,34 @@ class RunAccount:
         metric = self._exporter.metric(name)
         (metric.labels(**label) if label else metric).inc(max(0.0, value - self._counted.get(key, 0.0)))
         self._counted[key] = max(value, self._counted.get(key, 0.0))
+
+
+class Folded:
+    """The log's lines of steps, up to `_TOGETHER` of an attempt as one. Where a part of one is lost work, each of its
+    steps counts alike, however long it took."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self._count = 0  # in the last one
+        self._attempt = -1
+
+    def add(self, line: Mapping[str, Any], began: Sequence[float]) -> None:
+        """The next line. `began`: when the attempts did, as far as they have."""
+        at, step, spent = line.get("time"), line.get("step"), line.get("spent")
+        if "event" in line or not isinstance(spent, dict):
+            return
+        if not isinstance(at, int | float) or not isinstance(step, int):
+            return
+        attempt = bisect.bisect_right(began, at)
+        if attempt != self._attempt or self._count == _TOGETHER:
+            self.lines.append({"time": at, "step": step, "spent": dict(spent)})
+            self._attempt, self._count = attempt, 1
+            return
+        last = self.lines[-1]
+        last["time"], last["step"] = at, step
+        for name, seconds in spent.items():
+            last["spent"][name] = last["spent"].get(name, 0.0) + seconds
+        self._count += 1
 
 
 class Tail:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from cluster.exporter import Exporter
-from trainer.account import RunAccount, Tail
+from trainer.account import Folded, RunAccount, Tail
 from trainer.folder import RunFolder
+from trainer.goodput import goodput_of
 from trainer.journal import Journal
 
 
@@ -67,3 +68,33 @@ def test_a_tail_gives_whole_lines_once(tmp_path: Path) -> None:
     assert tail.new() == []
     path.write_text('{"a": 5}\n')  # another file
     assert tail.new() == [{"a": 5}]
+
+
+@pytest.mark.parametrize("kept", [0, 150, 730, 1000])
+def test_lines_are_folded_and_mean_the_same(kept: int) -> None:
+    """Two attempts of 1,000 and 500 lines, of which the second goes on from step `kept`."""
+    at, lines, journal = 0.0, [], [{"time": 0.0, "event": "started", "attempt": 1}]
+    for attempt, count in ((1, 1000), (2, 500)):
+        if attempt == 2:
+            journal.append({"time": at + 5, "event": "failed", "kind": "died"})
+            journal.append({"time": at + 9, "event": "started", "attempt": 2, "resume": f"step_{kept:08d}"})
+            at += 9
+        at += 20.0
+        for number in range(1, count + 1):
+            spent = {"step": 2.0 + number % 7, "data_wait": 0.5, "other": 0.1}
+            if number % 50 == 0:
+                spent["checkpoint"] = 3.0
+            at += sum(spent.values())
+            lines.append({"time": at, "step": number + (kept if attempt == 2 else 0), "spent": spent})
+        lines.append({"time": at, "step": 0, "event": "validation", "values": {}})
+    folded = Folded()
+    for line in [*lines, {"time": at}, {"step": 3, "spent": {}}, {"time": "x", "step": 1, "spent": {}}]:
+        folded.add(line, [one["time"] for one in journal if one["event"] == "started"])
+    assert len(folded.lines) == 15
+    exact, found = goodput_of(journal, lines, at), goodput_of(journal, folded.lines, at)
+    assert found.elapsed_s == pytest.approx(exact.elapsed_s)
+    assert found.productive_s == pytest.approx(exact.productive_s, rel=0.002)
+    for cause, seconds in exact.badput_s.items():
+        near = {"rel": 0.01} if cause == "lost_work" else {"rel": 1e-9}
+        assert found.badput_s[cause] == pytest.approx(seconds, **near), cause
+    assert (exact.badput_s["lost_work"] > 0) == (kept < 1000)
