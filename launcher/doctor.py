@@ -257,6 +257,11 @@ def check_cpus() -> Iterator[Finding]:
     yield ok("processors", found) if count >= 2 else warn("processors", found, "2 or more; fewer take twice the time")
 
 
+def check_prometheus() -> Iterator[Finding]:
+    """Only `fathom monitor up` needs it."""
+    yield ok("Prometheus", shutil.which("prometheus") or "none: fathom monitor up needs it (apt install prometheus)")
+
+
 CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (
     check_python,
     check_packages,
@@ -269,6 +274,7 @@ CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (
     check_disk,
     check_shared_memory,
     check_loopback,
+    check_prometheus,
 )
 
 

@@ -85,6 +85,7 @@ def test_stale_buffers_are_those_nobody_maps(tmp_path: Path) -> None:
 
 def test_loopback_and_processors() -> None:
     assert levels(doctor.check_loopback()) == ["ok"]
+    assert levels(doctor.check_prometheus()) == ["ok"]
     assert levels(doctor.check_cpus())[0] in ("ok", "warn")
 
 
@@ -121,3 +122,11 @@ def test_output_and_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "-> do this" in capsys.readouterr().out
     monkeypatch.setattr(doctor, "run_checks", lambda: [fail("a", "1", "do that")])
     assert doctor.doctor_command() == 1
+
+
+def test_without_prometheus_the_doctor_says_who_would_need_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (found,) = doctor.check_prometheus()
+    assert found.level == "ok" and "fathom monitor up needs it" in found.found
