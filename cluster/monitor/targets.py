@@ -136,8 +136,11 @@ def refused(addresses: Collection[str]) -> set[str]:
                 asking = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
             except OSError:
                 continue
-            asking.connect_ex(where)
-            waiting.register(asking, selectors.EVENT_WRITE, address)
+            if asking.connect_ex(where) == errno.ECONNREFUSED:
+                found.add(address)
+                asking.close()
+            else:
+                waiting.register(asking, selectors.EVENT_WRITE, address)
         ends = time.monotonic() + _CONNECT_S
         while waiting.get_map() and (left := ends - time.monotonic()) > 0:
             for key, _ in waiting.select(left):

@@ -47,7 +47,7 @@ def test_two_entries_of_one_process_are_two(tmp_path: Path) -> None:
 def test_nodes_that_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    now: list[Any] = [node("10.0.0.1"), node("10.0.0.2", alive=False), node("10.0.0.3", port=0)]
+    now: list[Any] = [node("10.0.0.2", alive=False), node("10.0.0.3", port=0), node("10.0.0.1")]
 
     def nodes() -> list[dict[str, Any]]:
         if now and isinstance(now[0], Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -174,3 +175,16 @@ def test_only_a_refusal_is_one(listener: socket.socket, mute: str) -> None:
         nobody = f"127.0.0.1:{closed.getsockname()[1]}"
         assert refused([address(listener), nobody, nobody, mute, "no-such-host.invalid:1"]) == {nobody}
     assert refused([]) == set()
+
+
+@pytest.mark.parametrize("error", [errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.ENETUNREACH])
+def test_a_lost_machine_does_not_refuse(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """It is to be seen as silent."""
+
+    class Lost(socket.socket):
+        def getsockopt(self, *what: int) -> int:  # type: ignore[override]
+            return error
+
+    monkeypatch.setattr(module.socket, "socket", Lost)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert refused([address(server)]) == set()
