@@ -229,6 +229,11 @@ def test_config_is_what_prometheus_takes(fathom: Run, tmp_path: Path) -> None:
     assert scrape["scrape_configs"][0]["file_sd_configs"][0]["files"] == [
         str(tmp_path / "shared" / "runs" / ".monitor" / "targets.json")
     ]
+    jobs = {job["job_name"]: job for job in scrape["scrape_configs"]}
+    assert {name: [rule["action"] for rule in job["relabel_configs"]] for name, job in jobs.items()} == {
+        "fathom": ["drop"], "ray": ["keep"],
+    }  # fmt: skip
+    assert {rule["regex"] for job in jobs.values() for rule in job["relabel_configs"]} == {"ray"}
     assert scrape["alerting"]["alertmanagers"] == [{"static_configs": [{"targets": ["alerts:9093"]}]}]
     assert len(rules["groups"][0]["rules"]) == len(ALERTS)
     status, out, _ = fathom("config", "shared/runs", "--out", "site")

@@ -23,6 +23,11 @@ from cluster.telemetry import METRICS
 # What the schema leaves to a panel's or a data source's own.
 OWN = {"stat": (stat.Options, None), "timeseries": (timeseries.Options, timeseries.FieldConfig)}
 OF_TARGETS = {"run", "role", "node", "rank", "worker", "instance", "job"}
+# Grafana's names of units (its own list, and `suffix:` for any other).
+UNITS = {
+    "": "short", "seconds": "s", "bytes": "bytes", "bytes/s": "Bps", "ratio": "percentunit", "1/s": "cps",
+    "images/s": "suffix: images/s",
+}  # fmt: skip
 BOARD = pytest.mark.parametrize("key", BOARDS)
 
 
@@ -167,11 +172,14 @@ def test_every_panel_of_the_board_is_there(key: str) -> None:
     for panel in shown:
         own = wanted[panel["title"]]
         assert [(t["expr"], t["legendFormat"]) for t in panel["targets"]] == [(q.expr, q.legend) for q in own.queries]
+        instant = own.kind == "stat"  # the latest value, not the last hour's
+        assert all((t["instant"], t["range"]) == (instant, not instant) for t in panel["targets"])
         defaults = panel["fieldConfig"]["defaults"]
+        assert defaults["unit"] == UNITS[own.unit]
         high = defaults.get("max", defaults.get("custom", {}).get("axisSoftMax"))
         assert (defaults.get("min"), high) == (own.low, own.high)
         assert own.kind != "stack" or "max" not in defaults  # of several runs
-        assert defaults["unit"] and own.help in panel["description"] and own.empty in panel["description"]
+        assert own.help in panel["description"] and own.empty in panel["description"]
 
 
 @BOARD
