@@ -12,6 +12,7 @@ from trainer import attempts, run
 from trainer.config import ConfigError, dump_config, parse_config, read_config
 from trainer.config_train import TrainConfig
 from trainer.journal import Journal
+from trainer.ranks import TrainOutcome
 from trainer.run import prepare_folder, train
 
 
@@ -101,7 +102,12 @@ def test_a_run_is_begun_or_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monk
     """The supervisor cannot know whether there was a run when its verb was killed."""
     started: list[TrainConfig] = []
     monkeypatch.setattr(run, "check_inputs", lambda config: {"labelled": 8})
-    monkeypatch.setattr(run, "run_attempts", lambda config, *_: started.append(config))
+
+    def attempted(config: TrainConfig, *_: Any) -> TrainOutcome:
+        started.append(config)
+        return TrainOutcome(folder=config.folder, step=4)
+
+    monkeypatch.setattr(run, "run_attempts", attempted)
     train(teacher(tmp_path), resume=None)
     assert (tmp_path / "run" / "config.yaml").is_file()
     skipping = teacher(tmp_path, data__skip_samples=[[0, 8]])
