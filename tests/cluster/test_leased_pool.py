@@ -108,7 +108,7 @@ def test_a_file_that_another_run_has_swept_away_is_no_full_disk(tmp_path: Path) 
     run = Run(tmp_path, ["swept-0", *names(3)])()
     assert run.result is not None and run.result.complete and not run.result.view.given_up
     assert {item for item, _ in run.results} == {"swept-0", *names(3)}
-    assert run.began()["swept-0"] == 2
+    assert 2 <= run.began()["swept-0"] <= 2 + run.result.view.counts.speculated  # an idle worker may take it as well
 
 
 def test_a_ledger_that_cannot_be_read_any_more_ends_the_run(tmp_path: Path) -> None:
