@@ -150,9 +150,12 @@ def down(folder: str) -> bool:
     state = find(folder)
     if state is None:
         return False
-    with suppress(psutil.Error):
+    with suppress(psutil.NoSuchProcess):
         process = psutil.Process(state.pid)
-        process.send_signal(signal.SIGTERM)
+        try:
+            process.send_signal(signal.SIGTERM)
+        except psutil.AccessDenied:
+            raise MonitorError(f"process {state.pid} is another user's ({process.username()}); ask there") from None
         try:
             process.wait(_DOWN_S)
         except psutil.TimeoutExpired:

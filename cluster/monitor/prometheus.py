@@ -108,6 +108,11 @@ class Server:
         """Returns when it answers. MonitorError where there is no such program, or it does not come up."""
         port = self._port = self._port or free_port()  # the same one again, if it is started again
         self.address = f"{LOOPBACK}:{port}"
+        try:  # another server there would answer for ours
+            socket.create_server((LOOPBACK, port)).close()
+        except OSError as error:
+            what = f"{PROGRAM} cannot listen at {self.address} ({error.strerror}); choose another port"
+            raise MonitorError(what) from None
         command = [
             program(),
             f"--config.file={self._configuration}",
@@ -116,7 +121,7 @@ class Server:
             f"--web.listen-address={self.address}",
         ]
         log = os.path.join(self._folder, "prometheus.log")
-        with open(log, "wb") as output:
+        with open(log, "ab") as output:
             self._process = subprocess.Popen(
                 tied(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
             )

@@ -134,7 +134,7 @@ def refused(addresses: Collection[str]) -> set[str]:
                     host.strip("[]"), int(port), type=socket.SOCK_STREAM
                 )[0]
                 asking = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
-            except OSError:
+            except (OSError, ValueError):  # a name that nobody has, or that is none
                 continue
             if asking.connect_ex(where) == errno.ECONNREFUSED:
                 found.add(address)
@@ -161,7 +161,8 @@ def _read(path: str) -> Target:
         (group,) = json.load(file)
     (address,) = group["targets"]
     labels = {str(name): str(value) for name, value in group["labels"].items()}
-    if not labels.get("role") or not address.rpartition(":")[2].isdecimal():
+    host, _, port = address.rpartition(":")
+    if not labels.get("role") or not host or not (port.isdecimal() and len(port) <= 5 and 0 < int(port) < 1 << 16):
         raise ValueError(path)
     return Target(address=address, labels=labels, path=path)
 
