@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from cluster import storage
 from cluster.monitor.prometheus import LOOPBACK, MonitorError, Settings, program
@@ -65,6 +64,7 @@ class State:
     """A monitor that is up. `page` and `prometheus`: `host:port`; None with `targets_only`."""
 
     pid: int
+    began: float  # when the process did, as the kernel has it: process ids are used again
     machine: str
     since: float  # seconds since the epoch
     order: Order
@@ -98,7 +98,7 @@ def find(folder: str) -> State | None:
                 f"{folder}: its monitor is on {state.machine}, or was when that machine went down: ask there, or "
                 f"remove {os.path.join(state_folder(folder), STATE)}"
             )
-        if _is_monitor(state.pid):
+        if _runs(state):
             return state
     return None
 
@@ -176,13 +176,12 @@ def absolute(folders: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(os.path.abspath(folder) for folder in folders))
 
 
-def _is_monitor(pid: int) -> bool:
+def _runs(state: State) -> bool:
     import psutil
 
     try:
-        process = psutil.Process(pid)
-        words: list[Any] = process.cmdline()
-        return process.status() != psutil.STATUS_ZOMBIE and (_MODULE in words or "monitor" in words)
+        process = psutil.Process(state.pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - state.began) < 1.0
     except psutil.Error:
         return False
 

@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import psutil
+
 from cluster import storage
 from cluster.lock import locked_folder
 from cluster.monitor.control import PAGE_PORT, STATE, Order, State, targets_path
@@ -90,6 +92,7 @@ def _told(order: Order, page: str | None, prometheus: str) -> Iterator[State]:
     """The state file, for as long as the monitor is up."""
     state = State(
         pid=os.getpid(),
+        began=psutil.Process().create_time(),
         machine=socket.gethostname(),
         since=time.time(),
         order=order,

@@ -25,6 +25,7 @@ FOLDER = "telemetry"
 SILENT_S = 6 * TOUCH_EVERY_S
 _SUSPECT_S = 1.2 * TOUCH_EVERY_S
 _FOLDERS_EVERY_S = 10.0
+_SKEW_S = 600.0  # by which clocks may differ: an entry older than that at first sight is a dead process's
 _CONNECT_S = 0.5
 _DEEP = 4  # root/DATASET/labels/DIGEST/telemetry
 # Large, or never with runs in them.
@@ -101,7 +102,8 @@ class Targets:
                     stamp = item.stat().st_mtime_ns
                     sign = self._signs.get(item.path)
                     if sign is None or sign.stamp != stamp:
-                        sign = self._signs[item.path] = _Sign(stamp, now)
+                        age = time.time() - stamp / 1e9 if sign is None else 0.0
+                        sign = self._signs[item.path] = _Sign(stamp, now - (age if age > _SKEW_S else 0.0))
                     yield _read(item.path), now - sign.at
 
 

@@ -206,7 +206,7 @@ def test_what_is_wrong_is_named(
 def test_another_machine_s_monitor_is_not_touched(fathom: Run, tmp_path: Path) -> None:
     order = Order(folders=(str(tmp_path / "runs"),))
     (tmp_path / "runs" / ".monitor").mkdir(parents=True)
-    State(pid=os.getpid(), machine="elsewhere", since=0.0, order=order, page=None, prometheus=None).write()
+    State(pid=os.getpid(), began=0.0, machine="elsewhere", since=0.0, order=order, page=None, prometheus=None).write()
     for verb in ("up", "down", "status"):
         status, _, err = fathom(verb)
         assert status == 2 and "elsewhere" in err
@@ -215,7 +215,8 @@ def test_another_machine_s_monitor_is_not_touched(fathom: Run, tmp_path: Path) -
 def test_a_reused_process_id_is_no_monitor(fathom: Run, tmp_path: Path) -> None:
     order = Order(folders=(str(tmp_path / "runs"),))
     (tmp_path / "runs" / ".monitor").mkdir(parents=True)
-    State(pid=os.getpid(), machine=socket.gethostname(), since=0.0, order=order, page=None, prometheus=None).write()
+    own = {"pid": os.getpid(), "machine": socket.gethostname()}
+    State(**own, began=0.0, since=0.0, order=order, page=None, prometheus=None).write()
     assert fathom("status")[0] == 1
     assert fathom("down") == (0, "no monitor is up for runs\n", "")
     (tmp_path / "runs" / ".monitor" / "monitor.json").write_text("{")

@@ -98,6 +98,15 @@ def test_an_entry_that_nobody_touches_is_left_out(tmp_path: Path, listener: sock
     assert len(targets.look().targets) == 1
 
 
+def test_an_old_entry_is_nobody_s_at_first_sight(tmp_path: Path, listener: socket.socket) -> None:
+    entry = announce(tmp_path / "r" / "telemetry", address(listener))
+    away = announce(tmp_path / "r" / "telemetry", address(listener), node="elsewhere")
+    for path in (entry, away):
+        os.utime(path, (1, 1))
+    seen = Targets([str(tmp_path)], None).look()
+    assert seen.targets == seen.out_of_reach == []
+
+
 def test_on_another_machine_loopback_is_out_of_reach(tmp_path: Path, listener: socket.socket) -> None:
     announce(tmp_path / "r" / "telemetry", address(listener), node="elsewhere")
     seen = Targets([str(tmp_path)], None).look()
